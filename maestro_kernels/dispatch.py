@@ -1,0 +1,228 @@
+"""The one place that turns a problem into a plan: which backend, which strategy, and why.
+
+Plans are pure functions of the problem; the caches here only save asking again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maestro_kernels.problem import (
+    LoDProblem,
+    check_choices,
+    check_grouped,
+    check_linear,
+    describe,
+)
+
+__all__ = ["Plan", "plan_grouped", "plan_linear", "select", "unsupported"]
+
+_MODULES = {
+    "reference": "maestro_kernels.backends.reference",
+    "matmul": "maestro_kernels.backends.matmul",
+    "triton": "maestro_kernels.backends.triton",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call runs: printed by `explain`, executed by ops/.
+
+    Attributes:
+        fn: public function the plan is for.
+        problems: one entry per layer.
+        backend: "reference", "matmul", "triton" or "native".
+        strategy: the form of the computation inside that backend.
+        reason: why this and not another.
+        others: backend -> why it was not taken or cannot serve.
+        shared_x: the layers of a group read one x.
+    """
+
+    fn: str
+    problems: tuple[LoDProblem, ...]
+    backend: str
+    strategy: str
+    reason: str
+    others: dict[str, str]
+    shared_x: bool = True
+
+    @cached_property
+    def module(self) -> Any:
+        """The backend that runs it."""
+        return backend_module("matmul" if self.strategy == "degenerate" else self.backend)
+
+    @cached_property
+    def single(self) -> tuple[Any, int, str | None, str]:
+        """(forward, R, activation, strategy) of one layer: what a small call has time to look up."""
+        problem = self.problems[0]
+        return self.module.forward, problem.R, problem.activation, self.strategy
+
+    def __str__(self) -> str:
+        lines = [f"{self.fn}: {problem}" for problem in self.problems]
+        lines += [f"  runs on   {self.backend}: {self.strategy}", f"  because   {self.reason}"]
+        lines += [f"  not on    {name}: {why}" for name, why in self.others.items()]
+        return "\n".join(lines)
+
+
+def backend_module(name: str) -> ModuleType:
+    """Import a backend on first use."""
+    return importlib.import_module(_MODULES[name])
+
+
+def unsupported(name: str, problem: LoDProblem) -> str | None:
+    """Why backend `name` cannot serve the problem, or None when it can."""
+    if name == "native":
+        return "this build of the package has no compiled library"
+    reason: str | None = backend_module(name).unsupported(problem)
+    return reason
+
+
+def select(
+    problems: LoDProblem | Sequence[LoDProblem],
+    backend: str | None = None,
+    *,
+    fn: str = "lod_linear",
+    shared_x: bool = True,
+) -> Plan:
+    """Choose the backend and strategy for one problem or one group.
+
+    Args:
+        problems: the layers, already validated.
+        backend: None or "auto" to choose; a name to force it.
+        fn: public function to name in errors.
+        shared_x: the layers of a group read one x.
+
+    Raises:
+        NotImplementedError: a forced backend cannot serve the problem; says why.
+    """
+    group = (problems,) if isinstance(problems, LoDProblem) else tuple(problems)
+    forced = None if backend in (None, "auto") else backend
+    reasons = {name: _unsupported_group(name, group) for name in ("triton", "native")}
+    if forced in reasons and reasons[forced] is not None:
+        raise NotImplementedError(
+            f"{fn}: backend: expected one that can serve this call, got {forced!r}: "
+            f"{reasons[forced]}"
+        )
+    chosen = forced or "matmul"
+    others = {
+        name: why or ("not forced" if forced else _NO_TABLE)
+        for name, why in reasons.items()
+        if name != chosen
+    }
+    if all(problem.degenerate for problem in group):
+        what = "the result is empty or act(bias): no kernel is needed"
+        return Plan(fn, group, chosen, "degenerate", what, others, shared_x)
+    if chosen == "triton":
+        strategy, why = backend_module("triton").choose_strategy(group)
+        return Plan(fn, group, chosen, strategy, f"forced; {why}", others, shared_x)
+    strategy = "formula" if chosen == "reference" else "two matmuls"
+    reason = "forced" if forced else _auto_reason(group[0])
+    return Plan(fn, group, chosen, strategy, reason, others, shared_x)
+
+
+_NO_TABLE = "can serve, but nothing was measured on this device: force it with backend="
+
+
+def _auto_reason(problem: LoDProblem) -> str:
+    if problem.device.type == "cpu":
+        return "no kernel of ours serves CPU tensors; two library matmuls are the best there is"
+    return "no measured table for this device, so nothing is known to beat two library matmuls"
+
+
+def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
+    for problem in group:
+        reason = unsupported(name, problem)
+        if reason is not None:
+            return reason
+    return None
+
+
+# A call whose key was seen has been validated and planned: the eager path then costs one lookup.
+_linear_plans: dict[tuple[Any, ...], Plan] = {}
+_MAX_PLANS = 4096
+
+
+def plan_linear(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rank: int | Tensor | None,
+    activation: str | None,
+    backend: str | None,
+) -> Plan:
+    """Validate one eager call and return its plan, from a cache where the same call was seen."""
+    # Every attribute read here is paid on every eager call: keep to what decides the plan.
+    try:
+        key = (
+            x.shape,
+            u.shape,
+            v.shape,
+            x.dtype,
+            u.dtype,
+            v.dtype,
+            x.device,
+            u.device,
+            v.device,
+            None if bias is None else (bias.shape, bias.dtype, bias.device),
+            # A bool equals an int but is not a rank: the type keeps them apart.
+            rank if rank is None else _rank_key(rank),
+            activation,
+            backend,
+            None if x.is_cpu and backend != "triton" else _layout(x, u, v),
+        )
+        plan = _linear_plans.get(key)
+    except (AttributeError, TypeError):  # not tensors, or unhashable: the check below says which
+        key, plan = None, None
+    if plan is None:
+        check_choices("lod_linear", activation, backend)
+        check_linear("lod_linear", x, u, v, bias, rank)
+        plan = select(describe(x, u, v, bias, rank, activation), backend)
+        if key is not None:
+            if len(_linear_plans) >= _MAX_PLANS:
+                _linear_plans.clear()
+            _linear_plans[key] = plan
+    return plan
+
+
+def plan_grouped(
+    xs: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ranks: Sequence[int | None] | Tensor,
+    activations: Sequence[str | None],
+    backend: str | None,
+) -> Plan:
+    """Validate one eager grouped call and return its plan."""
+    fn = "lod_linear_grouped"
+    check_grouped(fn, xs, us, vs, biases, ranks, activations, backend)
+    shared = len(xs) == 1
+    problems = [
+        describe(xs[0 if shared else i], us[i], vs[i], biases[i], ranks[i], activations[i])
+        for i in range(len(us))
+    ]
+    return select(problems, backend, fn=fn, shared_x=shared)
+
+
+def _rank_key(rank: int | Tensor) -> tuple[Any, ...]:
+    if isinstance(rank, Tensor):
+        return (rank.shape, rank.dtype, rank.device)
+    return (rank, type(rank))
+
+
+def _layout(*tensors: Tensor) -> tuple[Any, ...]:
+    return tuple((t.stride(), t.storage_offset() * t.element_size() % 16) for t in tensors)
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on x's current stream."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

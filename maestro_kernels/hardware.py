@@ -1,0 +1,275 @@
+"""What a device can do and what software runs on it: records that plans, rooflines and rows share.
+
+Nothing is asked of the machine at import, and no record holds a host name or a path.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+__all__ = ["H100", "Device", "current_device", "measured_device", "versions"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """One processor as the planner and the roofline see it; None where a figure is not known.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        name: product name.
+        arch: "sm_90", or a CPU's machine and widest instruction set.
+        num_cores: streaming multiprocessors, or the threads torch uses.
+        shared_memory: bytes of shared memory one block can use.
+        l2_bytes: second-level cache; of all cores together on a CPU.
+        l3_bytes: third-level cache.
+        bandwidth: bytes/s from memory.
+        cache_bandwidth: bytes/s from the last cache a layer's weights fit in.
+        peak_flops: (dtype name, FLOP/s) pairs; a tuple so that the record can be a cache key.
+        source: where bandwidth and peak_flops come from: "assumed", "measured" or "unknown".
+    """
+
+    kind: str
+    name: str
+    arch: str
+    num_cores: int
+    shared_memory: int | None = None
+    l2_bytes: int | None = None
+    l3_bytes: int | None = None
+    bandwidth: float | None = None
+    cache_bandwidth: float | None = None
+    peak_flops: tuple[tuple[str, float], ...] = ()
+    source: str = "unknown"
+
+    def peak(self, dtype: torch.dtype | str) -> float | None:
+        """FLOP/s for a dtype, or None when it is not known."""
+        return dict(self.peak_flops).get(str(dtype).removeprefix("torch."))
+
+    @property
+    def last_level_cache(self) -> int:
+        """Bytes of the largest cache; 0 when none is known."""
+        return max(self.l2_bytes or 0, self.l3_bytes or 0)
+
+
+# Sustained figures assumed for planning, not measured by us: 800 of 989 TFLOP/s and 3.0 of
+# 3.35 TB/s; float32 stands for TF32. A device record made by measured_device replaces them.
+H100 = Device(
+    kind="cuda",
+    name="NVIDIA H100 80GB HBM3",
+    arch="sm_90",
+    num_cores=132,
+    shared_memory=227 * 1024,
+    l2_bytes=50 * 1024**2,
+    bandwidth=3.0e12,
+    peak_flops=(("bfloat16", 800e12), ("float16", 800e12), ("float32", 400e12)),
+    source="assumed",
+)
+
+
+def current_device(device: torch.device | str = "cpu") -> Device:
+    """Describe a device without timing anything; CPU peaks stay unknown (see measured_device).
+
+    Args:
+        device: "cpu", "cuda" or "cuda:<index>".
+
+    Raises:
+        ValueError: neither a CPU nor a CUDA device.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _cpu(torch.get_num_threads())
+    if device.type == "cuda":
+        return _cuda(torch.cuda.current_device() if device.index is None else device.index)
+    raise ValueError(f"current_device: device: expected 'cpu' or 'cuda', got {str(device)!r}")
+
+
+def measured_device(device: torch.device | str = "cpu") -> Device:
+    """current_device with bandwidth and peaks measured by short probes (about two seconds).
+
+    The peak of a dtype is the best library matmul found, the bandwidths the best of reading a
+    buffer and of copying one; both are ceilings as a torch user can reach them, not data-sheet
+    figures. Measured once per process, device and thread count.
+    """
+    device = torch.device(device)
+    index = -1
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+    return _measure(device.type, index, torch.get_num_threads())
+
+
+@functools.cache
+def _measure(kind: str, index: int, threads: int) -> Device:
+    device = torch.device(kind, index) if index >= 0 else torch.device(kind)
+    record = current_device(device)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    memory = min(max(2 * record.last_level_cache, 256 << 20), 1 << 30)
+    cache = min(max((record.l2_bytes or 8 << 20) // 2, 2 << 20), 32 << 20)
+    return replace(
+        record,
+        bandwidth=_probe_bandwidth(memory, device),
+        cache_bandwidth=_probe_bandwidth(cache, device),
+        peak_flops=tuple((str(d).removeprefix("torch."), _probe_flops(d, device)) for d in dtypes),
+        source="measured",
+    )
+
+
+@functools.cache
+def _cpu(threads: int) -> Device:
+    l2, l3 = _cpu_caches()
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return Device(
+        kind="cpu",
+        name=_cpu_name(),
+        arch=f"{platform.machine()} {capability}",
+        num_cores=threads,
+        l2_bytes=l2,
+        l3_bytes=l3,
+    )
+
+
+@functools.cache
+def _cuda(index: int) -> Device:
+    facts = torch.cuda.get_device_properties(index)
+    arch = f"sm_{facts.major}{facts.minor}"
+    # The class of the card is known by name; its size is asked of the card itself, because the
+    # PCIe and NVL editions and MIG slices differ from the recorded one.
+    known = H100 if "H100" in facts.name and arch == H100.arch else None
+    same = known is not None and facts.multi_processor_count == known.num_cores
+    return Device(
+        kind="cuda",
+        name=facts.name,
+        arch=arch,
+        num_cores=facts.multi_processor_count,
+        shared_memory=getattr(facts, "shared_memory_per_block_optin", None),
+        l2_bytes=getattr(facts, "L2_cache_size", None),
+        bandwidth=known.bandwidth if known and same else None,
+        peak_flops=known.peak_flops if known and same else (),
+        source="assumed" if same else "unknown",
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_caches() -> tuple[int | None, int | None]:
+    """(L2, L3) bytes of all cores this process may use, each shared cache counted once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None, None
+    sizes: dict[tuple[str, str], int] = {}
+    for core in os.sched_getaffinity(0):
+        for cache in Path(f"/sys/devices/system/cpu/cpu{core}/cache").glob("index*"):
+            size = (cache / "size").read_text().strip()
+            if not size[:-1].isdigit():
+                continue
+            level = (cache / "level").read_text().strip()
+            shared = (cache / "shared_cpu_list").read_text().strip()
+            sizes[level, shared] = int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}.get(size[-1], 1)
+    totals = {
+        level: sum(size for key, size in sizes.items() if key[0] == level) for level in ("2", "3")
+    }
+    return totals["2"] or None, totals["3"] or None
+
+
+def _probe_flops(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
+    n = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    calls: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # float32 F.linear goes to MKL, which on some CPUs reaches a fraction of what oneDNN does.
+        packed = torch.ops.mkldnn._reorder_linear_weight(b, n)
+        calls.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
+    return 2 * n**3 / min(_best_seconds(call, device) for call in calls)
+
+
+def _probe_bandwidth(num_bytes: int, device: torch.device) -> float:
+    source = torch.ones(num_bytes // 4, device=device)
+    half = source.numel() // 2
+    read = _best_seconds(lambda: source.sum(), device)
+    copy = _best_seconds(lambda: source[:half].copy_(source[half : 2 * half]), device)
+    return num_bytes / min(read, copy)
+
+
+def _best_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.25) -> float:
+    """Lower quartile of repeated calls: a ceiling is wanted, but not one lucky sample."""
+    call()
+    times: list[float] = []
+    stop = time.perf_counter() + budget
+    while len(times) < 4 or (time.perf_counter() < stop and len(times) < 100):
+        _synchronize(device)
+        start = time.perf_counter()
+        call()
+        _synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.quantiles(times, n=4)[0]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@functools.cache
+def versions() -> dict[str, str | bool | None]:
+    """Software behind a measurement: package, commit, dirty flag, Python, torch, Triton, driver.
+
+    commit and dirty are None when the package does not run from a git work tree.
+    """
+    commit, dirty = _git_state()
+    return {
+        "maestro_kernels": _version("maestro-kernels"),
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.release()}",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None, None
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    status = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return commit or None, None if status is None else bool(status)
+
+
+def _driver() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    return _output("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv")
+
+
+def _output(*command: str) -> str | None:
+    """Standard output of a command, or None when it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,76 @@
+"""What stands around a call: compile, functorch, modes, autocast, forward-mode AD.
+
+The registered op costs about half a small call again (docs/performance-log.md), so an eager call on
+plain tensors goes to the plan directly; whatever needs to see an op (FakeTensor, FlopCounterMode,
+subclasses, torch.compile, export) gets the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+_PLAIN = frozenset((Tensor, Parameter))
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_compiling = torch.compiler.is_compiling
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+
+def is_plain(x: Any, u: Any, v: Any, bias: Any) -> bool:
+    """Whether the call may skip the registered op: ordinary tensors and nobody watching."""
+    return (
+        not _is_compiling()
+        and type(x) in _PLAIN
+        and type(u) in _PLAIN
+        and type(v) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and not _are_transforms_active()
+        and _dispatch_modes() == 0
+        and forward_ad._current_level < 0
+    )
+
+
+def transforms_active() -> bool:
+    """Whether a functorch transform (grad, vmap, ...) surrounds the call."""
+    return bool(_are_transforms_active())
+
+
+def autocast_dtype(x: Any) -> torch.dtype | None:
+    """The dtype autocast wants for a call on x, or None outside autocast."""
+    if not _is_any_autocast_enabled() or not isinstance(x, Tensor):
+        return None
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Cast a floating-point tensor; leave float64 and everything else alone, as autocast does."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.to(dtype)
+    return value
+
+
+def refuse_forward_ad(fn: str, tensors: Iterable[Any]) -> None:
+    """Raise NotImplementedError when a tensor carries a forward-mode tangent.
+
+    An op without a forward-mode formula would silently return a zero tangent.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for value in tensors:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(forward_ad_message(fn))
+
+
+def forward_ad_message(fn: str) -> str:
+    """The error text of forward-mode AD."""
+    return (
+        f"{fn}: forward-mode AD (torch.func.jvp, dual tensors): expected reverse mode; "
+        "use torch.func.vjp or grad, or maestro_kernels.backends.reference.lod_linear_ref"
+    )

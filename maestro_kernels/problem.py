@@ -1,0 +1,261 @@
+"""The one place that validates and describes a call.
+
+What a layer computes is `act(x @ v[:r].T @ u[:, :r].T + bias)`, x (..., K), v (R, K), u (N, R). A
+`LoDProblem` says which of those it is; which kernel serves it is decided in dispatch.py.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "DTYPES",
+    "LoDProblem",
+    "check_choices",
+    "check_grouped",
+    "check_linear",
+    "describe",
+]
+
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
+BACKENDS = (None, "auto", "reference", "matmul", "triton", "native")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class LoDProblem:
+    """One layer's call: sizes, rank, types and layout, nothing about how it is run.
+
+    Attributes:
+        M: rows of x after flattening its leading dimensions.
+        N: out_features.
+        K: in_features.
+        R: max_rank, the width of the factors.
+        rank: active rank, or None when it is a tensor on the device that the host never reads.
+        dtype: dtype of x, u, v, bias and y.
+        device: where they live.
+        has_bias: whether a bias is added.
+        activation: one of ACTIVATIONS, applied after the bias.
+        x_stride: strides of x flattened to (M, K), in elements.
+        u_stride: strides of u, in elements.
+        v_stride: strides of v, in elements.
+        aligned: every tensor starts on a 16-byte boundary.
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int
+    rank: int | None
+    dtype: torch.dtype
+    device: torch.device
+    has_bias: bool = False
+    activation: str | None = None
+    x_stride: tuple[int, ...] = ()
+    u_stride: tuple[int, ...] = ()
+    v_stride: tuple[int, ...] = ()
+    aligned: bool = True
+
+    @property
+    def max_active_rank(self) -> int:
+        """The rank the host must plan for: `rank`, or R when only the device knows it."""
+        return self.R if self.rank is None else self.rank
+
+    @property
+    def degenerate(self) -> bool:
+        """No product is left to compute: the result is empty or act(bias)."""
+        return self.M == 0 or self.N == 0 or self.K == 0 or self.max_active_rank == 0
+
+    def __str__(self) -> str:
+        rank = "tensor" if self.rank is None else self.rank
+        kind = str(self.dtype).removeprefix("torch.")
+        extras = (" + bias" if self.has_bias else "") + (
+            f", {self.activation}" if self.activation else ""
+        )
+        return (
+            f"x ({self.M}, {self.K}) · v[:{rank}]ᵀ · u[:, :{rank}]ᵀ{extras} -> "
+            f"({self.M}, {self.N}), R = {self.R}, {kind} on {self.device}"
+        )
+
+
+def check_choices(fn: str, activation: Any, backend: Any) -> None:
+    """Raise ValueError for an unknown activation or backend."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{fn}: activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"{fn}: backend: expected one of {BACKENDS}, got {backend!r}")
+
+
+def check_linear(
+    fn: str,
+    x: Any,
+    u: Any,
+    v: Any,
+    bias: Any,
+    rank: Any,
+    *,
+    names: tuple[str, str, str, str, str] = ("x", "u", "v", "bias", "rank"),
+) -> None:
+    """Raise a TypeError or ValueError that names the argument unless the five fit together."""
+    x_name, u_name, v_name, bias_name, rank_name = names
+    tensors = ((x_name, x), (u_name, u), (v_name, v))
+    for name, value in (*tensors, *(() if bias is None else ((bias_name, bias),))):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{fn}: {name}: expected a Tensor, got {type(value).__name__}")
+    if x.dtype not in DTYPES:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{fn}: {x_name}: expected dtype {expected}, got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError(f"{fn}: {x_name}: expected shape (..., K), got a 0-d tensor")
+    for name, value in ((u_name, u), (v_name, v)):
+        if value.dim() != 2:
+            raise ValueError(f"{fn}: {name}: expected a 2-d factor, got shape {_shape(value)}")
+    if v.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{fn}: {v_name}: expected shape (R, {x.shape[-1]}) to match {x_name} {_shape(x)}, "
+            f"got {_shape(v)}"
+        )
+    if u.shape[1] != v.shape[0]:
+        raise ValueError(
+            f"{fn}: {u_name}: expected shape (N, {v.shape[0]}) to match {v_name} {_shape(v)}, "
+            f"got {_shape(u)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != u.shape[0]):
+        raise ValueError(
+            f"{fn}: {bias_name}: expected shape ({u.shape[0]},) to match {u_name} {_shape(u)}, "
+            f"got {_shape(bias)}"
+        )
+    for name, value in ((u_name, u), (v_name, v), (bias_name, bias)):
+        if value is None:
+            continue
+        if value.dtype != x.dtype:
+            raise TypeError(f"{fn}: {name}: expected {x.dtype} like {x_name}, got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(
+                f"{fn}: {name}: expected device {x.device} like {x_name}, got {value.device}"
+            )
+    _check_rank(fn, rank_name, rank, x, v.shape[0])
+
+
+def _check_rank(fn: str, name: str, rank: Any, x: Tensor, R: int) -> None:
+    if rank is None:
+        return
+    if isinstance(rank, Tensor):
+        if rank.dtype != torch.int32:
+            raise TypeError(f"{fn}: {name}: expected a 0-d int32 tensor, got {rank.dtype}")
+        if rank.dim() != 0:
+            raise ValueError(f"{fn}: {name}: expected a 0-d int32 tensor, got {_shape(rank)}")
+        if rank.device != x.device:
+            raise ValueError(f"{fn}: {name}: expected device {x.device}, got {rank.device}")
+        return
+    if isinstance(rank, bool) or not isinstance(rank, int | torch.SymInt):
+        raise TypeError(
+            f"{fn}: {name}: expected None, an int or a 0-d int32 tensor, got {type(rank).__name__}"
+        )
+    if not 0 <= rank <= R:
+        raise ValueError(f"{fn}: {name}: expected 0 <= rank <= {R}, got {rank}")
+
+
+def check_grouped(
+    fn: str,
+    xs: Any,
+    us: Any,
+    vs: Any,
+    biases: Sequence[Any],
+    ranks: Any,
+    activations: Sequence[Any],
+    backend: Any,
+) -> None:
+    """Raise unless every layer of a group fits; `xs` has one entry (shared) or one per layer.
+
+    `biases` and `activations` have been spread to one entry per layer already; `ranks` is such a
+    sequence too, or one int32 tensor (n,).
+    """
+    n = len(us)
+    if n == 0:
+        raise ValueError(f"{fn}: us: expected at least one layer, got none")
+    if len(xs) not in (1, n):
+        raise ValueError(f"{fn}: x: expected one tensor or {n} (one per layer), got {len(xs)}")
+    for name, entries in (("vs", vs), ("biases", biases), ("activation", activations)):
+        if len(entries) != n:
+            raise ValueError(f"{fn}: {name}: expected {n} entries like us, got {len(entries)}")
+    if isinstance(ranks, Tensor):
+        if ranks.dtype != torch.int32:
+            raise TypeError(f"{fn}: ranks: expected an int32 tensor ({n},), got {ranks.dtype}")
+        if ranks.dim() != 1 or ranks.shape[0] != n:
+            raise ValueError(
+                f"{fn}: ranks: expected an int32 tensor ({n},), got shape {_shape(ranks)}"
+            )
+    elif len(ranks) != n:
+        raise ValueError(f"{fn}: ranks: expected {n} entries like us, got {len(ranks)}")
+    for i in range(n):
+        check_choices(fn, activations[i], backend)
+        shared = len(xs) == 1
+        names = (
+            "x" if shared else f"x[{i}]",
+            f"us[{i}]",
+            f"vs[{i}]",
+            f"biases[{i}]",
+            f"ranks[{i}]",
+        )
+        rank = None if isinstance(ranks, Tensor) else ranks[i]
+        check_linear(fn, xs[0 if shared else i], us[i], vs[i], biases[i], rank, names=names)
+        first = xs[0]
+        x = xs[0 if shared else i]
+        if x.dtype != first.dtype:
+            raise TypeError(f"{fn}: x[{i}]: expected {first.dtype} like x[0], got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{fn}: x[{i}]: expected device {first.device}, got {x.device}")
+    if isinstance(ranks, Tensor) and ranks.device != xs[0].device:
+        raise ValueError(f"{fn}: ranks: expected device {xs[0].device}, got {ranks.device}")
+
+
+def describe(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rank: int | Tensor | None,
+    activation: str | None,
+) -> LoDProblem:
+    """Describe one checked call."""
+    N, R = u.shape
+    K = v.shape[1]
+    if rank is None:
+        active: int | None = R
+    else:
+        active = None if isinstance(rank, Tensor) else operator.index(rank)
+    tensors = (x, u, v) if bias is None else (x, u, v, bias)
+    return LoDProblem(
+        M=math.prod(x.shape[:-1]),
+        N=N,
+        K=K,
+        R=R,
+        rank=active,
+        dtype=x.dtype,
+        device=x.device,
+        has_bias=bias is not None,
+        activation=activation,
+        x_stride=(x.stride(-2) if x.dim() > 1 else K, x.stride(-1)),
+        u_stride=tuple(u.stride()),
+        v_stride=tuple(v.stride()),
+        aligned=all(_aligned(t) for t in tensors),
+    )
+
+
+def _aligned(tensor: Tensor) -> bool:
+    # The storage of every allocator torch has starts on at least 16 bytes; a view may not.
+    return tensor.storage_offset() * tensor.element_size() % 16 == 0
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
