@@ -1,0 +1,190 @@
+"""The interleaved timer: candidates take turns, so that a busy machine is busy for all of them.
+
+It times callables and knows nothing of layers; what it may time is decided in run.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Clock", "CpuClock", "CudaClock", "CudaGraphClock", "Stats", "interleave", "rounds"]
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Seconds for one call: percentiles over samples, each the mean of `calls` calls in a row."""
+
+    p20: float
+    p50: float
+    p80: float
+    samples: int
+    calls: int
+
+    @property
+    def spread(self) -> float:
+        """(p80 - p20) / p50: how far apart repeated samples lie."""
+        return (self.p80 - self.p20) / self.p50 if self.p50 else 0.0
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], calls: int) -> Stats:
+        """Percentiles of samples that are seconds per call already."""
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1, calls)
+        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+        return cls(fifths[0], statistics.median(seconds), fifths[3], len(seconds), calls)
+
+
+class CpuClock:
+    """Wall time of `calls` calls in a row."""
+
+    def time(self, name: str, call: Call, calls: int) -> float:
+        """Seconds for all `calls` calls together."""
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter_ns() - start) * 1e-9
+
+
+class CudaClock:
+    """Eager launches between two events on the current stream, so launch cost is part of it."""
+
+    def time(self, name: str, call: Call, calls: int) -> float:
+        """Seconds for all `calls` calls together."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+
+class CudaGraphClock:
+    """Replays of one CUDA graph per candidate that holds `calls` calls: device time alone."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+
+    def time(self, name: str, call: Call, calls: int) -> float:
+        """Seconds for all `calls` calls together; the first use captures the graph."""
+        graph = self._graphs.get((name, calls))
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(calls):
+                    call()
+            self._graphs[name, calls] = graph
+            graph.replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+
+Clock = CpuClock | CudaClock | CudaGraphClock
+
+
+def rounds(names: Sequence[str]) -> Iterator[list[str]]:
+    """Orders to call the candidates in: rotated by one every second round, reversed in between.
+
+    In any pair of rounds every candidate stands as often before as after every other one, and
+    over 2n rounds it stands twice in every place.
+    """
+    n = len(names)
+    for k in itertools.count():
+        shift = (k // 2) % n if n else 0
+        order = [*names[shift:], *names[:shift]]
+        yield order if k % 2 == 0 else order[::-1]
+
+
+def interleave(
+    candidates: Mapping[str, Call],
+    *,
+    seconds: float = 2.0,
+    sample_seconds: float = 1e-3,
+    min_rounds: int = 6,
+    max_rounds: int = 100,
+    prime: bool = True,
+    clock: Clock | None = None,
+) -> dict[str, Stats]:
+    """Time callables against each other and return seconds per call for each.
+
+    Every candidate is called twice untimed first, so compilation and lazy packing do not count.
+    Then rounds follow in which each gives one sample, until `seconds` are over.
+
+    Args:
+        candidates: name -> zero-argument callable. A callable that walks through several sets of
+            weights measures cold caches; one that keeps its arguments measures warm ones.
+        seconds: time for all candidates together; at least `min_rounds` rounds run even beyond it.
+        sample_seconds: a sample repeats a short call until it lasts about this long.
+        min_rounds: fewest samples per candidate.
+        max_rounds: most samples per candidate.
+        prime: call once untimed before each sample, which brings back into the caches what other
+            candidates pushed out; leave it off for cold measurements.
+        clock: how `calls` calls are timed; wall time by default.
+
+    Returns:
+        A Stats for every candidate, in the order of `candidates`.
+
+    Raises:
+        ValueError: no candidate, or rounds that do not make sense.
+    """
+    if not candidates:
+        raise ValueError("interleave: candidates: expected at least one, got none")
+    if not 1 <= min_rounds <= max_rounds:
+        raise ValueError(
+            f"interleave: min_rounds: expected 1 <= min_rounds <= max_rounds = {max_rounds}, "
+            f"got {min_rounds}"
+        )
+    clock = clock or CpuClock()
+    deadline = time.perf_counter() + seconds
+    calls = {name: _repeats(call, sample_seconds) for name, call in candidates.items()}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    with _no_garbage_collection():
+        for k, order in enumerate(rounds(list(candidates))):
+            if k == max_rounds or (k >= min_rounds and time.perf_counter() > deadline):
+                break
+            for name in order:
+                call, repeats = candidates[name], calls[name]
+                if prime:
+                    call()
+                samples[name].append(clock.time(name, call, repeats) / repeats)
+    return {name: Stats.of(samples[name], calls[name]) for name in candidates}
+
+
+def _repeats(call: Call, sample_seconds: float) -> int:
+    call()
+    estimate = float("inf")
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        estimate = min(estimate, time.perf_counter() - start)
+    return max(1, min(10_000, round(sample_seconds / max(estimate, 1e-7))))
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
