@@ -23,7 +23,7 @@ from maestro_kernels.problem import (
     describe,
 )
 
-__all__ = ["Plan", "plan_grouped", "plan_linear", "select", "unsupported"]
+__all__ = ["Explanation", "Plan", "plan_grouped", "plan_linear", "select", "unsupported"]
 
 _MODULES = {
     "reference": "maestro_kernels.backends.reference",
@@ -61,7 +61,7 @@ class Plan:
 
     @cached_property
     def single(self) -> tuple[Any, int, str | None, str]:
-        """(forward, R, activation, strategy) of one layer: what a small call has time to look up."""
+        """(forward, R, activation, strategy) of one layer: all that a small call looks up."""
         problem = self.problems[0]
         return self.module.forward, problem.R, problem.activation, self.strategy
 
@@ -69,6 +69,75 @@ class Plan:
         lines = [f"{self.fn}: {problem}" for problem in self.problems]
         lines += [f"  runs on   {self.backend}: {self.strategy}", f"  because   {self.reason}"]
         lines += [f"  not on    {name}: {why}" for name, why in self.others.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A plan with its predicted cost on this device; printing it is the point.
+
+    Attributes:
+        plan: what would run.
+    """
+
+    plan: Plan
+
+    @cached_property
+    def cost(self) -> Any:
+        """FLOP and bytes of the planned form: benchmark.roofline.Cost."""
+        from maestro_kernels.benchmark.roofline import Size, count
+
+        sizes = [Size.of(p) for p in self.plan.problems]
+        form = "fused" if self.plan.backend in ("triton", "native") else "two matmuls"
+        size = self.plan.problems[0].dtype.itemsize
+        return count(form, sizes, size, shared_x=self.plan.shared_x)  # type: ignore[arg-type]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes moved to and from memory, each operand of a step once."""
+        return int(self.cost.bytes)
+
+    @property
+    def flop(self) -> int:
+        """Multiplications and additions."""
+        return int(self.cost.flops)
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """Ideal time of the planned form on this device, None where its peaks are not known."""
+        from maestro_kernels.hardware import measured_device
+
+        problem = self.plan.problems[0]
+        seconds: float | None = self.cost.seconds(measured_device(problem.device), problem.dtype)
+        return seconds
+
+    @cached_property
+    def roofline_share(self) -> float | None:
+        """Ideal time of one fused pass over ideal time of the planned form, 0..1."""
+        from maestro_kernels.benchmark.roofline import Size, count
+        from maestro_kernels.hardware import measured_device
+
+        if not self.seconds:
+            return None
+        problem = self.plan.problems[0]
+        sizes = [Size.of(p) for p in self.plan.problems]
+        fused = count("fused", sizes, problem.dtype.itemsize, shared_x=self.plan.shared_x)
+        ideal = fused.seconds(measured_device(problem.device), problem.dtype)
+        return None if ideal is None else ideal / self.seconds
+
+    def __str__(self) -> str:
+        lines = [
+            str(self.plan),
+            f"  moves     {self.bytes / 1e6:,.2f} MB",
+            f"  computes  {self.flop / 1e6:,.2f} MFLOP",
+        ]
+        if self.seconds is not None and self.roofline_share is not None:
+            lines.append(
+                f"  at best   {self.seconds * 1e6:,.1f} µs on this device, "
+                f"{self.roofline_share:.0%} of the fused roofline"
+            )
+        else:
+            lines.append("  at best   unknown: the peaks of this device and dtype are not known")
         return "\n".join(lines)
 
 

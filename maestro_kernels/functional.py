@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from maestro_kernels import dispatch as _dispatch
+from maestro_kernels.ops import grouped as _grouped
 from maestro_kernels.ops import linear as _linear
 
-__all__ = ["lod_linear"]
+__all__ = ["explain", "lod_linear", "lod_linear_grouped"]
 
 
 def lod_linear(
@@ -61,3 +64,125 @@ def lod_linear(
         ICML 2024 (arXiv 2308.14929).
     """
     return _linear.lod_linear(x, u, v, bias, rank, activation, backend, save_h)
+
+
+def lod_linear_grouped(
+    x: Tensor | Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    biases: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    ranks: int | Tensor | Sequence[int | Tensor | None] | None = None,
+    activation: str | Sequence[str | None] | None = None,
+    backend: str | None = None,
+    save_h: bool = True,
+) -> list[Tensor]:
+    """Compute y_i = act_i(x_i @ v_i[:r_i].T @ u_i[:, :r_i].T + bias_i) for several layers at once.
+
+    The layers may differ in N, R and r; nothing is padded to the largest rank. They read one shared
+    x (q/k/v, gate/up) or one x each.
+
+    Args:
+        x: one tensor (..., K), or a sequence with one input per layer.
+        us: output factors (N_i, R_i).
+        vs: input factors (R_i, K_i).
+        biases: one (N_i,) tensor or None per layer; None or one tensor holds for every layer.
+        ranks: one active rank per layer (int, 0-d int32 tensor or None), one value for every layer,
+            or one int32 tensor (n,) on x's device.
+        activation: one name or None for every layer, or one per layer.
+        backend: as for `lod_linear`.
+        save_h: as for `lod_linear`.
+
+    Returns:
+        List of tensors (..., N_i), in the order of `us`.
+
+    Raises:
+        TypeError: an argument is no tensor or has the wrong dtype.
+        ValueError: a length, shape, device, rank, activation or backend does not fit.
+        NotImplementedError: the forced backend cannot serve this call, or forward-mode AD.
+
+    Example:
+        >>> import torch, maestro_kernels as mk
+        >>> x = torch.randn(4, 64)
+        >>> us, vs = [torch.randn(n, 16) for n in (64, 32, 32)], [torch.randn(16, 64)] * 3
+        >>> [tuple(y.shape) for y in mk.lod_linear_grouped(x, us, vs, ranks=[16, 8, 5])]
+        [(4, 64), (4, 32), (4, 32)]
+    """
+    xs, us, vs, spread_biases, spread_ranks, activations = _spread(
+        x, us, vs, biases, ranks, activation
+    )
+    return _grouped.lod_linear_grouped(
+        xs, us, vs, spread_biases, spread_ranks, activations, backend, save_h
+    )
+
+
+def explain(
+    x: Tensor | Sequence[Tensor],
+    u: Tensor | Sequence[Tensor],
+    v: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    rank: int | Tensor | Sequence[int | Tensor | None] | None = None,
+    activation: str | Sequence[str | None] | None = None,
+    backend: str | None = None,
+) -> _dispatch.Explanation:
+    """Say which strategy would run a call, why, and its predicted cost; computes nothing.
+
+    Args are those of `lod_linear`, or of `lod_linear_grouped` where u is a sequence.
+
+    Returns:
+        An Explanation: `.plan`, `.bytes` (each operand moved once), `.flop`, `.seconds` and
+        `.roofline_share` predicted for this device (None where its peaks are unknown); printing it
+        says all of that.
+
+    Raises:
+        The errors of the call itself.
+    """
+    if isinstance(u, Tensor):
+        return _dispatch.Explanation(
+            _dispatch.plan_linear(x, u, v, bias, rank, activation, backend)  # type: ignore[arg-type]
+        )
+    xs, us, vs, biases, ranks, activations = _spread(x, u, v, bias, rank, activation)
+    return _dispatch.Explanation(
+        _dispatch.plan_grouped(xs, us, vs, biases, ranks, activations, backend)
+    )
+
+
+def _spread(
+    x: Any, us: Any, vs: Any, biases: Any, ranks: Any, activation: Any
+) -> tuple[list[Any], list[Any], list[Any], list[Any], Any, list[Any]]:
+    """One value or one per layer becomes one per layer; lengths are checked by problem.py."""
+    for name, value in (("us", us), ("vs", vs)):
+        if isinstance(value, Tensor) or not isinstance(value, Sequence):
+            raise TypeError(
+                f"lod_linear_grouped: {name}: expected a sequence of factors, "
+                f"got {type(value).__name__}"
+            )
+    n = len(us)
+    xs = [x] if isinstance(x, Tensor) else list(x)
+    if biases is None or isinstance(biases, Tensor):
+        biases = [biases] * n
+    if activation is None or isinstance(activation, str):
+        activation = [activation] * n
+    if isinstance(ranks, Tensor) and ranks.dim() == 0:
+        ranks = ranks.expand(n).contiguous()
+    elif ranks is None or isinstance(ranks, int | torch.SymInt):
+        ranks = [ranks] * n
+    elif not isinstance(ranks, Tensor) and any(isinstance(r, Tensor) for r in ranks):
+        ranks = _stack_ranks(ranks, vs)
+    return xs, list(us), list(vs), list(biases), ranks, list(activation)
+
+
+def _stack_ranks(ranks: Sequence[Any], vs: Sequence[Tensor]) -> Tensor:
+    """One int32 tensor for a mixture of device and host ranks."""
+    device = next(r.device for r in ranks if isinstance(r, Tensor))
+    filled = []
+    for i, rank in enumerate(ranks):
+        value = vs[i].shape[0] if rank is None and i < len(vs) else rank
+        if isinstance(value, Tensor) and (value.dtype != torch.int32 or value.dim() != 0):
+            raise TypeError(
+                f"lod_linear_grouped: ranks[{i}]: expected an int or a 0-d int32 tensor, "
+                f"got {value.dtype} of shape {tuple(value.shape)}"
+            )
+        filled.append(torch.as_tensor(value, dtype=torch.int32, device=device))
+    return torch.stack(filled)

@@ -87,7 +87,7 @@ def assert_accurate(name: str, out: Tensor, torch_out: Tensor, ref64: Tensor) ->
 
 
 def poison(tensor: Tensor) -> Tensor:
-    """Fill with NaN (floating point) or the smallest integer, so that an unwritten element shows."""
+    """Fill with NaN, or the smallest integer, so that an element never written shows."""
     if tensor.is_floating_point():
         return tensor.fill_(float("nan"))
     return tensor.fill_(torch.iinfo(tensor.dtype).min)

@@ -32,7 +32,7 @@ def forward(
     save_h: bool,
     strategy: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = act(x @ v[:r].T @ u[:, :r].T + bias), and H; x is (M, K) or (..., K)."""
+    """Y = act(x @ v[:r].T @ u[:, :r].T + bias), and H; x is (M, K) or (..., K)."""
     if isinstance(rank, Tensor):
         h = reference.shrink(x, v, rank)
     elif rank == v.shape[0]:

@@ -38,7 +38,7 @@ def lod_linear_ref(
     rank: int | Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """y = act(x @ v[:r].T @ u[:, :r].T + bias), in the dtype of x.
+    """Y = act(x @ v[:r].T @ u[:, :r].T + bias), in the dtype of x.
 
     Args:
         x: input (..., K).
@@ -63,13 +63,13 @@ def shrink(x: Tensor, v: Tensor, rank: int | Tensor | None) -> Tensor:
 
 
 def expand(h: Tensor, u: Tensor, bias: Tensor | None) -> Tensor:
-    """z = H @ u[:, :r].T + bias, (..., N), where r is the width of H."""
+    """Z = H @ u[:, :r].T + bias, (..., N), where r is the width of H."""
     z = h @ u[:, : h.shape[-1]].mT
     return z if bias is None else z + bias
 
 
 def activation_backward(dy: Tensor, z: Tensor, activation: str | None) -> Tensor:
-    """dz = dy * act'(z). For relu the output may stand in for z: both have the same sign."""
+    """Dz = dy * act'(z). For relu the output may stand in for z: both have the same sign."""
     if activation is None:
         return dy
     if activation == "relu":

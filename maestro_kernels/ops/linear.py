@@ -311,7 +311,7 @@ def _registered_backward(ctx: Any, dy: Tensor, dh: Tensor | None = None) -> tupl
 
 
 def _vmap(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Batching rule: a batch of x is one more leading dimension; batched factors are looped over."""
+    """Batching rule: a batch of x is one more leading dimension; batched factors make a loop."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         x_dim, *others = in_dims
@@ -398,7 +398,7 @@ register(
 
 
 @register_flop_formula([_ops.lod_linear, _ops.lod_linear_train])
-def _forward_flop(  # noqa: D103
+def _forward_flop(
     x_shape: Any, u_shape: Any, v_shape: Any, bias: Any, rank: int | None, *_: Any, **__: Any
 ) -> int:
     M = math.prod(x_shape[:-1])
@@ -407,7 +407,7 @@ def _forward_flop(  # noqa: D103
 
 
 @register_flop_formula(_ops.lod_linear_backward)
-def _backward_flop(  # noqa: D103
+def _backward_flop(
     dy_shape: Any,
     x_shape: Any,
     u_shape: Any,
