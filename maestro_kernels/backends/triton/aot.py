@@ -1,0 +1,275 @@
+"""Compile every shipped kernel configuration for sm_80 and sm_90, without a GPU, and judge it.
+
+    python -m maestro_kernels.backends.triton.aot            # a table; exit status 1 on a fault
+    python -m maestro_kernels.backends.triton.aot --json     # the same rows for a program
+
+Protocol: every module named in MODULES exports
+
+    SHIPPED: dict[str, Sequence[Config]]    # "sm_80", "sm_90": configurations a launch may use
+    aot_spec(config, dtype, arch) -> Iterable[dict]    # dtype is "bf16", "fp16" or "fp32"
+
+`aot_spec` yields the fields of an AotSpec (below) as a dict, one for every variant of the kernel
+that the launcher would compile for the configuration and that differs in code (pointers or
+descriptors, tensor rank, IEEE or TF32, ...), and nothing where the configuration does not serve the
+dtype or architecture.
+Every configuration is compiled in bf16 and fp32; the first of each module and architecture also in
+fp16, which differs from bf16 only in the names of its instructions.
+
+`signature` maps every argument of the kernel: "i32", "*bf16" are run-time arguments; "*bf16:16" and
+"i32:16" the same, divisible by 16, as Triton specialises them at a launch;
+"tensordesc<bf16[128,64]>" is a host descriptor; whatever is not a string is a constexpr.
+
+Kernels come out of Triton's cache (TRITON_CACHE_DIR) when they are there, ptxas's log beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 announces another default
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
+
+from maestro_kernels.backends.triton import interpreter
+from maestro_kernels.backends.triton.ptx import count_instructions, unguarded_releases
+
+__all__ = ["ARCHITECTURES", "MODULES", "SHARED_MEMORY_LIMIT", "AotSpec", "Row", "main", "report"]
+
+MODULES = ("two_phase", "row", "wgrad", "activation_grad")
+ARCHITECTURES = ("sm_80", "sm_90")
+# Bytes of shared memory a block may use. triton.compile does not check it: only a launch fails.
+SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448}
+
+
+@dataclass(frozen=True)
+class AotSpec:
+    """One kernel variant to compile."""
+
+    kernel: Any  # the @triton.jit function
+    label: str  # what tells the variant from others, e.g. "64x128x64 r128 tma"
+    signature: dict[str, Any]
+    options: dict[str, Any]  # num_warps, num_stages
+    dot_rows: int = 0  # rows of the smallest product's accumulator tile; 0: the kernel has none
+    h_in_registers: bool = False  # H must be a register operand of the second product
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was compiled, what came out, and what is wrong with it."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    label: str
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    wgmma_reg: int  # wgmma whose A operand lies in registers / in shared memory
+    wgmma_smem: int
+    mma_sync: int
+    cp_async: int
+    tma_load: int
+    tma_store: int
+    releases: int
+    unguarded: tuple[str, ...]
+    warnings: tuple[str, ...]
+    dot_rows: int
+    h_in_registers: bool
+
+    @property
+    def name(self) -> str:
+        """Identifies the row."""
+        return f"{self.kernel} {self.arch} {self.dtype} {self.label}"
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Why the configuration must not ship; empty when it may."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"spills {self.spill_bytes} B")
+        if self.shared_bytes > SHARED_MEMORY_LIMIT[self.arch]:
+            found.append(f"shared memory over {SHARED_MEMORY_LIMIT[self.arch]} B")
+        if self.wants_wgmma and not self.wgmma_reg + self.wgmma_smem:
+            found.append("no wgmma")
+        if self.h_in_registers and self.wants_wgmma and not self.wgmma_reg:
+            found.append("H not in registers")
+        found += [f"release without a barrier: {where}" for where in self.unguarded]
+        return tuple(found)
+
+    @property
+    def wants_wgmma(self) -> bool:
+        """16-bit products of 64 rows or more run on the warpgroup unit of sm_90."""
+        return self.arch == "sm_90" and self.dtype != "fp32" and self.dot_rows >= 64
+
+
+@functools.cache
+def _cases() -> tuple[tuple[str, str, AotSpec], ...]:
+    """(architecture, dtype, variant) of everything that ships, in one fixed order."""
+    if interpreter.active():
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, nothing to compile")
+    return tuple(
+        (arch, dtype, spec)
+        for name in MODULES
+        for architecture in ARCHITECTURES
+        for arch, dtype, spec in _module_cases(name, architecture)
+    )
+
+
+def _module_cases(name: str, arch: str) -> Iterator[tuple[str, str, AotSpec]]:
+    module = importlib.import_module(f"maestro_kernels.backends.triton.{name}")
+    for i, config in enumerate(module.SHIPPED[arch]):
+        for dtype in ("bf16", "fp32", "fp16") if i == 0 else ("bf16", "fp32"):
+            for spec in module.aot_spec(config, dtype, arch):
+                yield arch, dtype, AotSpec(**spec)
+
+
+def _source(spec: AotSpec) -> ASTSource:
+    differing = set(spec.signature) ^ set(spec.kernel.arg_names)
+    if differing:
+        raise ValueError(f"{spec.kernel.__name__}: signature disagrees about {sorted(differing)}")
+    types, constants, attributes = {}, {}, {}
+    for i, name in enumerate(spec.kernel.arg_names):
+        value = spec.signature[name]
+        if isinstance(value, str):
+            types[name], _, divisor = value.partition(":")
+            if divisor:
+                attributes[(i,)] = [["tt.divisibility", int(divisor)]]
+        else:
+            types[name] = "constexpr"
+            constants[(i,)] = value
+    return ASTSource(spec.kernel, types, constants, attributes)
+
+
+def _compile(spec: AotSpec, arch: str) -> tuple[Any, str]:
+    """The compiled kernel and what ptxas said of it."""
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        kernel = triton.compile(_source(spec), target=target, options=spec.options)
+    cache = get_cache_manager(kernel.hash)
+    stored = cache.get_file("ptxas.log")
+    if "registers" in log.getvalue():
+        cache.put(log.getvalue(), "ptxas.log", binary=False)
+    elif stored is not None:
+        with open(stored) as file:
+            return kernel, file.read()
+    else:  # cached by someone who did not keep the log
+        with contextlib.redirect_stdout(log), triton.knobs.compilation.scope():
+            triton.knobs.compilation.always_compile = True
+            kernel = triton.compile(_source(spec), target=target, options=spec.options)
+        cache.put(log.getvalue(), "ptxas.log", binary=False)
+    return kernel, log.getvalue()
+
+
+def _row(index: int) -> Row:
+    arch, dtype, spec = _cases()[index]
+    triton.knobs.nvidia.dump_ptxas_log = True
+    kernel, log = _compile(spec, arch)
+    registers = re.search(r"Used (\d+) registers", log)
+    if registers is None:
+        raise RuntimeError(f"{spec.kernel.__name__} {spec.label}: no register count from ptxas")
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    ptx = kernel.asm["ptx"]
+    return Row(
+        kernel=spec.kernel.__name__,
+        arch=arch,
+        dtype=dtype,
+        label=spec.label,
+        warps=kernel.metadata.num_warps,
+        stages=kernel.metadata.num_stages,
+        registers=int(registers.group(1)),
+        spill_bytes=max(map(int, spills), default=0),
+        shared_bytes=kernel.metadata.shared,
+        unguarded=tuple(unguarded_releases(ptx)),
+        warnings=tuple(sorted(set(re.findall(r"\bC\d{4}\b", log)))),
+        dot_rows=spec.dot_rows,
+        h_in_registers=spec.h_in_registers,
+        **count_instructions(ptx),
+    )
+
+
+def report(jobs: int | None = None) -> list[Row]:
+    """Compile everything that ships in `jobs` processes (default: one per core)."""
+    count = len(_cases())
+    jobs = jobs or len(os.sched_getaffinity(0))
+    if jobs == 1:
+        return [_row(i) for i in range(count)]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_row, range(count)))
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "kernel": lambda r: r.kernel,
+    "arch": lambda r: r.arch,
+    "dtype": lambda r: r.dtype,
+    "configuration": lambda r: r.label,
+    "warps": lambda r: str(r.warps),
+    "stages": lambda r: str(r.stages),
+    "regs": lambda r: str(r.registers),
+    "spill B": lambda r: str(r.spill_bytes),
+    "smem KiB": lambda r: f"{r.shared_bytes / 1024:.0f}",
+    "wgmma A reg/smem": lambda r: f"{r.wgmma_reg}/{r.wgmma_smem}",
+    "mma.sync": lambda r: str(r.mma_sync),
+    "cp.async": lambda r: str(r.cp_async),
+    "TMA ld/st": lambda r: f"{r.tma_load}/{r.tma_store}",
+    "releases": lambda r: str(r.releases),
+    "ptxas": lambda r: ",".join(r.warnings) or "-",
+    "verdict": lambda r: "; ".join(r.faults) or "ok",
+}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows for people: one line each, faults in words at its end."""
+    lines = [tuple(_COLUMNS), *(tuple(cell(r) for cell in _COLUMNS.values()) for r in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([text[0], rule, *text[1:]])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; 1 if a shipped configuration has a fault."""
+    parser = argparse.ArgumentParser(
+        prog="python -m maestro_kernels.backends.triton.aot", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--json", action="store_true", help="rows, the table and versions as JSON")
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
+    options = parser.parse_args(arguments)
+    rows = report(options.jobs)
+    faulty = [row for row in rows if row.faults]
+    if options.json:
+        json.dump(
+            {
+                "triton": triton.__version__,
+                "rows": [asdict(row) for row in rows],
+                "table": table(rows),
+            },
+            sys.stdout,
+        )
+        return 0
+    print(f"Triton {triton.__version__}")
+    print(table(rows))
+    print(f"{len(rows)} configurations compiled, {len(faulty)} with a fault")
+    return bool(faulty)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
