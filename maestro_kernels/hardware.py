@@ -232,7 +232,7 @@ def versions() -> dict[str, str | bool | None]:
     """
     commit, dirty = _git_state()
     return {
-        "maestro_kernels": _version("maestro-kernels"),
+        "maestro_kernels": _version("maestro-kernels") or "not installed",
         "commit": commit,
         "dirty": dirty,
         "python": platform.python_version(),

@@ -1,0 +1,324 @@
+"""Benchmark rows: what one measurement says, how it is stored, and how two runs compare.
+
+Everything shown in a table, a plot or the README is computed from these rows and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "SCHEMA",
+    "Change",
+    "Comparison",
+    "Row",
+    "append",
+    "compare",
+    "latest_run",
+    "load",
+    "with_speedups",
+]
+
+SCHEMA = 1
+GATES = ("passed", "failed", "unavailable", "error")
+_LAYERS = ("N", "R", "rank")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case, timed in one way; a row without a time says why in `reason`.
+
+    Attributes:
+        run: UTC start of the run, ISO 8601; rows of one run share it.
+        op: "lod_linear" or "lod_linear_grouped".
+        source: where the shape comes from.
+        M: rows of x.
+        N: out_features, one entry per layer of a group (a plain integer in JSON for one layer).
+        K: in_features.
+        R: width of the factors, per layer.
+        rank: active rank, per layer.
+        bias: whether a bias is added.
+        dtype: dtype name.
+        mode: "forward" or "training" (forward and backward).
+        cache: "warm", or "cold" when weights and x rotate through `ring_bytes` per provider.
+        launch: "eager" or "graph" (CUDA graph).
+        provider: name of what was timed.
+        family: "dense", "two matmuls" or "ours".
+        gate: "passed"; "failed" (wrong result), "unavailable" or "error": then there is no time.
+        reason: why there is no time; empty otherwise.
+        p20_us: microseconds per call, 20th percentile over samples.
+        p50_us: median.
+        p80_us: 80th percentile.
+        samples: number of samples.
+        calls: calls per sample.
+        tflops: 1e12 FLOP/s of the provider's function.
+        gbs: 1e9 bytes/s, each operand of that function counted once.
+        roofline: ideal time of one pass over the operands / p50; above 1 where caches beat the
+            bandwidth that the probe saw.
+        baseline: fastest passing alternative of the same function ("two matmuls" family).
+        speedup: its median / this median.
+        speedup_dense: median of the fastest passing dense provider / this median.
+        config: the plan that ran, for ours.
+        ring_bytes: bytes of weights and x that a cold measurement walks through.
+        threads: CPU threads torch used.
+        device: hardware.Device as a dictionary.
+        versions: hardware.versions(), commit and dirty flag included.
+        command: what repeats the run.
+    """
+
+    run: str
+    op: str
+    source: str
+    M: int
+    N: tuple[int, ...]
+    K: int
+    R: tuple[int, ...]
+    rank: tuple[int, ...]
+    bias: bool
+    dtype: str
+    mode: str
+    cache: str
+    launch: str
+    provider: str
+    family: str
+    gate: str
+    reason: str = ""
+    p20_us: float | None = None
+    p50_us: float | None = None
+    p80_us: float | None = None
+    samples: int = 0
+    calls: int = 0
+    tflops: float | None = None
+    gbs: float | None = None
+    roofline: float | None = None
+    baseline: str | None = None
+    speedup: float | None = None
+    speedup_dense: float | None = None
+    config: str = ""
+    ring_bytes: int = 0
+    threads: int = 0
+    device: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    schema: int = SCHEMA
+
+    @property
+    def case(self) -> tuple[Any, ...]:
+        """What the rows of all providers of one measurement share."""
+        sizes = (self.op, self.M, self.N, self.K, self.R, self.rank, self.bias)
+        return (*sizes, self.dtype, self.mode, self.cache, self.launch)
+
+    @property
+    def shape(self) -> str:
+        """Rows, in, rank and out as 16 · 4096→256→4096; a group joins its layers with +."""
+        N, rank = ("+".join(map(str, v if len(set(v)) > 1 else v[:1])) for v in (self.N, self.rank))
+        group = f"{len(self.N)} layers, " if len(self.N) > 1 else ""
+        return f"{group}{self.M} · {self.K}→{rank}→{N}"
+
+    @property
+    def times(self) -> tuple[float, float, float] | None:
+        """(p20, p50, p80) in microseconds, or None without a time."""
+        if not self.p50_us or self.p20_us is None or self.p80_us is None:
+            return None
+        return self.p20_us, self.p50_us, self.p80_us
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        record = asdict(self)
+        for name in _LAYERS:
+            record[name] = record[name][0] if len(record[name]) == 1 else list(record[name])
+        return json.dumps(record, ensure_ascii=False)
+
+
+def append(path: str | Path, rows: Iterable[Row]) -> None:
+    """Add rows to the end of a file; what is there is never changed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(row.to_json() + "\n" for row in rows)
+
+
+def load(path: str | Path) -> list[Row]:
+    """Read and check every row of a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line is not a row of this schema; names the line and the field.
+    """
+    rows = []
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                rows.append(_parse(line, f"load: {Path(path).name}, line {number}"))
+    return rows
+
+
+def _parse(line: str, where: str) -> Row:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: expected a JSON object, got {line[:40]!r} ({error.msg})"
+        ) from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    if record.get("schema") != SCHEMA:
+        raise ValueError(f"{where}: schema: expected {SCHEMA}, got {record.get('schema')!r}")
+    for name in _LAYERS:
+        value = record.get(name)
+        record[name] = tuple(value) if isinstance(value, list) else (value,)
+    known = {f.name for f in fields(Row)}
+    if record.keys() != known:
+        missing, unknown = sorted(known - record.keys()), sorted(record.keys() - known)
+        raise ValueError(
+            f"{where}: expected the fields of schema {SCHEMA}, got missing {missing}, "
+            f"unknown {unknown}"
+        )
+    for name, value in record.items():
+        if not _fits(name, value):
+            raise ValueError(f"{where}: {name}: expected {_EXPECTED[name]}, got {value!r}")
+    if (record["gate"] == "passed") != (record["p50_us"] is not None):
+        raise ValueError(
+            f"{where}: p50_us: expected a time exactly when gate is passed, got "
+            f"{record['p50_us']!r} with gate {record['gate']!r}"
+        )
+    return Row(**record)
+
+
+# Annotations are strings here; each names one of the kinds that _fits knows.
+_EXPECTED = {f.name: str(f.type) for f in fields(Row)}
+
+
+def _fits(name: str, value: Any) -> bool:
+    kind = _EXPECTED[name]
+    if name == "gate":
+        return value in GATES
+    if kind.endswith("| None") and value is None:
+        return True
+    if kind.startswith("float"):
+        return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    if kind.startswith("tuple"):
+        return len(value) > 0 and all(type(entry) is int for entry in value)
+    if kind.startswith("dict"):
+        return isinstance(value, dict)
+    return type(value).__name__ == kind.removesuffix(" | None")
+
+
+def latest_run(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the run that started last."""
+    last = max((row.run for row in rows), default="")
+    return [row for row in rows if row.run == last]
+
+
+def with_speedups(rows: Iterable[Row]) -> list[Row]:
+    """Fill baseline, speedup and speedup_dense from the passing rows of each case."""
+    rows = list(rows)
+    cases: defaultdict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.p50_us:
+            cases[row.case].append(row)
+    filled = []
+    for row in rows:
+        if row.p50_us:
+            two = _fastest(cases[row.case], "two matmuls")
+            dense = _fastest(cases[row.case], "dense")
+            row = replace(
+                row,
+                baseline=two.provider if two else None,
+                speedup=two.p50_us / row.p50_us if two and two.p50_us else None,
+                speedup_dense=dense.p50_us / row.p50_us if dense and dense.p50_us else None,
+            )
+        filled.append(row)
+    return filled
+
+
+def _fastest(rows: Iterable[Row], family: str) -> Row | None:
+    return min(
+        (row for row in rows if row.family == family),
+        key=lambda row: row.p50_us or float("inf"),
+        default=None,
+    )
+
+
+@dataclass(frozen=True)
+class Change:
+    """The same measurement in an older and a newer run.
+
+    Attributes:
+        old: the older row.
+        new: the newer row.
+        ratio: new median / old median, with the drift of the whole machine taken out.
+        verdict: "slower", "faster", "same", or "lost" when a time became a failure.
+    """
+
+    old: Row
+    new: Row
+    ratio: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every measurement both runs have, and how much the machine as a whole drifted.
+
+    Attributes:
+        changes: one entry per measurement, slowest first.
+        drift: median of new / old over everything that is not ours; 1 when there is nothing.
+        unmatched: rows of the new run that the old one lacks, other devices and threads included.
+    """
+
+    changes: tuple[Change, ...]
+    drift: float
+    unmatched: int
+
+    @property
+    def regressions(self) -> list[Change]:
+        """What of ours got slower or was lost."""
+        ours = (c for c in self.changes if c.new.family == "ours")
+        return [c for c in ours if c.verdict in ("slower", "lost")]
+
+
+# Five percent is what repeated medians of one binary differ by on a shared machine.
+_MARGIN = 0.05
+
+
+def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
+    """Say what got slower, beyond noise, between two runs on one device.
+
+    A change counts when the two medians differ by more than 5 % and by more than the two spreads
+    (p80 - p20) / p50 together, halved, and the intervals p20..p80 do not meet. Before that, new
+    times are divided by the drift: the median change of the providers that are not ours.
+    """
+    before = {_identity(row): row for row in old}
+    pairs = [(before[_identity(row)], row) for row in new if _identity(row) in before]
+    others = [b.p50_us / a.p50_us for a, b in pairs if a.p50_us and b.p50_us and b.family != "ours"]
+    drift = statistics.median(others) if others else 1.0
+    changes = [_change(a, b, drift) for a, b in pairs if a.times]
+    changes.sort(key=lambda c: -c.ratio)
+    return Comparison(tuple(changes), drift, len(new) - len(pairs))
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return (*row.case, row.provider, row.device.get("name"), row.threads)
+
+
+def _change(old: Row, new: Row, drift: float) -> Change:
+    if old.times is None or new.times is None:
+        return Change(old, new, float("inf"), "lost")
+    old20, old50, old80 = old.times
+    new20, new50, new80 = (time / drift for time in new.times)
+    spread = (old80 - old20) / old50 + (new80 - new20) / new50
+    margin = 1 + max(_MARGIN, spread / 2)
+    ratio = new50 / old50
+    verdict = "same"
+    if ratio > margin and new20 > old80:
+        verdict = "slower"
+    elif ratio < 1 / margin and new80 < old20:
+        verdict = "faster"
+    return Change(old, new, ratio, verdict)
