@@ -17,7 +17,8 @@ fp16, which differs from bf16 only in the names of its instructions.
 
 `signature` maps every argument of the kernel: "i32", "*bf16" are run-time arguments; "*bf16:16" and
 "i32:16" the same, divisible by 16, as Triton specialises them at a launch;
-"tensordesc<bf16[128,64]>" is a host descriptor; whatever is not a string is a constexpr.
+"tensordesc<bf16[128,64]>" is a host descriptor; a tuple holds such entries for a tuple argument;
+whatever else is not a string, and everything for a parameter annotated so, is a constexpr.
 
 Kernels come out of Triton's cache (TRITON_CACHE_DIR) when they are there, ptxas's log beside them.
 """
@@ -49,7 +50,16 @@ from triton.runtime.cache import get_cache_manager
 from maestro_kernels.backends.triton import interpreter
 from maestro_kernels.backends.triton.ptx import count_instructions, unguarded_releases
 
-__all__ = ["ARCHITECTURES", "MODULES", "SHARED_MEMORY_LIMIT", "AotSpec", "Row", "main", "report"]
+__all__ = [
+    "ARCHITECTURES",
+    "MODULES",
+    "SHARED_MEMORY_LIMIT",
+    "AotSpec",
+    "Row",
+    "main",
+    "names",
+    "report",
+]
 
 MODULES = ("two_phase", "row", "wgrad", "activation_grad")
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -96,7 +106,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Identifies the row."""
+        """Identifies the row, as `names` does."""
         return f"{self.kernel} {self.arch} {self.dtype} {self.label}"
 
     @property
@@ -123,8 +133,6 @@ class Row:
 @functools.cache
 def _cases() -> tuple[tuple[str, str, AotSpec], ...]:
     """(architecture, dtype, variant) of everything that ships, in one fixed order."""
-    if interpreter.active():
-        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, nothing to compile")
     return tuple(
         (arch, dtype, spec)
         for name in MODULES
@@ -141,20 +149,35 @@ def _module_cases(name: str, arch: str) -> Iterator[tuple[str, str, AotSpec]]:
                 yield arch, dtype, AotSpec(**spec)
 
 
+def names() -> list[str]:
+    """Row.name of everything that ships; compiles nothing, and works beside the interpreter."""
+    return [
+        f"{spec.kernel.fn.__name__} {arch} {dtype} {spec.label}" for arch, dtype, spec in _cases()
+    ]
+
+
 def _source(spec: AotSpec) -> ASTSource:
     differing = set(spec.signature) ^ set(spec.kernel.arg_names)
     if differing:
-        raise ValueError(f"{spec.kernel.__name__}: signature disagrees about {sorted(differing)}")
+        raise ValueError(
+            f"{spec.kernel.fn.__name__}: signature disagrees about {sorted(differing)}"
+        )
     types, constants, attributes = {}, {}, {}
-    for i, name in enumerate(spec.kernel.arg_names):
-        value = spec.signature[name]
-        if isinstance(value, str):
-            types[name], _, divisor = value.partition(":")
-            if divisor:
-                attributes[(i,)] = [["tt.divisibility", int(divisor)]]
-        else:
-            types[name] = "constexpr"
-            constants[(i,)] = value
+
+    def place(path: tuple[int, ...], value: Any, is_constant: bool) -> Any:
+        if isinstance(value, tuple) and not is_constant:
+            return tuple(place((*path, i), item, False) for i, item in enumerate(value))
+        if not isinstance(value, str) or is_constant:
+            constants[path] = value
+            return "constexpr"
+        kind, _, divisor = value.partition(":")
+        if divisor:
+            attributes[path] = [["tt.divisibility", int(divisor)]]
+        return kind
+
+    for i, parameter in enumerate(spec.kernel.params):
+        value = spec.signature[parameter.name]
+        types[parameter.name] = place((i,), value, parameter.is_constexpr)
     return ASTSource(spec.kernel, types, constants, attributes)
 
 
@@ -185,11 +208,11 @@ def _row(index: int) -> Row:
     kernel, log = _compile(spec, arch)
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
-        raise RuntimeError(f"{spec.kernel.__name__} {spec.label}: no register count from ptxas")
+        raise RuntimeError(f"{spec.kernel.fn.__name__} {spec.label}: no register count from ptxas")
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     ptx = kernel.asm["ptx"]
     return Row(
-        kernel=spec.kernel.__name__,
+        kernel=spec.kernel.fn.__name__,
         arch=arch,
         dtype=dtype,
         label=spec.label,
@@ -208,6 +231,8 @@ def _row(index: int) -> Row:
 
 def report(jobs: int | None = None) -> list[Row]:
     """Compile everything that ships in `jobs` processes (default: one per core)."""
+    if interpreter.active():
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, nothing to compile")
     count = len(_cases())
     jobs = jobs or len(os.sched_getaffinity(0))
     if jobs == 1:
