@@ -1,0 +1,7 @@
+"""Factorised layers and what turns models into them and back. No kernel is known here."""
+
+from maestro_kernels.nn.conv import LoDConv2d
+from maestro_kernels.nn.layer import LoDLayer
+from maestro_kernels.nn.linear import LoDLinear
+
+__all__ = ["LoDConv2d", "LoDLayer", "LoDLinear"]

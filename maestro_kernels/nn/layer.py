@@ -1,0 +1,242 @@
+"""What the linear and the convolution layer share: factors, active rank, truncation, checkpoints.
+
+A layer holds u (N, R) and v, whose rows are its components, and runs at a prefix of r <= R of them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maestro_kernels.nn.weight import MergedWeight
+from maestro_kernels.problem import DTYPES
+
+__all__ = ["LoDLayer", "check_int"]
+
+
+def check_int(fn: str, name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int in low..high; raises TypeError or ValueError that names fn and name."""
+    span = f"an int >= {low}" if high is None else f"an int, {low} <= {name} <= {high}"
+    if isinstance(value, bool | Tensor):
+        raise TypeError(f"{fn}: {name}: expected {span}, got {type(value).__name__}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{fn}: {name}: expected {span}, got {type(value).__name__}") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{fn}: {name}: expected {span}, got {number}")
+    return number
+
+
+def check_dtype(fn: str, dtype: torch.dtype | None) -> None:
+    """Raise TypeError for a dtype that no backend computes in."""
+    if dtype is not None and dtype not in DTYPES:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{fn}: dtype: expected {expected}, got {dtype}")
+
+
+class LoDLayer(nn.Module):
+    """A layer whose weight is u @ v, run at the active rank r through u[:, :r] and v[:r].
+
+    With `groups` > 1 the layer is block-diagonal: rows of u and v lie group after group, R to each
+    group in v, and all groups run at the same r.
+
+    Attributes:
+        u: output factor (N, R).
+        v: input factor (R, ...), (groups * R, ...) with groups.
+        bias: (N,) or None.
+        active_rank: r as a 0-d int32 buffer: read by compiled models and captured CUDA graphs, and
+            what a checkpoint keeps. Set `rank`, which writes this and the host's copy.
+    """
+
+    u: nn.Parameter
+    v: nn.Parameter
+    bias: nn.Parameter | None
+    active_rank: Tensor
+    groups: int = 1
+    _rank: int
+
+    def _install(self, u: Tensor, v: Tensor, bias: Tensor | None) -> None:
+        """Take the factors, without a copy, and start at full rank."""
+        self.u, self.v = _parameter(u), _parameter(v)
+        self.register_parameter("bias", None if bias is None else _parameter(bias))
+        self._rank = self.max_rank
+        self.register_buffer("active_rank", self._new_rank_buffer())
+
+    @property
+    def max_rank(self) -> int:
+        """R, the components stored; only `truncate` changes it."""
+        return self.u.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The active rank r, 0 <= r <= max_rank. Reading it never waits for a device."""
+        return self._rank
+
+    @rank.setter
+    def rank(self, value: int) -> None:
+        self._rank = check_int(type(self).__name__, "rank", value, 0, self.max_rank)
+        with torch.no_grad():
+            self.active_rank.fill_(self._rank)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(N, K) of the matrix that is factorised, of one group where there are several."""
+        raise NotImplementedError
+
+    @property
+    def break_even_rank(self) -> float:
+        """N K / (N + K): the rank from which the factors hold as many weights as the matrix."""
+        N, K = self.matrix_shape
+        return N * K / (N + K) if N + K else 0.0
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged active prefix u[:, :r] @ v[:r] in the dense layer's shape.
+
+        The product is computed when values are used, with gradients to u and v; shape, dtype and
+        device cost nothing. Writing into it raises TypeError.
+        """
+        u, v = self.u, self.v
+        if torch.compiler.is_compiling():
+            # The compiler drops the product where only metadata is read, and follows the buffer.
+            return self._merged(torch.where(self._active(self.active_rank), u, 0), v, u.shape[1])
+        rank = self._rank
+        requires_grad = torch.is_grad_enabled() and (u.requires_grad or v.requires_grad)
+        return MergedWeight.of(
+            lambda: self._merged(u, v, rank), self._weight_shape(), u, requires_grad
+        )
+
+    def importance(self) -> Tensor:
+        """Per component b: ||u[:, b:]||_F * ||v[b:]||_F, float64 (R,), non-increasing.
+
+        Covers all stored components, active or not. Source: Maestro (arXiv 2308.14929).
+        """
+        R = self.max_rank
+        with torch.no_grad():
+            u = self.u.double().square().sum(0)
+            v = self.v.double().reshape(self.groups, R, -1).square().sum((0, 2))
+            tails: Tensor = torch.stack((u, v)).flip(1).cumsum(1).flip(1)
+            norms = tails.sqrt()
+            return norms[0] * norms[1]
+
+    def truncate(self, rank: int | None = None, multiple_of: int = 1) -> None:
+        """Drop the components beyond `rank` for good; the parameters (and gradients) shrink.
+
+        Args:
+            rank: components to keep, 0 <= rank <= max_rank; None means the active rank. A larger
+                active rank becomes `rank`, a smaller one stays.
+            multiple_of: keep up to this multiple, within max_rank: fast kernels want R % 8 == 0.
+                The active rank is not rounded, so the function does not depend on it.
+
+        u and v become new parameters: make the optimizer afterwards, or use training.shrink.
+        """
+        fn = f"{type(self).__name__}.truncate"
+        keep = self._rank if rank is None else check_int(fn, "rank", rank, 0, self.max_rank)
+        step = check_int(fn, "multiple_of", multiple_of, 1)
+        width = min(-(-keep // step) * step, self.max_rank)
+        u = _sliced(self.u, lambda t: t[:, :width])
+        v = _sliced(self.v, lambda t: self._rows(t, width))
+        self.u, self.v = u, v
+        self.rank = min(self._rank, keep)
+
+    def _rows(self, v: Tensor, rank: int) -> Tensor:
+        """The first `rank` components of v: a view, but a copy where groups lie between them."""
+        if self.groups == 1 or rank * self.groups == v.shape[0]:
+            return v[: rank * self.groups]
+        return v.unflatten(0, (self.groups, -1))[:, :rank].flatten(0, 1)
+
+    def _active(self, rank: Tensor) -> Tensor:
+        """Which components a rank on the device keeps, (R,) bool."""
+        return torch.arange(self.max_rank, device=rank.device) < rank
+
+    def _merged(self, u: Tensor, v: Tensor, rank: int) -> Tensor:
+        if self.groups == 1:
+            return (u[:, :rank] @ v[:rank].flatten(1)).reshape(self._weight_shape())
+        u = u.unflatten(0, (self.groups, -1))[:, :, :rank]
+        v = v.reshape(self.groups, self.max_rank, -1)[:, :rank]
+        return (u @ v).reshape(self._weight_shape())
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _new_rank_buffer(self) -> Tensor:
+        return torch.full((), self._rank, dtype=torch.int32, device=self.u.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoDLayer:
+        super()._apply(fn, recurse)
+        # to_empty() and the move away from the meta device leave the buffer without a value.
+        with torch.no_grad():
+            self.active_rank.fill_(self._rank)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problems, rank = self._read_checkpoint(state_dict, prefix)
+        if problems:
+            error_msgs.extend(problems)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._rank = rank
+        if local_metadata.get("assign_to_params_buffers", False):
+            # The checkpoint's own tensor may be int64, elsewhere, or shared with a second model.
+            self.active_rank = self._new_rank_buffer()
+        else:
+            with torch.no_grad():
+                self.active_rank.fill_(rank)
+
+    def _read_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[list[str], int]:
+        """What is wrong with this layer's entries, and the active rank they hold."""
+        name, fn = prefix or "", f"{type(self).__name__}.load_state_dict"
+        problems = []
+        for key, own in (("u", self.u), ("v", self.v)):
+            value = state_dict.get(prefix + key)
+            if isinstance(value, Tensor) and value.shape != own.shape:
+                problems.append(
+                    f"{fn}: {name}{key}: expected shape {tuple(own.shape)} (max_rank "
+                    f"{self.max_rank}), got {tuple(value.shape)}: a checkpoint of a truncated "
+                    "layer fits a layer built or truncated to the same max_rank"
+                )
+        value = state_dict.get(prefix + "active_rank")
+        if value is None or problems:
+            return problems, self._rank
+        expected = f"an integer, 0 <= active_rank <= {self.max_rank}"
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_floating_point():
+            got = (
+                f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            )
+            return [f"{fn}: {name}active_rank: expected {expected}, got {got}"], self._rank
+        if value.is_meta:
+            return [], self._rank
+        rank = int(value)
+        if not 0 <= rank <= self.max_rank:
+            return [f"{fn}: {name}active_rank: expected {expected}, got {rank}"], self._rank
+        return [], rank
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+
+def _sliced(parameter: nn.Parameter, cut: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    def copy(tensor: Tensor) -> Tensor:
+        return cut(tensor.detach()).clone(memory_format=torch.contiguous_format)
+
+    small = nn.Parameter(copy(parameter), requires_grad=parameter.requires_grad)
+    if parameter.grad is not None:
+        small.grad = copy(parameter.grad)
+    return small
