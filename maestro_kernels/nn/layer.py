@@ -121,8 +121,9 @@ class LoDLayer(nn.Module):
             u = self.u.double().square().sum(0)
             v = self.v.double().reshape(self.groups, R, -1).square().sum((0, 2))
             tails: Tensor = torch.stack((u, v)).flip(1).cumsum(1).flip(1)
-            norms = tails.sqrt()
-            return norms[0] * norms[1]
+            norms_u, norms_v = tails.sqrt()
+            importance: Tensor = norms_u * norms_v
+            return importance
 
     def truncate(self, rank: int | None = None, multiple_of: int = 1) -> None:
         """Drop the components beyond `rank` for good; the parameters (and gradients) shrink.
@@ -148,7 +149,7 @@ class LoDLayer(nn.Module):
         """The first `rank` components of v: a view, but a copy where groups lie between them."""
         if self.groups == 1 or rank * self.groups == v.shape[0]:
             return v[: rank * self.groups]
-        return v.unflatten(0, (self.groups, -1))[:, :rank].flatten(0, 1)
+        return v.reshape(self.groups, -1, *v.shape[1:])[:, :rank].flatten(0, 1)
 
     def _active(self, rank: Tensor) -> Tensor:
         """Which components a rank on the device keeps, (R,) bool."""

@@ -1,0 +1,157 @@
+"""Second moments of the inputs that layers see on calibration batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["check_batches", "input_moments", "run_batch"]
+
+# Patches of this many images at a time: im2col multiplies their size by the kernel's.
+_IMAGES = 8
+
+
+def run_batch(model: nn.Module, batch: Any, *, fn: str, argument: str = "data") -> Any:
+    """model(x) for a tensor, model(*batch) for a tuple or list, model(**batch) for a dict."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    raise TypeError(
+        f"{fn}: {argument}: expected batches that are tensors, tuples or dicts, "
+        f"got {type(batch).__name__}"
+    )
+
+
+def check_batches(fn: str, argument: str, batches: Any) -> None:
+    """Raise TypeError unless `batches` is an iterable of batches rather than a batch."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{fn}: {argument}: expected an iterable of batches (tensors, tuples or dicts), "
+            f"got {type(batches).__name__}"
+        )
+
+
+def input_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], *, fn: str
+) -> dict[str, Tensor]:
+    """Sum of x x^T over every input row x of each layer, float64 (groups, K, K).
+
+    A convolution's rows are its patches, (C_in / groups * k_h * k_w) each, per group. The model
+    runs in eval mode without gradients and is left as it was. Memory: 8 K^2 bytes per layer and
+    group.
+
+    Args:
+        model: the dense model.
+        layers: name -> a linear (or transposed linear) layer or nn.Conv2d inside model.
+        batches: read once.
+        fn: the public function that errors name.
+
+    Raises:
+        TypeError: a batch is no tensor, tuple or dict.
+        ValueError: there is no batch, a layer was never called, or an input is not finite.
+    """
+    gather = _Gather()
+    count = 0
+    with _calibrating(model), gather.attached(layers):
+        for batch in batches:
+            run_batch(model, batch, fn=fn)
+            gather.forget_input()
+            count += 1
+    if count == 0:
+        raise ValueError(f"{fn}: data: expected at least one batch, got none")
+    for name in layers:
+        if name not in gather.moments:
+            raise ValueError(
+                f"{fn}: data: expected batches that reach every layer to convert, got none for "
+                f"{name!r}; exclude it or add data"
+            )
+        if not bool(gather.moments[name].isfinite().all()):
+            raise ValueError(
+                f"{fn}: data: expected finite inputs in every layer, got NaN or infinity in the "
+                f"input of {name!r}"
+            )
+    return gather.moments
+
+
+class _Gather:
+    """Forward hooks that add up moments, computing them once for siblings that read one tensor."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, int, Tensor] | None = None
+
+    @contextmanager
+    def attached(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        handles = [
+            layer.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            for name, layer in layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forget_input(self) -> None:
+        self._last = None
+
+    def _hook(self, name: str) -> Any:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            moment = _patches_moment(module, x) if isinstance(module, nn.Conv2d) else self._rows(x)
+            if name in self.moments:
+                self.moments[name] += moment
+            else:
+                self.moments[name] = moment.clone()
+
+        return add
+
+    def _rows(self, x: Tensor) -> Tensor:
+        # Held by reference, so the id cannot be reused; the version tells of writes in between.
+        version = -1 if x.is_inference() else x._version
+        if self._last is not None and self._last[0] is x and self._last[1] == version >= 0:
+            return self._last[2]
+        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        moment = (rows.mT @ rows)[None]
+        self._last = (x, version, moment)
+        return moment
+
+
+def _patches_moment(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """(groups, K, K) of the patches that the convolution multiplies its kernel with."""
+    x = x.detach() if x.dim() == 4 else x.detach()[None]
+    total: Tensor | None = None
+    # nn.Conv2d's own description of its border: the order F.pad wants.
+    border = conv._reversed_padding_repeated_twice
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    for part in x.split(_IMAGES):
+        padded = F.pad(part, border, mode=mode)
+        patches = F.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
+        rows = patches.double().unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+        moment = rows @ rows.mT
+        total = moment if total is None else total + moment
+    assert total is not None
+    return total
+
+
+@contextmanager
+def _calibrating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        for module, training in modes:
+            module.training = training
