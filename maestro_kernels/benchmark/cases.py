@@ -13,7 +13,7 @@ import torch
 
 from maestro_kernels.benchmark.roofline import Cost, Form, Mode, Size, count
 
-__all__ = ["MODELS", "SUITES", "Case", "Layer", "ModelLayer", "parse_shape", "suite"]
+__all__ = ["MODELS", "SUITES", "Case", "Layer", "ModelLayer", "joined", "parse_shape", "suite"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Case:
     def id(self) -> str:
         """Every value that tells this case from another, readable and without spaces."""
         N, R, rank = (
-            _joined([getattr(layer, name) for layer in self.layers]) for name in ("N", "R", "rank")
+            joined([getattr(layer, name) for layer in self.layers]) for name in ("N", "R", "rank")
         )
         group = f"{len(self.layers)}x-" if len(self.layers) > 1 else ""
         tail = "-bias" if self.bias else ""
@@ -244,7 +244,7 @@ def parse_shape(text: str, *, dtype: str = "float32", mode: Mode = "forward") ->
     return Case("command line", M, (Layer(N, K, R, rank[0] if rank else R),), dtype, mode)
 
 
-def _joined(values: Iterable[int]) -> str:
+def joined(values: Iterable[int]) -> str:
     """Join values with "+", or give one when all are the same."""
     values = list(values)
     return "+".join(map(str, values if len(set(values)) > 1 else values[:1]))

@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from maestro_kernels.benchmark.cases import joined
+
 __all__ = [
     "SCHEMA",
     "Change",
     "Comparison",
     "Row",
     "append",
+    "beyond_noise",
     "compare",
     "latest_run",
     "load",
@@ -28,6 +31,7 @@ __all__ = [
 SCHEMA = 1
 GATES = ("passed", "failed", "unavailable", "error")
 _LAYERS = ("N", "R", "rank")
+Times = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,11 @@ class Row:
     @property
     def shape(self) -> str:
         """Rows, in, rank and out as 16 · 4096→256→4096; a group joins its layers with +."""
-        N, rank = ("+".join(map(str, v if len(set(v)) > 1 else v[:1])) for v in (self.N, self.rank))
         group = f"{len(self.N)} layers, " if len(self.N) > 1 else ""
-        return f"{group}{self.M} · {self.K}→{rank}→{N}"
+        return f"{group}{self.M} · {self.K}→{joined(self.rank)}→{joined(self.N)}"
 
     @property
-    def times(self) -> tuple[float, float, float] | None:
+    def times(self) -> Times | None:
         """(p20, p50, p80) in microseconds, or None without a time."""
         if not self.p50_us or self.p20_us is None or self.p80_us is None:
             return None
@@ -291,9 +294,8 @@ _MARGIN = 0.05
 def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
     """Say what got slower, beyond noise, between two runs on one device.
 
-    A change counts when the two medians differ by more than 5 % and by more than the two spreads
-    (p80 - p20) / p50 together, halved, and the intervals p20..p80 do not meet. Before that, new
-    times are divided by the drift: the median change of the providers that are not ours.
+    New times are first divided by the drift, the median change of the providers that are not ours;
+    beyond_noise then decides.
     """
     before = {_identity(row): row for row in old}
     pairs = [(before[_identity(row)], row) for row in new if _identity(row) in before]
@@ -311,14 +313,21 @@ def _identity(row: Row) -> tuple[Any, ...]:
 def _change(old: Row, new: Row, drift: float) -> Change:
     if old.times is None or new.times is None:
         return Change(old, new, float("inf"), "lost")
-    old20, old50, old80 = old.times
-    new20, new50, new80 = (time / drift for time in new.times)
-    spread = (old80 - old20) / old50 + (new80 - new20) / new50
+    p20, p50, p80 = (time / drift for time in new.times)
+    return Change(old, new, p50 / old.times[1], beyond_noise(old.times, (p20, p50, p80)))
+
+
+def beyond_noise(old: Times, new: Times) -> str:
+    """Whether (p20, p50, p80) of `new` is "slower" or "faster" than `old`, or the "same".
+
+    The medians must differ by more than 5 % and by more than the mean of the two spreads
+    (p80 - p20) / p50, and the intervals p20..p80 must not meet.
+    """
+    spread = (old[2] - old[0]) / old[1] + (new[2] - new[0]) / new[1]
     margin = 1 + max(_MARGIN, spread / 2)
-    ratio = new50 / old50
-    verdict = "same"
-    if ratio > margin and new20 > old80:
-        verdict = "slower"
-    elif ratio < 1 / margin and new80 < old20:
-        verdict = "faster"
-    return Change(old, new, ratio, verdict)
+    ratio = new[1] / old[1]
+    if ratio > margin and new[0] > old[2]:
+        return "slower"
+    if ratio < 1 / margin and new[2] < old[0]:
+        return "faster"
+    return "same"

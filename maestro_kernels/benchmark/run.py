@@ -35,7 +35,7 @@ from maestro_kernels.benchmark.timing import (
 )
 from maestro_kernels.testing import accuracy_error
 
-__all__ = ["Options", "gate", "run", "run_case"]
+__all__ = ["Options", "checked", "gate", "run", "run_case"]
 
 # A ring has at most this many sets of weights: a tiny layer would otherwise need thousands.
 _MAX_RING = 512
@@ -196,6 +196,16 @@ def gate(bound: Bound, torch_out: Sequence[Tensor], exact: Sequence[Tensor]) -> 
         if problem is not None:
             return f"result {k} of {len(exact)}: {problem}"
     return None
+
+
+def checked(case: Case, provider: Provider, inputs: Inputs) -> tuple[Bound, str | None]:
+    """One provider bound to one set of inputs, and what its gate says; for other timers.
+
+    Raises:
+        Unavailable: the provider cannot run the case.
+    """
+    (bound,) = provider.bound(case, [inputs])
+    return bound, gate(bound, *_References(case, inputs)[provider.family])
 
 
 def _admit(

@@ -1,0 +1,115 @@
+"""The table in the README: `python -m maestro_kernels.benchmark.readme ROWS README`.
+
+It is generated from rows between two markers; `--check` fails when it differs from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from maestro_kernels.benchmark.cases import joined
+from maestro_kernels.benchmark.rows import Row, latest_run, load
+from maestro_kernels.benchmark.summary import device_line, duration, outcomes, times, verdict
+
+__all__ = ["BEGIN", "END", "main", "markdown_table", "replace_block"]
+
+BEGIN = "<!-- benchmark:begin, written by python -m maestro_kernels.benchmark.readme -->"
+END = "<!-- benchmark:end -->"
+
+
+def markdown_table(rows: Sequence[Row], *, cache: str = "cold") -> str:
+    """One line per case in one cache state, the machine named, the verdict below.
+
+    Args:
+        rows: rows of one run.
+        cache: "cold" (weights come from further away than the private caches) or "warm".
+
+    Raises:
+        ValueError: nothing to publish: no such rows, rows of a dirty work tree, or rows in which
+            a result of ours was wrong.
+    """
+    chosen = [row for row in rows if row.cache == cache and row.launch == "eager"]
+    found = outcomes(chosen)
+    if not found:
+        raise ValueError(f"markdown_table: rows: expected {cache} rows of ours, got none")
+    first = found[0].ours
+    if first.versions.get("dirty"):
+        raise ValueError(
+            "markdown_table: rows: expected a clean work tree, got rows measured with "
+            "uncommitted changes"
+        )
+    wrong = [r for r in chosen if r.family == "ours" and r.gate in ("failed", "error")]
+    if wrong:
+        raise ValueError(
+            f"markdown_table: rows: expected every result of ours to be right, got "
+            f"{wrong[0].provider}: {wrong[0].reason}"
+        )
+    lines = [
+        "| layer | M | rank | dtype | dense | two matmuls | fastest other path | ours | "
+        "ours vs fastest other | low rank vs dense |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for o in found:
+        row = o.ours
+        mode = "" if row.mode == "forward" else f", {row.mode}"
+        name = o.best.provider.split(", ")[-1] if o.best else ""
+        other = f"{duration(o.best.p50_us)} ({name})" if o.best else ""
+        cells = (
+            *(row.source, str(row.M), joined(row.rank), row.dtype + mode),
+            duration(o.dense.p50_us if o.dense else None),
+            duration(o.two.p50_us if o.two else None),
+            *(other, duration(row.p50_us), times(o.ratio(o.best)), times(o.pays)),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    commit = str(first.versions.get("commit") or "unknown")[:10]
+    lines += [
+        "",
+        f"{device_line(first)}, {cache} caches, medians of interleaved samples, commit {commit}, "
+        f"{first.run[:10]}. “Fastest other path” is the fastest way to run the same factors that "
+        f"is not ours; packed means oneDNN weights reordered before the clock starts. Repeat with "
+        f"`{first.command}`.",
+        "",
+        *(f"- {sentence}" for sentence in verdict(chosen)),
+    ]
+    return "\n".join(lines)
+
+
+def replace_block(text: str, block: str) -> str:
+    """Put a block between the two markers of a document.
+
+    Raises:
+        ValueError: the markers are not there exactly once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"replace_block: text: expected {BEGIN!r} and then {END!r}, once each")
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check the table; 1 when it differs, 2 for wrong input."""
+    parser = argparse.ArgumentParser(prog="python -m maestro_kernels.benchmark.readme")
+    parser.add_argument("rows", type=Path, help="rows.jsonl of a run; its latest run is shown")
+    parser.add_argument("readme", type=Path, help="document with the two markers")
+    parser.add_argument("--cache", choices=("cold", "warm"), default="cold")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if it differs")
+    args = parser.parse_args(argv)
+    try:
+        old = args.readme.read_text(encoding="utf-8")
+        new = replace_block(old, markdown_table(latest_run(load(args.rows)), cache=args.cache))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        if old != new:
+            print(f"{args.readme}: the table differs from {args.rows}", file=sys.stderr)
+        return int(old != new)
+    args.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
