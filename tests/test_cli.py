@@ -1,0 +1,45 @@
+"""The command line itself: help, info, exit codes. The commands' work is tested beside it."""
+
+import json
+
+import pytest
+
+from maestro_kernels.cli import main, parser
+
+
+def commands():
+    (group,) = (a for a in parser()._actions if a.dest == "command")
+    return group.choices
+
+
+@pytest.mark.parametrize("name", ["info", "bench", "compress"])
+def test_every_command_has_help_with_an_example_and_json(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"maestro-kernels {name}" in text.split("example", 1)[1]
+    assert "--json" in text
+
+
+def test_commands_that_do_not_exist_yet_are_not_offered():
+    assert set(commands()) == {"info", "bench", "compress"}
+
+
+def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "matmul     available" in text
+    assert "native     not here: this build of the package has no compiled library" in text
+    assert main(["info", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["devices"][0]["backends"]["reference"] is None
+    assert record["devices"][0]["auto"] == "matmul"
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(capsys):
+    assert main(["bench", "--shape", "1,2"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("maestro-kernels bench: ")
+    assert error.count("\n") == 1
