@@ -77,6 +77,6 @@ def grouped_backward(
         )
         parameter_grads.append(rest)
         previous = dxs[i_x]
-        dxs[i_x] = dx if previous is None else previous + dx
+        dxs[i_x] = dx if previous is None or dx is None else previous + dx
     dus, dvs, dbiases = (list(column) for column in zip(*parameter_grads, strict=True))
     return dxs, dus, dvs, dbiases

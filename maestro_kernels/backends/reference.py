@@ -133,8 +133,7 @@ def backward(
     """
     needs_x, needs_u, needs_v, needs_bias = needs
     R = v.shape[0]
-    masked = isinstance(rank, Tensor)
-    width = R if masked else rank
+    width = R if isinstance(rank, Tensor) else rank
     u_r, v_r = (u, v) if width == R else (u[:, :width], v[:width])
     use_y = activation == "relu" and y is not None
     if h is None and (needs_u or (activation is not None and not use_y)):
@@ -142,11 +141,12 @@ def backward(
     if activation is None:
         dz = dy
     else:
-        dz = activation_backward(dy, y if use_y else F.linear(h, u_r, bias), activation)
+        z = y if use_y else F.linear(_present(h), u_r, bias)
+        dz = activation_backward(dy, _present(z), activation)
     dx = du = dv = None
     if needs_x or needs_v:
         dh = dz @ u_r
-        if masked:
+        if isinstance(rank, Tensor):
             dh = _zero_beyond(dh, rank)
         if needs_x:
             dx = dh @ v_r
@@ -154,9 +154,14 @@ def backward(
             dv = dh.mT @ x
             dv = dv if width == R else F.pad(dv, (0, 0, 0, R - width))
     if needs_u:
-        du = dz.mT @ h
+        du = dz.mT @ _present(h)
         du = du if width == R else F.pad(du, (0, R - width))
     return dx, du, dv, (dz.sum(0) if needs_bias else None)
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _zero_beyond(h: Tensor, rank: Tensor) -> Tensor:

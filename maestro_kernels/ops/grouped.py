@@ -4,12 +4,13 @@ maestro_kernels::lod_linear_grouped           ys, for inference; its gradient co
 maestro_kernels::lod_linear_grouped_train     (ys, hs)
 maestro_kernels::lod_linear_grouped_backward  dxs + dus + dvs + dbiases, empty where not asked for
 
-`xs` holds one shared input or one per layer; `biases` those that exist (torch.library differentiates
-a Tensor[] but not a Tensor?[]), `has_bias` says whose; "none" stands for no activation.
+`xs` holds one shared input or one per layer; `biases` those that exist (torch.library
+differentiates a Tensor[] but not a Tensor?[]), `has_bias` says whose; "none" is no activation.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -76,7 +77,7 @@ def lod_linear_grouped(
         list(vs),
         [b for b in biases if b is not None],
         [b is not None for b in biases],
-        None if is_tensor else full_ranks(ranks, vs),
+        None if isinstance(ranks, Tensor) else full_ranks(ranks, vs),
         ranks if is_tensor else None,
         [a or "none" for a in activations],
         backend,
@@ -94,7 +95,7 @@ def _layer_by_layer(
     backend: str | None,
     save_h: bool,
 ) -> list[Tensor]:
-    """functorch transforms see the single op: it has their rules."""
+    """Transforms of functorch see the single op: it has their rules."""
     from maestro_kernels.ops.linear import lod_linear
 
     return [
@@ -194,7 +195,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class EagerGrouped(torch.autograd.Function):
-    """Eager gradient of a group; takes (plan, ranks, save_h, number of inputs), then flat tensors."""
+    """Eager gradient of a group: (plan, ranks, save_h, number of inputs), then flat tensors."""
 
     @staticmethod
     def forward(  # noqa: D102
@@ -217,7 +218,8 @@ class EagerGrouped(torch.autograd.Function):
         xs, us, vs, biases = _split(saved, n_x, n)
         hs = saved[n_x + 3 * n :]
         wanted = ctx.needs_input_grad[1:]
-        needs = tuple(any(part) for part in _split(wanted, n_x, n))
+        need_x, need_u, need_v, need_b = (any(part) for part in _split(wanted, n_x, n))
+        needs = (need_x, need_u, need_v, need_b)
         active = ranks if rank_tensor is None else rank_tensor
         grads = run_backward(plan, dys, xs, us, vs, biases, hs, active, needs)
         flat = [g for part in grads for g in part]
@@ -227,9 +229,9 @@ class EagerGrouped(torch.autograd.Function):
 def _split(
     values: Sequence[Any], n_x: int, n: int, n_bias: int | None = None
 ) -> tuple[list[Any], ...]:
-    """(xs, us, vs, biases) of a flat sequence; one bias per layer unless n_bias says otherwise."""
+    """(xs, us, vs, biases) of a flat sequence; n_bias tells how many biases there are if not n."""
     cuts = (0, n_x, n_x + n, n_x + 2 * n, n_x + 2 * n + (n if n_bias is None else n_bias))
-    return tuple(list(values[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    return tuple(list(values[a:b]) for a, b in itertools.pairwise(cuts))
 
 
 def _plan_op(

@@ -425,6 +425,6 @@ def _backward_flop(
 ) -> int:
     M, K, N = math.prod(x_shape[:-1]), v_shape[1], u_shape[0]
     r = v_shape[0] if rank is None else rank
-    needs_x, needs_u, needs_v, _ = needs
+    needs_x, needs_u, needs_v = needs[:3]
     products = (N * (needs_x or needs_v)) + K * needs_x + N * needs_u + K * needs_v
     return 2 * M * r * products
