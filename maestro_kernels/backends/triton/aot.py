@@ -164,10 +164,10 @@ def _source(spec: AotSpec) -> ASTSource:
         )
     types, constants, attributes = {}, {}, {}
 
-    def place(path: tuple[int, ...], value: Any, is_constant: bool) -> Any:
-        if isinstance(value, tuple) and not is_constant:
-            return tuple(place((*path, i), item, False) for i, item in enumerate(value))
-        if not isinstance(value, str) or is_constant:
+    def declare(value: object, path: tuple[int, ...]) -> object:
+        if isinstance(value, tuple):
+            return tuple(declare(entry, (*path, i)) for i, entry in enumerate(value))
+        if not isinstance(value, str):
             constants[path] = value
             return "constexpr"
         kind, _, divisor = value.partition(":")
@@ -177,7 +177,11 @@ def _source(spec: AotSpec) -> ASTSource:
 
     for i, parameter in enumerate(spec.kernel.params):
         value = spec.signature[parameter.name]
-        types[parameter.name] = place((i,), value, parameter.is_constexpr)
+        if parameter.is_constexpr:
+            types[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        else:
+            types[parameter.name] = declare(value, (i,))
     return ASTSource(spec.kernel, types, constants, attributes)
 
 

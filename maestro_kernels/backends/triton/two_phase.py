@@ -1,0 +1,483 @@
+"""Launches the two-phase kernel: configuration, plan, scratch; one layer or a group, y or dx.
+
+What runs on the device is in two_phase_kernel.py. Everything that decides is a pure function of
+sizes and a device record, so that it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maestro_kernels import hardware
+from maestro_kernels.backends.triton import interpreter, workspace
+from maestro_kernels.backends.triton.epilogue import activation_name
+from maestro_kernels.backends.triton.two_phase_kernel import (
+    COUNTERS_BEFORE_ARRIVALS,
+    encode_rank,
+    two_phase_kernel,
+)
+
+__all__ = [
+    "MAX_LAYERS",
+    "SHIPPED",
+    "TwoPhaseConfig",
+    "TwoPhasePlan",
+    "aot_spec",
+    "choose_config",
+    "plan_two_phase",
+    "two_phase",
+    "two_phase_dx",
+    "two_phase_dx_grouped",
+    "two_phase_grouped",
+]
+
+Ranks = Sequence[int] | Tensor
+
+# Layers of one launch; more of them take several. A layer costs 17 kernel arguments and as many
+# selects for each tile.
+MAX_LAYERS = 8
+# Elements that a row of H is rounded up to: its rows then start on 16 bytes in every dtype, and
+# Triton finds every row stride divisible by 16, so that a rank never makes a variant.
+_H_ALIGN = 16
+
+
+@dataclass(frozen=True)
+class TwoPhaseConfig:
+    """Tiles of x and H (BLOCK_M, BLOCK_K, BLOCK_R), of y (BLOCK_M, BLOCK_N); warps and stages."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        tiles = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} r{self.BLOCK_R}"
+        return f"{tiles} w{self.num_warps} s{self.num_stages}"
+
+
+@dataclass(frozen=True)
+class TwoPhasePlan:
+    """How one launch is cut up; sizes in elements.
+
+    Attributes:
+        num_programs: programs of the grid; any number is correct.
+        split_target: tiles that phase 1 may reach by splitting K; fixes the order of the sums.
+        partials: float32 slots for the sums of split tiles.
+        counters: int32 counters.
+    """
+
+    num_programs: int
+    split_target: int
+    partials: int
+    counters: int
+
+
+_SMALL = TwoPhaseConfig(16, 32, 128, 32, 4, 4)
+_SMALL_WIDE = TwoPhaseConfig(16, 64, 128, 32, 4, 4)
+_SMALL_32 = TwoPhaseConfig(32, 64, 128, 32, 4, 3)
+# (largest M, largest N, largest R, configuration), first match wins; None is no limit. By the model
+# of kernels.md: not measured on a GPU.
+_TABLES: dict[tuple[str, int], tuple[tuple[int | None, int | None, int | None, Any], ...]] = {
+    ("sm_90", 2): (
+        (16, 8192, None, _SMALL),
+        (16, None, None, _SMALL_WIDE),
+        (32, None, None, _SMALL_32),
+        (512, None, None, TwoPhaseConfig(64, 64, 64, 64, 4, 4)),
+        (2048, None, None, TwoPhaseConfig(64, 128, 64, 64, 4, 4)),
+        (None, None, 64, TwoPhaseConfig(128, 128, 64, 64, 8, 4)),
+        (None, None, None, TwoPhaseConfig(128, 128, 64, 128, 8, 3)),
+    ),
+    ("sm_80", 2): (
+        (16, 8192, None, _SMALL),
+        (16, None, None, _SMALL_WIDE),
+        (32, None, None, _SMALL_32),
+        (512, None, None, TwoPhaseConfig(64, 64, 64, 64, 4, 4)),
+        (None, None, None, TwoPhaseConfig(128, 128, 32, 64, 8, 3)),
+    ),
+    ("sm_90", 4): (
+        (16, None, None, TwoPhaseConfig(16, 32, 64, 32, 4, 4)),
+        (None, None, None, TwoPhaseConfig(64, 64, 32, 32, 4, 3)),
+    ),
+    ("sm_80", 4): (
+        (16, None, None, TwoPhaseConfig(16, 32, 64, 32, 4, 4)),
+        (None, None, None, TwoPhaseConfig(64, 64, 32, 32, 4, 3)),
+    ),
+}
+# Every configuration that choose_config can return.
+SHIPPED: dict[str, tuple[TwoPhaseConfig, ...]] = {
+    arch: tuple(dict.fromkeys(row[3] for size in (2, 4) for row in _TABLES[arch, size]))
+    for arch in ("sm_80", "sm_90")
+}
+
+
+def choose_config(M: int, N: int, R: int, dtype: torch.dtype, arch: str) -> TwoPhaseConfig:
+    """Configuration for M rows, the largest N and R of a group, a dtype and an architecture.
+
+    Architectures without an entry take those of sm_80, which fit into 99 KiB of shared memory;
+    sm_100 takes those of sm_90.
+    """
+    table = _TABLES["sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80", dtype.itemsize]
+    for max_m, max_n, max_r, config in table:
+        fits = (M <= (max_m or M), N <= (max_n or N), R <= (max_r or R))
+        if all(fits):
+            return config
+    raise AssertionError("the last row of a table has no limits")
+
+
+@functools.lru_cache(4096)
+def plan_two_phase(
+    device: hardware.Device,
+    config: TwoPhaseConfig,
+    M: int,
+    Ns: tuple[int, ...],
+    ranks: tuple[int, ...],
+) -> TwoPhasePlan:
+    """Plan of one launch; ranks are the active ones, or R where the host does not know them.
+
+    A program waits only for running ones, so the number of programs is only a matter of speed:
+    as many as can be resident, or as there are tiles.
+    """
+    num_m = -(-M // config.BLOCK_M)
+    # Registers allow two programs of 4 warps on a multiprocessor, or one of 8.
+    resident = device.num_cores * (2 if config.num_warps == 4 else 1)
+    shrink = num_m * sum(-(-r // config.BLOCK_R) for r in ranks)
+    expand = num_m * sum(-(-N // config.BLOCK_N) for N in Ns)
+    # One row block with one rank block could be split: a tensor rank may be as small as that.
+    can_split = 2 * num_m <= resident
+    return TwoPhasePlan(
+        num_programs=max(1, min(resident, max(shrink, expand, resident if can_split else 0))),
+        split_target=resident,
+        partials=resident * config.BLOCK_M * config.BLOCK_R if can_split else 1,
+        counters=COUNTERS_BEFORE_ARRIVALS.value + resident + len(ranks) * num_m,
+    )
+
+
+def two_phase(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    rank: int | Tensor,
+    activation: str | None,
+    *,
+    save_h: bool,
+    config: TwoPhaseConfig | None = None,
+    num_programs: int | None = None,
+    input_precision: str = "ieee",
+) -> tuple[Tensor, Tensor | None]:
+    """Compute y = act(x @ v[:r].T @ u[:, :r].T + bias) and H = x @ v[:r].T in one launch.
+
+    Args:
+        x: (M, K), M > 0, last stride 1; float16, bfloat16 or float32.
+        v: (R, K).
+        u: (N, R).
+        bias: (N,) or None.
+        rank: r, or a 0-d int32 tensor on the device of x, clamped to 0..R in the kernel.
+        activation: None, "relu", "gelu", "gelu_tanh" or "silu".
+        save_h: return H.
+        config: tiles; None chooses.
+        num_programs: programs of the grid; None plans.
+        input_precision: "ieee" or "tf32"; says how float32 is multiplied.
+
+    Returns:
+        y (M, N), and H: (M, r), or for a tensor rank (M, R) with zeros beyond r; None unless asked.
+    """
+    ys, hs = two_phase_grouped(
+        [x], [v], [u], [bias], _as_ranks(rank), [activation],
+        save_h=save_h, config=config, num_programs=num_programs, input_precision=input_precision,
+    )  # fmt: skip
+    return ys[0], hs[0] if hs is not None else None
+
+
+def two_phase_grouped(
+    xs: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    us: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ranks: Ranks,
+    activations: Sequence[str | None],
+    *,
+    save_h: bool,
+    config: TwoPhaseConfig | None = None,
+    num_programs: int | None = None,
+    input_precision: str = "ieee",
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """two_phase for layers of different N, R and rank: one launch for up to MAX_LAYERS of them.
+
+    Args:
+        xs: one x that all layers share, or one for each.
+        vs: (R_i, K_i).
+        us: (N_i, R_i).
+        biases: (N_i,) or None.
+        ranks: r_i, or an int32 tensor (n,) on the device.
+        activations: one for each layer.
+        save_h: return H.
+        config: tiles; None chooses.
+        num_programs: programs of the grid; None plans.
+        input_precision: as in two_phase.
+
+    Returns:
+        y_i (M_i, N_i), and H_i as in two_phase.
+    """
+    xs = list(xs) * len(us) if len(xs) == 1 else xs
+    ys = [x.new_empty(x.shape[0], u.shape[0]) for x, u in zip(xs, us, strict=True)]
+    hs: list[Tensor] | None = [] if save_h else None
+    for part in _launches(xs):
+        h = _launch(
+            xs[part], vs[part], us[part], biases[part], ranks[part], activations[part], ys[part],
+            save_h=save_h, sum_layers=False, config=config, num_programs=num_programs,
+            input_precision=input_precision,
+        )  # fmt: skip
+        if hs is not None:
+            hs += h
+    return ys, hs
+
+
+def two_phase_dx(
+    dy: Tensor,
+    u: Tensor,
+    v: Tensor,
+    rank: int | Tensor,
+    *,
+    config: TwoPhaseConfig | None = None,
+    num_programs: int | None = None,
+    input_precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    """Compute dx = dH @ v[:r] and dH = dy @ u[:, :r] in one launch of the same kernel.
+
+    Args:
+        dy: gradient of y before bias and activation (M, N), last stride 1.
+        u: (N, R).
+        v: (R, K).
+        rank: as in two_phase.
+        config: tiles; None chooses.
+        num_programs: programs of the grid; None plans.
+        input_precision: as in two_phase.
+
+    Returns:
+        dx (M, K), and dH shaped like H in two_phase.
+    """
+    dxs, dhs = two_phase_dx_grouped(
+        [dy], [u], [v], _as_ranks(rank), shared_x=False, config=config,
+        num_programs=num_programs, input_precision=input_precision,
+    )  # fmt: skip
+    return dxs[0], dhs[0]
+
+
+def two_phase_dx_grouped(
+    dys: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    ranks: Ranks,
+    *,
+    shared_x: bool,
+    config: TwoPhaseConfig | None = None,
+    num_programs: int | None = None,
+    input_precision: str = "ieee",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """two_phase_dx for a group; with a shared x its one dx is summed over the layers on chip.
+
+    Args:
+        dys: (M_i, N_i), one for each layer.
+        us: (N_i, R_i).
+        vs: (R_i, K_i).
+        ranks: as in two_phase_grouped.
+        shared_x: the layers have read one x: return one dx.
+        config: tiles; None chooses.
+        num_programs: programs of the grid; None plans.
+        input_precision: as in two_phase.
+
+    Returns:
+        dx_i (M_i, K_i), or the one sum of them, and dH_i.
+    """
+    ss, es = [u.t() for u in us], [v.t() for v in vs]
+    dxs: list[Tensor] = []
+    dhs: list[Tensor] = []
+    for part in _launches(dys):
+        outs = [
+            dy.new_empty(dy.shape[0], e.shape[0]) for dy, e in zip(dys[part], es[part], strict=True)
+        ]
+        outs = outs[:1] if shared_x else outs
+        count = len(dys[part])
+        dhs += _launch(
+            dys[part], ss[part], es[part], [None] * count, ranks[part], [None] * count, outs,
+            save_h=True, sum_layers=shared_x, config=config, num_programs=num_programs,
+            input_precision=input_precision,
+        )  # fmt: skip
+        if shared_x and dxs:
+            dxs[0] += outs[0]
+        else:
+            dxs += outs
+    return dxs, dhs
+
+
+def _as_ranks(rank: int | Tensor) -> Ranks:
+    return rank.reshape(1) if isinstance(rank, Tensor) else (rank,)
+
+
+def _launches(xs: Sequence[Tensor]) -> Iterator[slice]:
+    """Runs of layers that one launch can take: as many rows each, MAX_LAYERS at most."""
+    begin = 0
+    for i in range(1, len(xs) + 1):
+        full = i - begin == MAX_LAYERS
+        if i == len(xs) or full or xs[i].shape[0] != xs[begin].shape[0]:
+            yield slice(begin, i)
+            begin = i
+
+
+def _launch(
+    xs: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    es: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ranks: Ranks,
+    activations: Sequence[str | None],
+    ys: Sequence[Tensor],
+    *,
+    save_h: bool,
+    sum_layers: bool,
+    config: TwoPhaseConfig | None,
+    num_programs: int | None,
+    input_precision: str,
+) -> list[Tensor]:
+    """Launch once; S (R, K) and E (N, R) may have any strides. Returns H, garbage unless saved."""
+    interpreter.ensure()
+    x = xs[0]
+    M, Rs, Ns = x.shape[0], [s.shape[0] for s in ss], [e.shape[0] for e in es]
+    tensor_rank = isinstance(ranks, Tensor)
+    widths = Rs if tensor_rank else [min(r, R) for r, R in zip(ranks, Rs, strict=True)]
+    device = hardware.current_device(x.device) if x.is_cuda else hardware.H100
+    config = config or choose_config(M, max(Ns), max(Rs), x.dtype, device.arch)
+    plan = plan_two_phase(device, config, M, tuple(n for n in Ns[: len(ys)]), tuple(widths))
+    hs = _empty_h(x, M, widths, shared=not save_h)
+    names = [activation_name(a) for a in activations]
+    if num_programs is None:
+        # Interpreted programs run one after another: after the first they have nothing to do.
+        num_programs = 1 if interpreter.active() else plan.num_programs
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        two_phase_kernel[(num_programs,)](
+            tuple(xs),
+            tuple(ss),
+            tuple(es),
+            # Any pointer of the type serves where there is no bias: it is never read.
+            tuple(e if b is None else b for b, e in zip(biases, es, strict=True)),
+            tuple(ys) if not sum_layers else tuple(ys) * len(xs),
+            tuple(hs),
+            tuple(Ns),
+            tuple(t.shape[1] for t in xs),
+            tuple(Rs),
+            ranks.contiguous() if tensor_rank else tuple(encode_rank(r) for r in ranks),
+            tuple(t.stride(0) for t in xs),
+            tuple(t.stride(0) for t in ss),
+            tuple(t.stride(1) for t in ss),
+            tuple(t.stride(0) for t in es),
+            tuple(t.stride(1) for t in es),
+            tuple(t.stride(0) for t in ys) * (len(xs) if sum_layers else 1),
+            tuple(t.stride(0) for t in hs),
+            torch.empty(plan.partials, dtype=torch.float32, device=x.device),
+            workspace.counters(x.device, plan.counters),
+            M,
+            plan.split_target,
+            BIAS_BITS=sum(1 << i for i, b in enumerate(biases) if b is not None),
+            ACTIVATIONS=tuple(names[:1] if len(set(names)) == 1 else names),
+            TENSOR_RANK=tensor_rank,
+            SUM_LAYERS=sum_layers,
+            ZERO_TAIL=tensor_rank and save_h,
+            ROUND_RANK=all(R % 8 == 0 for R in Rs),
+            LAYERS=1 << (len(xs) - 1).bit_length(),
+            INPUT_PRECISION=input_precision,
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            BLOCK_R=config.BLOCK_R,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return hs
+
+
+def _empty_h(x: Tensor, M: int, widths: Sequence[int], *, shared: bool) -> list[Tensor]:
+    """H of each layer (M, width), rows a multiple of _H_ALIGN apart; one allocation if shared."""
+    strides = [max(-(-w // _H_ALIGN), 1) * _H_ALIGN for w in widths]
+    if not shared:
+        return [
+            x.new_empty(M, stride)[:, :width] for width, stride in zip(widths, strides, strict=True)
+        ]
+    together = x.new_empty(M, sum(strides))
+    columns = together.split(strides, 1)
+    return [c[:, :width] for c, width in zip(columns, widths, strict=True)]
+
+
+_FORMS = ("single", "grouped", "dx", "dx_sum")
+
+
+def aot_spec(config: TwoPhaseConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
+    """What aot.py compiles: the forms of the kernel for a configuration, "bf16", "fp16" or "fp32".
+
+    single: int rank, bias and gelu; grouped: three layers, tensor ranks, H saved, silu beside none;
+    dx: of one layer; dx_sum: three layers that share x, tensor ranks.
+    """
+    size = 4 if dtype == "fp32" else 2
+    if config not in [row[3] for row in _TABLES[arch, size]]:
+        return
+    for form in _FORMS:
+        yield {
+            "kernel": two_phase_kernel,
+            "label": f"{config} {form}",
+            "signature": _signature(config, dtype, form),
+            "options": {"num_warps": config.num_warps, "num_stages": config.num_stages},
+            "dot_rows": config.BLOCK_M,
+        }
+
+
+def _signature(config: TwoPhaseConfig, dtype: str, form: str) -> dict[str, Any]:
+    """Arguments as Triton specialises them for contiguous tensors with sizes divisible by 16."""
+    backward, group = form.startswith("dx"), form in ("grouped", "dx_sum")
+    count = 3 if group else 1
+
+    def each(value: object) -> tuple[object, ...]:
+        return (value,) * count
+
+    pointers = ("xs", "ss", "es", "biases", "ys", "hs")
+    sizes = ("Ns", "Ks", "Rs", "strides_xm", "strides_ym", "strides_hm")
+    strides = {"strides_sr": "i32:16", "strides_sk": 1, "strides_en": "i32:16", "strides_er": 1}
+    if backward:
+        strides = {"strides_sr": 1, "strides_sk": "i32:16", "strides_en": 1, "strides_er": "i32:16"}
+    precision = "tf32" if dtype == "fp32" and form != "single" else "ieee"
+    return (
+        {name: each(f"*{dtype}:16") for name in pointers}
+        | {name: each("i32:16") for name in sizes}
+        | {name: each(value) for name, value in strides.items()}
+        | {
+            "ranks": "*i32" if group else each("i32"),
+            "partials": "*fp32:16",
+            "counters": "*i32:16",
+            "M": "i32",
+            "split_target": "i32",
+            "BIAS_BITS": 0 if backward else 5 if group else 1,
+            "ACTIVATIONS": ("silu", "none", "none")
+            if form == "grouped"
+            else ("none",)
+            if backward
+            else ("gelu",),
+            "TENSOR_RANK": group,
+            "SUM_LAYERS": form == "dx_sum",
+            "ZERO_TAIL": group,
+            "ROUND_RANK": True,
+            "LAYERS": 4 if group else 1,
+            "INPUT_PRECISION": precision,
+            "BLOCK_M": config.BLOCK_M,
+            "BLOCK_N": config.BLOCK_N,
+            "BLOCK_K": config.BLOCK_K,
+            "BLOCK_R": config.BLOCK_R,
+        }
+    )

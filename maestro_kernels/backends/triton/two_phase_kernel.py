@@ -1,0 +1,332 @@
+"""The two-phase persistent kernel: shrink tiles, then expand tiles, claimed by one ticket.
+
+Only device code lives here; two_phase.py chooses the configuration and launches.
+
+Phase 1 (shrink): a tile is (row block, layer, rank block, K split). Where K is split, a tile leaves
+its float32 sum in its own slot of `partials`; the last tile to arrive adds the slots in the order
+of the splits, so the result does not depend on timing, and stores H rounded to the dtype of x.
+Phase 2 (expand): a tile is (layer, row block, block of N). It waits until every rank block of its
+rows of H has been counted as ready, then loops over the active rank.
+
+All tiles are numbered, phase 1 first, and claimed from one counter. A program therefore only waits
+for tiles that running programs hold: no co-residency is needed, and any number of programs will do.
+The last program to leave sets the counters back to zero for the next launch on the same stream.
+
+Factors are read through pointers, not TMA: H is written by ordinary stores and read by other
+programs in the same launch, which TMA would need a proxy fence for that Triton cannot express, and
+the pointers of a group are chosen at run time, which host descriptors cannot be.
+"""
+
+import triton
+import triton.language as tl
+
+from maestro_kernels.backends.triton.epilogue import apply_activation
+
+__all__ = ["COUNTERS_BEFORE_ARRIVALS", "MAX_SPLIT", "MIN_STEPS", "encode_rank", "two_phase_kernel"]
+
+# Slots the last arriver has to add: each costs it BLOCK_M * BLOCK_R * 4 bytes from L2.
+MAX_SPLIT = tl.constexpr(16)
+# Steps of BLOCK_K below which a split would spend its time on starting its loads.
+MIN_STEPS = tl.constexpr(2)
+# The ticket and the count of leaving programs have a 128-byte line each, the arrivals follow.
+_EXIT = tl.constexpr(32)
+COUNTERS_BEFORE_ARRIVALS = tl.constexpr(64)
+_RANK_BITS = tl.constexpr(4)
+
+
+def encode_rank(rank: int) -> int:
+    """An int rank as the kernel takes it: 16 * rank + 8.
+
+    Triton specialises integers inside tuples on the value 1 and on divisibility by 16 whatever
+    do_not_specialize says; this form is neither for any rank, so all ranks share one variant.
+    """
+    return (rank << _RANK_BITS.value) | 8
+
+
+@triton.jit
+def _pick(values, i_layer, NUM_LAYERS: tl.constexpr):
+    """Entry i_layer, a run-time index, of a tuple.
+
+    Selects keep what all layers have in common: divisors, and a stride that is 1 in every layer
+    stays a constant. So a group has the vector loads of a single layer.
+    """
+    picked = values[0]
+    for i in tl.static_range(1, NUM_LAYERS):
+        picked = tl.where(i_layer == i, values[i], picked)
+    return picked
+
+
+@triton.jit
+def _vector(values, o_l, NUM_LAYERS: tl.constexpr):
+    """The integers of a tuple as one vector, zero past the last layer."""
+    b_values = tl.zeros_like(o_l)
+    for i in tl.static_range(NUM_LAYERS):
+        b_values = tl.where(o_l == i, values[i], b_values)
+    return b_values
+
+
+@triton.jit
+def _at(b_values, o_l, i_layer):
+    """Element i_layer of a vector."""
+    return tl.sum(tl.where(o_l == i_layer, b_values, 0), 0)
+
+
+@triton.jit
+def _shrink_sum(
+    p_x, p_s, M, K, rank_read, stride_xm, stride_sr, stride_sk, i_m, i_r, i_first, i_end,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tile of x · Sᵀ over the K steps i_first .. i_end - 1, in float32."""
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_k = tl.arange(0, BLOCK_K)
+    o_k0 = i_first * BLOCK_K
+    p_x = p_x + o_m[:, None].to(tl.int64) * stride_xm + (o_k0 + o_k)[None, :]
+    p_s = (
+        p_s + o_r[None, :].to(tl.int64) * stride_sr + (o_k0 + o_k)[:, None].to(tl.int64) * stride_sk
+    )
+    b_h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for i_step in range(i_first, i_end):
+        m_k = i_step * BLOCK_K + o_k < K
+        b_x = tl.load(p_x, mask=(o_m < M)[:, None] & m_k[None, :], other=0.0)
+        b_s = tl.load(p_s, mask=(o_r < rank_read)[None, :] & m_k[:, None], other=0.0)
+        b_h = tl.dot(b_x, b_s, b_h, input_precision=INPUT_PRECISION)
+        p_x += BLOCK_K
+        p_s += BLOCK_K * stride_sk
+    return b_h
+
+
+@triton.jit
+def _expand_sum(
+    b_y, p_h, p_e, M, N, rank, rank_stored, rank_read, stride_hm, stride_en, stride_er, i_m, i_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """b_y + H · Eᵀ of one tile."""
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, BLOCK_R)
+    p_h = p_h + o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
+    p_e = p_e + o_n[None, :].to(tl.int64) * stride_en + o_r[:, None].to(tl.int64) * stride_er
+    for o_r0 in range(0, rank, BLOCK_R):
+        m_h = (o_r0 + o_r < rank_stored)[None, :]
+        m_e = (o_r0 + o_r < rank_read)[:, None]
+        b_h = tl.load(p_h, mask=(o_m < M)[:, None] & m_h, other=0.0)
+        b_e = tl.load(p_e, mask=m_e & (o_n < N)[None, :], other=0.0)
+        b_y = tl.dot(b_h, b_e, b_y, input_precision=INPUT_PRECISION)
+        p_h += BLOCK_R
+        p_e += BLOCK_R * stride_er
+    return b_y
+
+
+@triton.jit
+def _store_h(b_h, p_h, M, rank, width, stride_hm, i_m, i_r, BLOCK_M, BLOCK_R):
+    """H of one tile: exact zeros from `rank` to `width`."""
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    b_h = tl.where((o_r < rank)[None, :], b_h, 0.0)
+    p_h = p_h + o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
+    tl.store(p_h, b_h.to(p_h.dtype.element_ty), mask=(o_m < M)[:, None] & (o_r < width)[None, :])
+
+
+@triton.jit
+def _reduce_splits(b_h, p_slots, p_arrivals, i_split, num_splits, BLOCK_M, BLOCK_R):
+    """(sum over splits, whether this tile was the last): slots are added in the order of splits."""
+    SIZE: tl.constexpr = BLOCK_M * BLOCK_R
+    o_slot = tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    tl.store(p_slots + i_split * SIZE + o_slot, b_h)
+    # Triton 3.6 puts no barrier of its own between the stores of a tile and an atomic: without
+    # this one thread would publish what other warps have yet to store.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(p_arrivals, 1, sem="acq_rel") == num_splits - 1
+    if is_last:
+        tl.store(p_arrivals, 0)
+        b_h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        # Unrolled, because the loads of several slots must be in flight together.
+        for i in tl.range(0, num_splits, loop_unroll_factor=4):
+            b_h += tl.load(p_slots + i * SIZE + o_slot)
+    return b_h, is_last
+
+
+@triton.jit
+def _epilogue(
+    b_y, p_bias, N, i_layer, i_n, ACTIVATIONS: tl.constexpr, BIAS_BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """act(b_y + bias) of one layer of the group."""
+    if BIAS_BITS:
+        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        N_bias = tl.where((BIAS_BITS >> i_layer) & 1 == 1, N, 0)
+        b_y += tl.load(p_bias + o_n, mask=o_n < N_bias, other=0.0).to(tl.float32)[None, :]
+    if len(ACTIVATIONS) == 1:
+        b_y = apply_activation(b_y, tl.constexpr(ACTIVATIONS[0]))
+    else:
+        for i in tl.static_range(len(ACTIVATIONS)):
+            if i_layer == i:
+                b_y = apply_activation(b_y, tl.constexpr(ACTIVATIONS[i]))
+    return b_y
+
+
+@triton.jit
+def _leave(p_ticket, p_ready, num_ready):
+    """Count this program out; the last one sets the counters back to zero."""
+    tl.debug_barrier()
+    if tl.atomic_add(p_ticket + _EXIT, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(p_ticket, 0)
+        tl.store(p_ticket + _EXIT, 0)
+        o_ready = tl.arange(0, 256)
+        for i in range(0, num_ready, 256):
+            tl.store(p_ready + i + o_ready, 0, mask=i + o_ready < num_ready)
+
+
+@triton.jit(do_not_specialize=["ranks", "M", "split_target"])
+def two_phase_kernel(
+    xs, ss, es, biases, ys, hs, Ns, Ks, Rs, ranks,
+    strides_xm, strides_sr, strides_sk, strides_en, strides_er, strides_ym, strides_hm,
+    partials, counters, M, split_target,
+    BIAS_BITS: tl.constexpr, ACTIVATIONS: tl.constexpr, TENSOR_RANK: tl.constexpr,
+    SUM_LAYERS: tl.constexpr, ZERO_TAIL: tl.constexpr, ROUND_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    LAYERS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y_i = act_i(x_i · S_i[:r_i]ᵀ · E_i[:, :r_i]ᵀ + bias_i), or y = the sum of those (SUM_LAYERS).
+
+    Reads, per layer, x (M, K), S (R, K), E (N, R), bias (N,); writes y (M, N) and H (M, r), whose
+    row stride is a multiple of 16. Plural arguments are tuples with one entry per layer. S, E = v, u
+    is the forward; S, E = uᵀ, vᵀ turns dy into dx, and H is then dH.
+
+    Arguments that need a word:
+        ranks: encode_rank of each rank, or a pointer to int32 (TENSOR_RANK); clamped to 0..R.
+        partials: float32 slots for split_target tiles of H.
+        counters: zeros; ticket, leaving programs, arrivals (split_target), ready (layers, num_m).
+        split_target: K is split as long as phase 1 has no more tiles than this.
+        BIAS_BITS: bit i says that layer i has a bias.
+        ACTIVATIONS: one name for all layers, or one each.
+        ZERO_TAIL: H is (M, R) and its columns beyond r are set to zero.
+        ROUND_RANK: factors are read up to the next multiple of 8 of the rank: all R % 8 == 0.
+        LAYERS: number of layers rounded up to a power of two.
+    """
+    NUM_LAYERS: tl.constexpr = len(xs)
+    o_l = tl.arange(0, LAYERS)
+    b_R = _vector(Rs, o_l, NUM_LAYERS)
+    if TENSOR_RANK:
+        b_rank = tl.load(ranks + o_l, mask=o_l < NUM_LAYERS, other=0)
+    else:
+        b_rank = _vector(ranks, o_l, NUM_LAYERS) >> _RANK_BITS
+    b_rank = tl.minimum(tl.maximum(b_rank, 0), b_R)
+
+    num_m = tl.cdiv(M, BLOCK_M)
+    b_blocks = tl.cdiv(b_rank, BLOCK_R)
+    num_unsplit = tl.maximum(num_m * tl.sum(b_blocks, 0), 1)
+    b_steps = tl.cdiv(_vector(Ks, o_l, NUM_LAYERS), BLOCK_K)
+    b_split = tl.minimum(split_target // num_unsplit, tl.minimum(b_steps // MIN_STEPS, MAX_SPLIT))
+    b_split = tl.maximum(b_split, 1)
+    b_shrink = b_blocks * b_split
+    b_shrink_end = tl.cumsum(b_shrink, 0)
+    per_m = tl.sum(b_shrink, 0)
+
+    p_arrivals = counters + COUNTERS_BEFORE_ARRIVALS
+    p_ready = p_arrivals + split_target
+    i_tile = tl.atomic_add(counters, 1, sem="relaxed")
+
+    while i_tile < num_m * per_m:
+        i_m = i_tile // per_m
+        i_in_row = i_tile % per_m
+        i_layer = tl.sum((b_shrink_end <= i_in_row).to(tl.int32), 0)
+        i_in_layer = i_in_row - _at(b_shrink_end - b_shrink, o_l, i_layer)
+        num_splits = _at(b_split, o_l, i_layer)
+        num_steps = _at(b_steps, o_l, i_layer)
+        rank = _at(b_rank, o_l, i_layer)
+        R = _pick(Rs, i_layer, NUM_LAYERS)
+        i_r = i_in_layer // num_splits
+        i_split = i_in_layer % num_splits
+        rank_read = tl.cdiv(rank, 8) * 8 if ROUND_RANK else rank
+        b_h = _shrink_sum(
+            _pick(xs, i_layer, NUM_LAYERS), _pick(ss, i_layer, NUM_LAYERS),
+            M, _pick(Ks, i_layer, NUM_LAYERS), rank_read,
+            _pick(strides_xm, i_layer, NUM_LAYERS), _pick(strides_sr, i_layer, NUM_LAYERS),
+            _pick(strides_sk, i_layer, NUM_LAYERS), i_m, i_r,
+            num_steps * i_split // num_splits, num_steps * (i_split + 1) // num_splits,
+            BLOCK_M, BLOCK_K, BLOCK_R, INPUT_PRECISION,
+        )  # fmt: skip
+        is_last = i_split == 0
+        if num_splits > 1:
+            i_slot = i_tile - i_split
+            b_h, is_last = _reduce_splits(
+                b_h, partials + i_slot * (BLOCK_M * BLOCK_R), p_arrivals + i_slot, i_split,
+                num_splits, BLOCK_M, BLOCK_R,
+            )  # fmt: skip
+        if is_last:
+            width = tl.cdiv(R if ZERO_TAIL else rank, 8) * 8
+            _store_h(
+                b_h, _pick(hs, i_layer, NUM_LAYERS), M, rank, width,
+                _pick(strides_hm, i_layer, NUM_LAYERS), i_m, i_r, BLOCK_M, BLOCK_R,
+            )  # fmt: skip
+            tl.debug_barrier()
+            tl.atomic_add(p_ready + i_layer * num_m + i_m, 1, sem="release")
+        i_tile = tl.atomic_add(counters, 1, sem="relaxed")
+    num_claimed = num_m * per_m
+
+    if ZERO_TAIL:
+        b_tail = num_m * (tl.cdiv(b_R, BLOCK_R) - b_blocks)
+        b_tail_end = num_claimed + tl.cumsum(b_tail, 0)
+        num_claimed += tl.sum(b_tail, 0)
+        while i_tile < num_claimed:
+            i_layer = tl.sum((b_tail_end <= i_tile).to(tl.int32), 0)
+            i_in_layer = i_tile - _at(b_tail_end - b_tail, o_l, i_layer)
+            width = tl.cdiv(_pick(Rs, i_layer, NUM_LAYERS), 8) * 8
+            b_h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            _store_h(
+                b_h, _pick(hs, i_layer, NUM_LAYERS), M, 0, width,
+                _pick(strides_hm, i_layer, NUM_LAYERS), i_in_layer % num_m,
+                _at(b_blocks, o_l, i_layer) + i_in_layer // num_m, BLOCK_M, BLOCK_R,
+            )  # fmt: skip
+            i_tile = tl.atomic_add(counters, 1, sem="relaxed")
+
+    # Longest rank first: the last tiles to finish should be short ones.
+    b_expand = num_m * tl.cdiv(_vector(Ns, o_l, NUM_LAYERS), BLOCK_N)
+    if SUM_LAYERS:
+        b_expand = tl.where(o_l == 0, b_expand, 0)
+        b_expand_begin = tl.zeros_like(o_l)
+    else:
+        m_before = (b_rank[None, :] > b_rank[:, None]) | (
+            (b_rank[None, :] == b_rank[:, None]) & (o_l[None, :] < o_l[:, None])
+        )
+        b_expand_begin = tl.sum(tl.where(m_before, b_expand[None, :], 0), 1)
+    num_expand = tl.sum(b_expand, 0)
+    while i_tile < num_claimed + num_expand:
+        o_begin = i_tile - num_claimed - b_expand_begin
+        i_layer = tl.sum(tl.where((o_begin >= 0) & (o_begin < b_expand), o_l, 0), 0)
+        i_in_layer = i_tile - num_claimed - _at(b_expand_begin, o_l, i_layer)
+        N = _pick(Ns, i_layer, NUM_LAYERS)
+        num_n = tl.cdiv(N, BLOCK_N)
+        i_m = i_in_layer // num_n
+        i_n = i_in_layer % num_n
+        b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        i_end = NUM_LAYERS if SUM_LAYERS else i_layer + 1
+        for i in range(i_layer, i_end):
+            rank = _at(b_rank, o_l, i)
+            rank_stored = tl.cdiv(rank, 8) * 8
+            rank_read = rank_stored if ROUND_RANK else rank
+            while tl.atomic_add(p_ready + i * num_m + i_m, 0, sem="acquire") < tl.cdiv(
+                rank, BLOCK_R
+            ):
+                pass
+            b_y = _expand_sum(
+                b_y, _pick(hs, i, NUM_LAYERS), _pick(es, i, NUM_LAYERS), M, N, rank, rank_stored,
+                rank_read, _pick(strides_hm, i, NUM_LAYERS), _pick(strides_en, i, NUM_LAYERS),
+                _pick(strides_er, i, NUM_LAYERS), i_m, i_n, BLOCK_M, BLOCK_N, BLOCK_R,
+                INPUT_PRECISION,
+            )  # fmt: skip
+        p_bias = _pick(biases, i_layer, NUM_LAYERS)
+        b_y = _epilogue(b_y, p_bias, N, i_layer, i_n, ACTIVATIONS, BIAS_BITS, BLOCK_N)
+        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        p_y = _pick(ys, i_layer, NUM_LAYERS)
+        p_y = p_y + o_m[:, None].to(tl.int64) * _pick(strides_ym, i_layer, NUM_LAYERS)
+        m_y = (o_m < M)[:, None] & (o_n < N)[None, :]
+        tl.store(p_y + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
+        i_tile = tl.atomic_add(counters, 1, sem="relaxed")
+
+    _leave(counters, p_ready, NUM_LAYERS * num_m)
