@@ -99,7 +99,7 @@ class LoDLayer(nn.Module):
         """The merged active prefix u[:, :r] @ v[:r] in the dense layer's shape.
 
         The product is computed when values are used, with gradients to u and v; shape, dtype and
-        device cost nothing. Writing into it raises TypeError.
+        device cost nothing. Writing into it raises NotImplementedError.
         """
         u, v = self.u, self.v
         if torch.compiler.is_compiling():

@@ -46,7 +46,8 @@ class MergedWeight(Tensor):
         if func in _DETACH:
             return args[0]._detached()
         if _writes(func, args, kwargs):
-            raise TypeError(
+            # Not a TypeError: torch turns that one, in `w *= 2`, into "try another operand".
+            raise NotImplementedError(
                 f"weight: {func.__name__}: expected a read, got a write: the weight of a "
                 "factorised layer is computed from u and v; write into those"
             )
@@ -76,8 +77,7 @@ def _writes(func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> bool:
     return inplace and bool(args) and isinstance(args[0], MergedWeight)
 
 
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or")
-_WRITES = frozenset(("__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS)))
+_WRITES = ("__setitem__", "__set__")
 _GETTERS = """device dtype grad grad_fn is_cpu is_cuda is_leaf is_meta is_quantized is_sparse
 itemsize layout nbytes ndim requires_grad shape"""
 _METHODS = """__hash__ __len__ data_ptr dim element_size get_device is_complex is_contiguous
