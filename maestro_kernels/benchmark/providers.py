@@ -259,6 +259,9 @@ def _ours(name: str, backend: str | None, *, grouped: bool) -> Provider:
         return [mk.lod_linear(i.x, u, v, b, rank=r, backend=backend) for u, v, b, r in layers]
 
     def bind(case: Case, ring: Sequence[Inputs]) -> list[Forward]:
+        if backend == "triton" and ring[0].x.device.type == "cpu":
+            # TRITON_INTERPRET=1 would serve it, a thousand times slower than any kernel.
+            raise Unavailable("triton kernels need a CUDA device; the interpreter is not timed")
         try:
             plan = _plan(ring[0], backend, fn=fn)
         except NotImplementedError as error:

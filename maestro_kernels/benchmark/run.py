@@ -124,14 +124,15 @@ def run_case(
                         launch=launch,
                         provider=provider.name,
                         family=provider.family,
-                        config=_config(case, provider, inputs),
                     )
                     if provider.name in refused:
                         kind, reason = refused[provider.name]
                         rows.append(replace(row, gate=kind, reason=reason))
                         continue
                     copies = len(bounds[provider.name]) if cache == "cold" else 0
-                    row = replace(row, ring_bytes=copies * inputs.bytes(provider.family))
+                    size = inputs.bytes(provider.family)
+                    config = provider.config(case, inputs)
+                    row = replace(row, ring_bytes=copies * size, config=config)
                     rows.append(_timed(row, case, stats[provider.name], device))
     return with_speedups(rows)
 
@@ -250,13 +251,6 @@ def _walk(ring: list[Bound]) -> Callable[[], object]:
         return calls[0]
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
-
-
-def _config(case: Case, provider: Provider, inputs: Inputs) -> str:
-    try:
-        return provider.config(case, inputs)
-    except NotImplementedError:
-        return ""
 
 
 def _row(case: Case, device: hardware.Device, started: str, options: Options) -> Row:

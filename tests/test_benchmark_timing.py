@@ -1,0 +1,93 @@
+import itertools
+import time
+from collections import Counter
+
+import pytest
+
+from maestro_kernels.benchmark.timing import Stats, interleave, rounds
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_rounds_balance_places_and_predecessors(n):
+    names = [f"c{i}" for i in range(n)]
+    orders = list(itertools.islice(rounds(names), 2 * n))
+    assert all(sorted(order) == names for order in orders)
+    places = Counter((name, place) for order in orders for place, name in enumerate(order))
+    assert set(places.values()) == {2}
+    assert len(places) == n * n
+    before = Counter((a, b) for order in orders[:2] for a, b in itertools.combinations(order, 2))
+    assert set(before.values()) <= {1}
+    assert len(before) == n * (n - 1)
+
+
+class ScriptedClock:
+    """Gives the times it is told and records who was asked."""
+
+    def __init__(self, seconds):
+        self.seconds, self.asked = seconds, []
+
+    def time(self, name, call, calls):
+        self.asked.append(name)
+        return next(self.seconds[name]) * calls
+
+
+def test_interleave_follows_the_rounds_and_takes_percentiles():
+    clock = ScriptedClock({"a": iter(range(1, 100)), "b": itertools.repeat(7.0)})
+    stats = interleave(
+        {"a": lambda: None, "b": lambda: None}, min_rounds=11, max_rounds=11, clock=clock
+    )
+    expected = itertools.chain.from_iterable(itertools.islice(rounds(["a", "b"]), 11))
+    assert clock.asked == list(expected)
+    assert list(stats) == ["a", "b"]
+    a = stats["a"]
+    assert (a.p20, a.p50, a.p80, a.samples) == pytest.approx((3.0, 6.0, 9.0, 11))
+    assert a.spread == pytest.approx(1.0)
+    assert stats["b"].spread == 0
+
+
+def test_prime_calls_once_before_each_sample_and_cold_does_not():
+    counts = {}
+    for prime in (True, False):
+        calls = Counter()
+        clock = ScriptedClock({"a": itertools.repeat(1.0)})
+        interleave(
+            {"a": lambda calls=calls: calls.update("a")},
+            min_rounds=4,
+            max_rounds=4,
+            prime=prime,
+            clock=clock,
+        )
+        counts[prime] = calls["a"]
+    assert counts[True] - counts[False] == 4
+
+
+def test_time_box_stops_after_the_fewest_rounds():
+    stats = interleave({"a": lambda: time.sleep(2e-3)}, seconds=0.0, min_rounds=3)
+    assert stats["a"].samples == 3
+
+
+def test_short_calls_are_repeated_within_a_sample():
+    stats = interleave({"a": lambda: None}, seconds=0.05, sample_seconds=1e-3, min_rounds=1)
+    assert stats["a"].calls > 100
+    assert stats["a"].p50 < 1e-5
+
+
+def test_wall_clock_tells_a_slow_call_from_a_fast_one():
+    stats = interleave(
+        {"fast": lambda: time.sleep(1e-3), "slow": lambda: time.sleep(2e-2)},
+        seconds=0.3,
+        prime=False,
+    )
+    assert stats["slow"].p50 > 3 * stats["fast"].p50
+    assert stats["slow"].p50 >= 2e-2
+
+
+def test_one_sample_has_no_spread():
+    assert Stats.of([2.0], 3) == Stats(2.0, 2.0, 2.0, 1, 3)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="interleave: candidates: expected at least one, got none"):
+        interleave({})
+    with pytest.raises(ValueError, match="interleave: min_rounds: expected 1 <= min_rounds"):
+        interleave({"a": lambda: None}, min_rounds=5, max_rounds=4)
