@@ -51,7 +51,12 @@ def row(provider="ours", p50=100.0, spread=0.02, **changes):
         gbs=2.0,
         roofline=0.4,
         threads=2,
-        device={"kind": "cpu", "name": "test CPU", "peak_flops": {"float32": 1e12}},
+        device={
+            "kind": "cpu",
+            "name": "test CPU",
+            "peak_flops": {"float32": 1e12},
+            "bandwidth": 1e10,
+        },
         versions={"torch": "2.13", "commit": "abc", "dirty": False},
         command="maestro-kernels bench",
     )
