@@ -171,7 +171,7 @@ def test_compare_reports_what_was_lost_and_what_has_no_counterpart():
         ((99, 100, 101), (109, 110, 111), "slower"),
         ((109, 110, 111), (99, 100, 101), "faster"),
         ((99, 100, 101), (103, 104, 105), "same"),  # below 5 %
-        ((80, 100, 120), (110, 130, 140), "same"),  # intervals meet
+        ((99, 100, 112), (111, 115, 116), "same"),  # intervals meet
         ((80, 100, 101), (101.5, 110, 130), "same"),  # differs by less than the spreads
     ],
 )
