@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,9 @@ MAX_LAYERS = 8
 # Elements that a row of H is rounded up to: its rows then start on 16 bytes in every dtype, and
 # Triton finds every row stride divisible by 16, so that a rank never makes a variant.
 _H_ALIGN = 16
+# Two programs of 4 warps, or one of 8, share the 65536 registers of a multiprocessor. Left alone,
+# ptxas aims at more programs than the plan has and spills a few bytes to get there.
+_MAX_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -83,54 +87,58 @@ class TwoPhasePlan:
 
 _SMALL = TwoPhaseConfig(16, 32, 128, 32, 4, 4)
 _SMALL_WIDE = TwoPhaseConfig(16, 64, 128, 32, 4, 4)
-_SMALL_32 = TwoPhaseConfig(32, 64, 128, 32, 4, 3)
-# (largest M, largest N, largest R, configuration), first match wins; None is no limit. By the model
-# of kernels.md: not measured on a GPU.
-_TABLES: dict[tuple[str, int], tuple[tuple[int | None, int | None, int | None, Any], ...]] = {
-    ("sm_90", 2): (
-        (16, 8192, None, _SMALL),
-        (16, None, None, _SMALL_WIDE),
-        (32, None, None, _SMALL_32),
-        (512, None, None, TwoPhaseConfig(64, 64, 64, 64, 4, 4)),
-        (2048, None, None, TwoPhaseConfig(64, 128, 64, 64, 4, 4)),
-        (None, None, 64, TwoPhaseConfig(128, 128, 64, 64, 8, 4)),
-        (None, None, None, TwoPhaseConfig(128, 128, 64, 128, 8, 3)),
+_MIDDLE = TwoPhaseConfig(32, 64, 128, 32, 4, 3)
+_LARGE = TwoPhaseConfig(64, 64, 64, 64, 4, 4)
+_Row = tuple[float, float, TwoPhaseConfig]  # largest M, largest N, what serves them
+# First match wins. Chosen by the model in the maintainers' notes and by what compiles without
+# spills; not measured on a GPU. Multiplying float32 exactly takes FMAs, whose operands must fit
+# into registers: BLOCK_R is 16 there.
+_TABLES: dict[tuple[str, str], tuple[_Row, ...]] = {
+    ("sm_90", "16-bit"): (
+        (16, 8192, _SMALL),
+        (16, math.inf, _SMALL_WIDE),
+        (32, math.inf, _MIDDLE),
+        (512, math.inf, _LARGE),
+        (2048, math.inf, TwoPhaseConfig(64, 128, 64, 64, 4, 4)),
+        (math.inf, math.inf, TwoPhaseConfig(128, 128, 64, 64, 8, 4)),
     ),
-    ("sm_80", 2): (
-        (16, 8192, None, _SMALL),
-        (16, None, None, _SMALL_WIDE),
-        (32, None, None, _SMALL_32),
-        (512, None, None, TwoPhaseConfig(64, 64, 64, 64, 4, 4)),
-        (None, None, None, TwoPhaseConfig(128, 128, 32, 64, 8, 3)),
-    ),
-    ("sm_90", 4): (
-        (16, None, None, TwoPhaseConfig(16, 32, 64, 32, 4, 4)),
-        (None, None, None, TwoPhaseConfig(64, 64, 32, 32, 4, 3)),
-    ),
-    ("sm_80", 4): (
-        (16, None, None, TwoPhaseConfig(16, 32, 64, 32, 4, 4)),
-        (None, None, None, TwoPhaseConfig(64, 64, 32, 32, 4, 3)),
+    ("sm_80", "16-bit"): (
+        (16, 8192, _SMALL),
+        (16, math.inf, _SMALL_WIDE),
+        (32, math.inf, _MIDDLE),
+        (512, math.inf, _LARGE),
+        (math.inf, math.inf, TwoPhaseConfig(128, 128, 32, 64, 8, 3)),
     ),
 }
+for _arch in ("sm_80", "sm_90"):
+    _TABLES[_arch, "tf32"] = (
+        (16, math.inf, TwoPhaseConfig(16, 32, 64, 32, 4, 4)),
+        (math.inf, math.inf, TwoPhaseConfig(64, 64, 32, 32, 4, 3)),
+    )
+    _TABLES[_arch, "ieee"] = (
+        (16, math.inf, TwoPhaseConfig(16, 32, 64, 16, 4, 4)),
+        (math.inf, math.inf, TwoPhaseConfig(64, 64, 32, 16, 8, 3)),
+    )
 # Every configuration that choose_config can return.
 SHIPPED: dict[str, tuple[TwoPhaseConfig, ...]] = {
-    arch: tuple(dict.fromkeys(row[3] for size in (2, 4) for row in _TABLES[arch, size]))
+    arch: tuple(
+        dict.fromkeys(row[2] for kind in ("16-bit", "tf32", "ieee") for row in _TABLES[arch, kind])
+    )
     for arch in ("sm_80", "sm_90")
 }
 
 
-def choose_config(M: int, N: int, R: int, dtype: torch.dtype, arch: str) -> TwoPhaseConfig:
-    """Configuration for M rows, the largest N and R of a group, a dtype and an architecture.
+def choose_config(
+    M: int, N: int, dtype: torch.dtype, arch: str, input_precision: str = "ieee"
+) -> TwoPhaseConfig:
+    """Configuration for M rows and the largest N of a group.
 
     Architectures without an entry take those of sm_80, which fit into 99 KiB of shared memory;
     sm_100 takes those of sm_90.
     """
-    table = _TABLES["sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80", dtype.itemsize]
-    for max_m, max_n, max_r, config in table:
-        fits = (M <= (max_m or M), N <= (max_n or N), R <= (max_r or R))
-        if all(fits):
-            return config
-    raise AssertionError("the last row of a table has no limits")
+    table = "sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80"
+    kind = input_precision if dtype == torch.float32 else "16-bit"
+    return next(row[2] for row in _TABLES[table, kind] if row[0] >= M and row[1] >= N)
 
 
 @functools.lru_cache(4096)
@@ -356,7 +364,7 @@ def _launch(
     tensor_rank = isinstance(ranks, Tensor)
     widths = Rs if tensor_rank else [min(r, R) for r, R in zip(ranks, Rs, strict=True)]
     device = hardware.current_device(x.device) if x.is_cuda else hardware.H100
-    config = config or choose_config(M, max(Ns), max(Rs), x.dtype, device.arch)
+    config = config or choose_config(M, max(Ns), x.dtype, device.arch, input_precision)
     plan = plan_two_phase(device, config, M, tuple(n for n in Ns[: len(ys)]), tuple(widths))
     hs = _empty_h(x, M, widths, shared=not save_h)
     names = [activation_name(a) for a in activations]
@@ -401,6 +409,7 @@ def _launch(
             BLOCK_R=config.BLOCK_R,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            maxnreg=_MAX_REGISTERS,
         )
     return hs
 
@@ -426,20 +435,25 @@ def aot_spec(config: TwoPhaseConfig, dtype: str, arch: str) -> Iterator[dict[str
     single: int rank, bias and gelu; grouped: three layers, tensor ranks, H saved, silu beside none;
     dx: of one layer; dx_sum: three layers that share x, tensor ranks.
     """
-    size = 4 if dtype == "fp32" else 2
-    if config not in [row[3] for row in _TABLES[arch, size]]:
-        return
-    for form in _FORMS:
-        yield {
-            "kernel": two_phase_kernel,
-            "label": f"{config} {form}",
-            "signature": _signature(config, dtype, form),
-            "options": {"num_warps": config.num_warps, "num_stages": config.num_stages},
-            "dot_rows": config.BLOCK_M,
-        }
+    for precision in ("ieee", "tf32") if dtype == "fp32" else ("16-bit",):
+        if config not in [row[2] for row in _TABLES[arch, precision]]:
+            continue
+        for form in _FORMS:
+            suffix = f" {precision}" if dtype == "fp32" else ""
+            yield {
+                "kernel": two_phase_kernel,
+                "label": f"{config} {form}{suffix}",
+                "signature": _signature(config, dtype, form, precision),
+                "options": {
+                    "num_warps": config.num_warps,
+                    "num_stages": config.num_stages,
+                    "maxnreg": _MAX_REGISTERS,
+                },
+                "dot_rows": config.BLOCK_M,
+            }
 
 
-def _signature(config: TwoPhaseConfig, dtype: str, form: str) -> dict[str, Any]:
+def _signature(config: TwoPhaseConfig, dtype: str, form: str, precision: str) -> dict[str, Any]:
     """Arguments as Triton specialises them for contiguous tensors with sizes divisible by 16."""
     backward, group = form.startswith("dx"), form in ("grouped", "dx_sum")
     count = 3 if group else 1
@@ -452,7 +466,7 @@ def _signature(config: TwoPhaseConfig, dtype: str, form: str) -> dict[str, Any]:
     strides = {"strides_sr": "i32:16", "strides_sk": 1, "strides_en": "i32:16", "strides_er": 1}
     if backward:
         strides = {"strides_sr": 1, "strides_sk": "i32:16", "strides_en": 1, "strides_er": "i32:16"}
-    precision = "tf32" if dtype == "fp32" and form != "single" else "ieee"
+    activations = {"single": ("gelu",), "grouped": ("silu", "none", "none")}.get(form, ("none",))
     return (
         {name: each(f"*{dtype}:16") for name in pointers}
         | {name: each("i32:16") for name in sizes}
@@ -464,17 +478,13 @@ def _signature(config: TwoPhaseConfig, dtype: str, form: str) -> dict[str, Any]:
             "M": "i32",
             "split_target": "i32",
             "BIAS_BITS": 0 if backward else 5 if group else 1,
-            "ACTIVATIONS": ("silu", "none", "none")
-            if form == "grouped"
-            else ("none",)
-            if backward
-            else ("gelu",),
+            "ACTIVATIONS": activations,
             "TENSOR_RANK": group,
             "SUM_LAYERS": form == "dx_sum",
             "ZERO_TAIL": group,
             "ROUND_RANK": True,
             "LAYERS": 4 if group else 1,
-            "INPUT_PRECISION": precision,
+            "INPUT_PRECISION": "tf32" if precision == "tf32" else "ieee",
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_N": config.BLOCK_N,
             "BLOCK_K": config.BLOCK_K,

@@ -193,8 +193,8 @@ def two_phase_kernel(
     """y_i = act_i(x_i · S_i[:r_i]ᵀ · E_i[:, :r_i]ᵀ + bias_i), or y = the sum of those (SUM_LAYERS).
 
     Reads, per layer, x (M, K), S (R, K), E (N, R), bias (N,); writes y (M, N) and H (M, r), whose
-    row stride is a multiple of 16. Plural arguments are tuples with one entry per layer. S, E = v, u
-    is the forward; S, E = uᵀ, vᵀ turns dy into dx, and H is then dH.
+    row stride is a multiple of 16. Plural arguments are tuples with one entry per layer.
+    S, E = v, u is the forward; S, E = uᵀ, vᵀ turns dy into dx, and H is then dH.
 
     Arguments that need a word:
         ranks: encode_rank of each rank, or a pointer to int32 (TENSOR_RANK); clamped to 0..R.
