@@ -1,0 +1,55 @@
+"""What the launchers share: the record of a device, table rows for it, scratch shaped like H."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from maestro_kernels import hardware
+
+__all__ = ["device_of", "empty_h", "readable_h", "record_of", "table_arch"]
+
+# Rows of H are this many elements apart, or a multiple: they start on 16 bytes in every dtype, and
+# Triton finds the stride divisible by 16 for every rank, so that no rank makes a variant.
+_H_ALIGN = 16
+
+
+def record_of(x: Tensor) -> hardware.Device:
+    """The device record to plan for: the interpreter stands in for an H100."""
+    return hardware.current_device(x.device) if x.is_cuda else hardware.H100
+
+
+def table_arch(arch: str) -> str:
+    """The architecture whose configurations serve `arch`.
+
+    sm_100 has the instructions and the shared memory that those of sm_90 ask for (not run there);
+    everything else takes those of sm_80, which fit into 99 KiB and use no descriptors.
+    """
+    return "sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80"
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: make it the one x is on."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def empty_h(x: Tensor, width: int) -> Tensor:
+    """Uninitialised (M, width) for x (M, K), its rows a multiple of _H_ALIGN elements apart."""
+    stride = max(-(-width // _H_ALIGN), 1) * _H_ALIGN
+    return x.new_empty(x.shape[0], stride)[:, :width]
+
+
+def readable_h(h: Tensor) -> Tensor:
+    """H with rows as empty_h lays them out, copied if they are not: kernels read 16 bytes at once.
+
+    They read up to the next multiple of 8 columns; what lies there is never used.
+    """
+    if h.stride(1) == 1 and h.stride(0) % _H_ALIGN == 0 and h.data_ptr() % 16 == 0:
+        last = h.storage_offset() + (h.shape[0] - 1) * h.stride(0) + -(-h.shape[1] // 8) * 8
+        if last * h.element_size() <= h.untyped_storage().nbytes():
+            return h
+    padded = empty_h(h, h.shape[1])
+    padded.copy_(h)
+    return padded
