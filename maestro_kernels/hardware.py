@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -206,7 +205,7 @@ def _probe_bandwidth(num_bytes: int, device: torch.device) -> float:
 
 
 def _best_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.25) -> float:
-    """Lower quartile of repeated calls: a ceiling is wanted, but not one lucky sample."""
+    """Fastest of repeated calls: a ceiling is what nothing measured later should exceed."""
     call()
     times: list[float] = []
     stop = time.perf_counter() + budget
@@ -216,7 +215,7 @@ def _best_seconds(call: Callable[[], object], device: torch.device, budget: floa
         call()
         _synchronize(device)
         times.append(time.perf_counter() - start)
-    return statistics.quantiles(times, n=4)[0]
+    return min(times)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 
 import pytest
@@ -57,6 +58,13 @@ def test_compare_reports_a_slow_down_and_fails(tmp_path, capsys):
 def test_wrong_input_is_one_line_and_code_2(tmp_path, capsys, arguments, message):
     assert main(["bench", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_matplotlib_is_said_before_measuring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([*SHAPE, "--out", str(tmp_path / "out")]) == 2
+    assert "expected matplotlib for the plots" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

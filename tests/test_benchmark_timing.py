@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from maestro_kernels.benchmark.timing import Stats, interleave, rounds
+from maestro_kernels.benchmark.timing import CpuClock, Stats, interleave, rounds
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -20,7 +20,7 @@ def test_rounds_balance_places_and_predecessors(n):
     assert len(before) == n * (n - 1)
 
 
-class ScriptedClock:
+class ScriptedClock(CpuClock):
     """Gives the times it is told and records who was asked."""
 
     def __init__(self, seconds):

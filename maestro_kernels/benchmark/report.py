@@ -181,7 +181,7 @@ def _ratio_section(found: Sequence[Outcome]) -> Html:
                 plots.ratio_plot(
                     part,
                     title=title if len(parts) == 1 else f"{title} ({k} of {len(parts)})",
-                    xlabel="← slower     faster →",
+                    xlabel="← slower · faster →",
                 )
             )
             for k, part in enumerate(parts, start=1)

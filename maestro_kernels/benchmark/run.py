@@ -57,7 +57,7 @@ class Options:
     """
 
     device: str = "cpu"
-    seconds: float = 1.5
+    seconds: float = 2.5
     caches: tuple[str, ...] = ("warm", "cold")
     ring_bytes: int = 256 << 20
     compiled: bool = True
@@ -116,7 +116,7 @@ def run_case(
             rings = _Rings(inputs, options.ring_bytes if cache == "cold" else 0)
             bounds, refused = _admit(case, providers, rings, references)
             for launch, clock in options.launches.items():
-                stats = _time(bounds, cache == "cold", clock(), options.seconds)
+                stats, unfit = _time(bounds, cache == "cold", clock(), options.seconds)
                 for provider in providers:
                     row = replace(
                         blank,
@@ -125,8 +125,8 @@ def run_case(
                         provider=provider.name,
                         family=provider.family,
                     )
-                    if provider.name in refused:
-                        kind, reason = refused[provider.name]
+                    if provider.name not in stats:
+                        kind, reason = (refused | unfit)[provider.name]
                         rows.append(replace(row, gate=kind, reason=reason))
                         continue
                     copies = len(bounds[provider.name]) if cache == "cold" else 0
@@ -188,15 +188,30 @@ def _compute(inputs: Inputs, dtype: torch.dtype, dense: bool) -> tuple[Tensor, .
 
 
 def gate(bound: Bound, torch_out: Sequence[Tensor], exact: Sequence[Tensor]) -> str | None:
-    """Why a provider's results are refused, or None when all meet the derived tolerance."""
+    """Why a provider's results are refused, or None when all meet the derived tolerance.
+
+    Args:
+        bound: the provider on one set of inputs.
+        torch_out: the same results from plain torch in the same dtype.
+        exact: the same results in float64.
+    """
     results = bound()
     if len(results) != len(exact):
         return f"expected {len(exact)} results, got {len(results)}"
     for k, (out, same, ref) in enumerate(zip(results, torch_out, exact, strict=True)):
         problem = accuracy_error(out, same, ref)
         if problem is not None:
-            return f"result {k} of {len(exact)}: {problem}"
+            return f"{_result_name(k, len(exact), bound)}: {problem}"
     return None
+
+
+def _result_name(k: int, total: int, bound: Bound) -> str:
+    """Name result k of a call: outputs first, then gradients in the order of its leaves."""
+    outputs = total - len(bound.leaves) if bound.dys else total
+    if k < outputs:
+        return "y" if outputs == 1 else f"y[{k}]"
+    leaf = bound.leaves[k - outputs]
+    return "dx" if k == outputs else f"gradient of the {tuple(leaf.shape)} parameter"
 
 
 def checked(case: Case, provider: Provider, inputs: Inputs) -> tuple[Bound, str | None]:
@@ -225,8 +240,7 @@ def _admit(
             refused[provider.name] = ("unavailable", str(reason))
         except RuntimeError as error:
             # Compilation, memory and launch errors of one candidate must not end the others.
-            text = str(error).strip() or "no message"
-            refused[provider.name] = ("error", f"{type(error).__name__}: {text.splitlines()[0]}")
+            refused[provider.name] = ("error", f"{type(error).__name__}: {_first_line(error)}")
         else:
             if problem is None:
                 bounds[provider.name] = bound
@@ -237,11 +251,25 @@ def _admit(
 
 def _time(
     bounds: dict[str, list[Bound]], cold: bool, clock: Clock, seconds: float
-) -> dict[str, Stats]:
-    if not bounds:
-        return {}
-    calls = {name: _walk(ring) for name, ring in bounds.items()}
-    return interleave(calls, seconds=seconds, prime=not cold, clock=clock)
+) -> tuple[dict[str, Stats], dict[str, tuple[str, str]]]:
+    """Time what the clock can time: (name -> stats), (name -> (gate, reason))."""
+    calls: dict[str, Callable[[], object]] = {}
+    unfit: dict[str, tuple[str, str]] = {}
+    for name, ring in bounds.items():
+        call = _walk(ring)
+        try:
+            clock.prepare(name, call)
+        except RuntimeError as error:
+            unfit[name] = ("unavailable", f"cannot be captured: {_first_line(error)}")
+        else:
+            calls[name] = call
+    if not calls:
+        return {}, unfit
+    return interleave(calls, seconds=seconds, prime=not cold, clock=clock), unfit
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def _walk(ring: list[Bound]) -> Callable[[], object]:

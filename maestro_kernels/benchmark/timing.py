@@ -47,6 +47,9 @@ class Stats:
 class CpuClock:
     """Wall time of `calls` calls in a row."""
 
+    def prepare(self, name: str, call: Call) -> None:
+        """Nothing to prepare."""
+
     def time(self, name: str, call: Call, calls: int) -> float:
         """Seconds for all `calls` calls together."""
         start = time.perf_counter_ns()
@@ -57,6 +60,9 @@ class CpuClock:
 
 class CudaClock:
     """Eager launches between two events on the current stream, so launch cost is part of it."""
+
+    def prepare(self, name: str, call: Call) -> None:
+        """Nothing to prepare."""
 
     def time(self, name: str, call: Call, calls: int) -> float:
         """Seconds for all `calls` calls together."""
@@ -76,20 +82,23 @@ class CudaGraphClock:
     def __init__(self) -> None:
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
-    def time(self, name: str, call: Call, calls: int) -> float:
-        """Seconds for all `calls` calls together; the first use captures the graph."""
-        graph = self._graphs.get((name, calls))
-        if graph is None:
+    def prepare(self, name: str, call: Call, calls: int = 1) -> None:
+        """Capture the graph; RuntimeError where the call cannot be captured."""
+        if (name, calls) not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 for _ in range(calls):
                     call()
-            self._graphs[name, calls] = graph
             graph.replay()
+            self._graphs[name, calls] = graph
+
+    def time(self, name: str, call: Call, calls: int) -> float:
+        """Seconds for all `calls` calls together; the first use captures the graph."""
+        self.prepare(name, call, calls)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        graph.replay()
+        self._graphs[name, calls].replay()
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) * 1e-3

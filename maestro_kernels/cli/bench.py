@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def register(commands: Any) -> None:
     command.add_argument("--mode", choices=("forward", "training"), help="default: as in the suite")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--threads", type=int, help="CPU threads torch uses")
-    command.add_argument("--seconds", type=float, default=1.5, help="per case and cache state")
+    command.add_argument("--seconds", type=float, default=2.5, help="per case and cache state")
     command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     command.add_argument("--out", type=Path, default=Path("reports/bench"), metavar="DIR")
     command.add_argument("--compare", type=Path, metavar="ROWS.jsonl", help="an earlier run")
@@ -52,6 +53,12 @@ def run(args: argparse.Namespace) -> int:
     from maestro_kernels.benchmark.run import Options
     from maestro_kernels.benchmark.summary import verdict
 
+    # Found out before anything is measured: a missing plotter must not cost a run.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NotImplementedError(
+            "bench: report: expected matplotlib for the plots, got none; "
+            "pip install 'maestro-kernels[bench]'"
+        )
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"bench: --threads: expected at least 1, got {args.threads}")
