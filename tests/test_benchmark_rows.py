@@ -155,6 +155,16 @@ def test_compare_takes_out_the_drift_of_the_machine():
     assert [c.new.provider for c in compare(old, new).regressions] == ["ours"]
 
 
+def test_compare_takes_out_a_busy_moment_that_hit_one_case():
+    old = [row(p, t, M=M) for M in (1, 2, 3) for p, t in (("ours", 100.0), ("two matmuls", 100.0))]
+    busy = [dataclasses.replace(row(r.provider, 180.0), M=2) if r.M == 2 else r for r in old]
+    found = compare(old, busy)
+    assert found.drift == 1.0
+    assert found.regressions == []
+    alone = [row("ours", 130.0, M=r.M) if r.provider == "ours" and r.M == 2 else r for r in old]
+    assert [c.new.M for c in compare(old, alone).regressions] == [2]
+
+
 def test_compare_reports_what_was_lost_and_what_has_no_counterpart():
     old = [row("ours", 100.0), row("two matmuls", 100.0)]
     new = [failed("ours"), row("two matmuls", 100.0), row("dense", 1.0, threads=4)]

@@ -63,7 +63,7 @@ def terminal_table(rows: Sequence[Row]) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table | str:
     """What changed since an earlier run, for the terminal."""
-    title = f"since the earlier run (machine drift {times(comparison.drift)} taken out)"
+    title = "since the earlier run (ratios have the drift of their case taken out)"
     if all(change.verdict == "same" for change in comparison.changes):
         return f"{title}: nothing changed beyond noise in {len(comparison.changes)} measurements"
     table = Table(title=title, title_justify="left", header_style="bold")
@@ -97,10 +97,11 @@ def html_report(
     first = rows[0]
     commit = str(first.versions.get("commit") or "no commit")[:10]
     subtitle = f"{device_line(first)} · {first.run} · commit {commit}"
+    answer, *rest = sections(rows)
     blocks = [] if comparison is None else [comparison_section(comparison)]
     return html.page(
         title,
-        [*blocks, *sections(rows)],
+        [answer, *blocks, *rest],
         subtitle=subtitle,
         footer=f"Written by {first.command or 'maestro_kernels.benchmark'}; every figure comes "
         f"from its rows.",
@@ -130,8 +131,8 @@ def comparison_section(comparison: Comparison) -> Html:
     worse = len(comparison.regressions)
     lead = (
         f"{len(comparison.changes)} measurements are in both runs; of ours {worse} got slower or "
-        f"lost. Machine drift {times(comparison.drift)}, taken out; {comparison.unmatched} rows of "
-        f"this run have no counterpart."
+        f"lost. What is not ours moved by {times(comparison.drift)} in the median; ratios have the "
+        f"drift of their own case taken out. {comparison.unmatched} rows have no counterpart."
     )
     if not changed:
         return html.section(

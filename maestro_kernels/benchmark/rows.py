@@ -256,7 +256,7 @@ class Change:
     Attributes:
         old: the older row.
         new: the newer row.
-        ratio: new median / old median, with the drift of the whole machine taken out.
+        ratio: new median / old median, with the drift of the case taken out.
         verdict: "slower", "faster", "same", or "lost" when a time became a failure.
     """
 
@@ -294,14 +294,23 @@ _MARGIN = 0.05
 def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
     """Say what got slower, beyond noise, between two runs on one device.
 
-    New times are first divided by the drift, the median change of the providers that are not ours;
-    beyond_noise then decides.
+    New times are first divided by the drift of their case, the median change of the providers that
+    are not ours: they took turns with ours, so a busy moment hit all of them. A case without any
+    takes the drift of the whole run. beyond_noise then decides.
     """
     before = {_identity(row): row for row in old}
     pairs = [(before[_identity(row)], row) for row in new if _identity(row) in before]
-    others = [b.p50_us / a.p50_us for a, b in pairs if a.p50_us and b.p50_us and b.family != "ours"]
-    drift = statistics.median(others) if others else 1.0
-    changes = [_change(a, b, drift) for a, b in pairs if a.times]
+    local: defaultdict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for a, b in pairs:
+        if a.p50_us and b.p50_us and b.family != "ours":
+            local[b.case].append(b.p50_us / a.p50_us)
+    everything = [ratio for ratios in local.values() for ratio in ratios]
+    drift = statistics.median(everything) if everything else 1.0
+    changes = [
+        _change(a, b, statistics.median(local[b.case]) if b.case in local else drift)
+        for a, b in pairs
+        if a.times
+    ]
     changes.sort(key=lambda c: -c.ratio)
     return Comparison(tuple(changes), drift, len(new) - len(pairs))
 
