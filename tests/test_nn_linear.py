@@ -95,11 +95,15 @@ def test_factors_of_low_precision_weights_are_as_good_as_their_rounding(dtype):
     assert error <= 2 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(weight.double())
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30, 1e-200, 1e200])
 def test_extreme_and_zero_weights_give_finite_trainable_factors(scale):
-    weight = torch.randn(8, 6) * scale
+    dtype = torch.float32 if 1e-40 < scale < 1e40 else torch.float64
+    weight = torch.randn(8, 6, dtype=dtype) * scale
     u, v = factorize(weight, 6)
     assert_close(u @ v, weight, rtol=1e-5, atol=1e-6 * scale)
+    if scale:
+        best = torch.linalg.svdvals(weight / scale)[0]
+        assert_close((u[:, :1] @ v[:1] / scale).norm(), best, rtol=1e-5, atol=0)
     assert u.isfinite().all()
     assert v.isfinite().all()
     # Where both factors of a component are zero, neither ever gets a gradient.
@@ -355,6 +359,14 @@ def test_assign_into_the_meta_device_with_another_integer_type():
     other.load_state_dict(state, assign=True)
     assert other.active_rank.dtype == torch.int32
     same(made, other)
+
+
+def test_a_state_dict_without_values_keeps_the_rank():
+    made = layer()
+    made.load_state_dict(LoDLinear(K, N, R, device="meta").state_dict(), assign=True)
+    assert made.u.is_meta
+    assert made.rank == 4
+    assert made.to_empty(device="cpu").active_rank.item() == 4
 
 
 def test_a_dict_without_the_rank_is_reported_and_keeps_the_rank():

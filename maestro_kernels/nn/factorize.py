@@ -44,6 +44,10 @@ def factorize(weight: Tensor, rank: int, moment: Tensor | None = None) -> tuple[
     """
     N, K = _check(weight, rank)
     w = weight.detach().double()
+    # Squares of huge and tiny weights would leave the range of float64.
+    peak = w.abs().max() if w.numel() else w.new_ones(())
+    peak = torch.where(peak > 0, peak, 1.0)
+    w = w / peak
     # Left directions live in the span of the columns: with N > K a QR makes them K-dimensional.
     basis, core = torch.linalg.qr(w) if N > K else (None, w)
     q = _top_directions(core, rank, None if moment is None else _regular(moment, K))
@@ -54,16 +58,13 @@ def factorize(weight: Tensor, rank: int, moment: Tensor | None = None) -> tuple[
     top = norms.max() if rank else norms.new_ones(())
     floor = torch.where(top > 0, top * torch.finfo(torch.float64).eps, 1.0)
     scale = norms.clamp_min(floor).sqrt()
-    u, v = q * scale, p / scale[:, None]
+    u, v = q * (scale * peak.sqrt()), p / scale[:, None] * peak.sqrt()
     return u.to(weight.dtype).contiguous(), v.to(weight.dtype).contiguous()
 
 
 def _top_directions(core: Tensor, rank: int, moment: Tensor | None) -> Tensor:
     """The first `rank` eigenvectors of core @ moment @ core.T as columns, largest value first."""
     gram = core @ (core.mT if moment is None else moment @ core.mT)
-    # Scaling keeps huge and tiny weights inside the range of float64; eigenvectors do not see it.
-    peak = gram.abs().max() if gram.numel() else gram.new_ones(())
-    gram = gram / torch.where(peak > 0, peak, 1.0)
     vectors: Tensor = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors
     return vectors.flip(1)[:, :rank]
 

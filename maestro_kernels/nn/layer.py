@@ -196,9 +196,6 @@ class LoDLayer(nn.Module):
         if local_metadata.get("assign_to_params_buffers", False):
             # The checkpoint's own tensor may be int64, elsewhere, or shared with a second model.
             self.active_rank = self._new_rank_buffer()
-        else:
-            with torch.no_grad():
-                self.active_rank.fill_(rank)
 
     def _read_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[list[str], int]:
         """What is wrong with this layer's entries, and the active rank they hold."""
