@@ -16,14 +16,18 @@ from collections.abc import Callable
 import pytest
 from triton_support import needs_triton, run_compiled
 
+pytestmark = needs_triton
 R, N, K, M = 256, 320, 192, 64
+WIDTHS = (16, 32, 64, 128, 256)  # of H in the row kernel
 
 
-def _ask_triton(calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, list[str]]]:
-    """Kernel -> the keys it would be compiled under, for each named series of launches."""
+def _ask_triton(series: dict[str, Callable[[], object]]) -> dict[str, object]:
+    """Cache keys (kernel -> keys) and forms that each series of launches makes; forms of aot.py."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
+
+    from maestro_kernels.backends.triton import aot
 
     class Driver:
         def get_current_target(self):
@@ -36,68 +40,95 @@ def _ask_triton(calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, l
             return 0
 
     keys: dict[str, set[str]] = {}
+    forms: set[str] = set()
 
-    def hook(*, key, fn, **_):
+    def hook(*, key, fn, compile, **_):
         keys.setdefault(fn.name.rsplit(".")[-1], set()).add(key)
+        what = (compile[part] for part in ("signature", "constants", "configs"))
+        options = json.loads(compile["specialization_data"])["options"]
+        forms.add(_form(fn.jit_function, *what, options))
         return True
 
     driver.set_active(Driver())
     triton.knobs.runtime.jit_cache_hook = hook
-    found = {}
-    for name, call in calls.items():
+    found: dict[str, object] = {"keys": {}, "forms": {}}
+    for name, launches in series.items():
         keys.clear()
-        call()
-        found[name] = {kernel: sorted(seen) for kernel, seen in keys.items()}
+        forms.clear()
+        launches()
+        found["keys"][name] = {kernel: sorted(seen) for kernel, seen in keys.items()}
+        found["forms"][name] = sorted(forms)
+    found["ahead"] = []
+    for arch, _, spec in aot._cases():
+        if arch == "sm_90":
+            source = aot._source(spec)
+            what = (source.signature, source.constants, [source.attrs])
+            found["ahead"].append(_form(spec.kernel, *what, spec.options))
     return found
 
 
-def _series() -> dict[str, Callable[[], object]]:
-    """The launches to count, by the form of the rank."""
+def _form(kernel, signature, constants, attributes, options) -> str:
+    """All that decides what is compiled, as text by which two sources of it can be compared."""
+    names = kernel.arg_names
+    fixed = {(names[path[0]], *path[1:]): value for path, value in constants.items()}
+    aligned = {(names[path[0]], *path[1:]) for path, found in attributes[0].items() if found}
+    chosen = {name: options.get(name) for name in ("num_warps", "num_stages", "maxnreg")}
+    parts = (signature.items(), fixed.items(), aligned, chosen.items())
+    text = " | ".join([names[0], *(", ".join(sorted(map(str, part))) for part in parts)])
+    return text.replace(" ", "")  # Triton may write bf16[64,64] or bf16[64, 64]
+
+
+def _launches() -> dict[str, Callable[[object], object]]:
+    """Name -> a launch at a rank."""
     import torch
-    import triton
-    import triton.language as tl
 
-    from maestro_kernels.backends.triton import two_phase
+    from maestro_kernels.backends.triton import row, two_phase
 
-    x, dy = torch.zeros(M, K, dtype=torch.bfloat16), torch.zeros(M, N, dtype=torch.bfloat16)
-    v, u = torch.zeros(R, K, dtype=torch.bfloat16), torch.zeros(N, R, dtype=torch.bfloat16)
-    bias = torch.zeros(N, dtype=torch.bfloat16)
-    # Elements of one tensor: three of four do not start on 16 bytes, which must not matter either.
-    ranks = {"int": range(R + 1), "tensor": torch.arange(R + 1, dtype=torch.int32).unbind()}
+    def zeros(*shape):
+        return torch.zeros(*shape, dtype=torch.bfloat16)
 
-    def every(form, launch):
-        return lambda: [launch(rank) for rank in ranks[form]]
+    x, dy, v, u, bias = zeros(M, K), zeros(M, N), zeros(R, K), zeros(N, R), zeros(N)
+    odd_x, odd_v = zeros(M, K + 3), zeros(R, K + 3)  # rows that TMA cannot read
 
     def grouped(rank):
         both = torch.stack([rank, rank]) if isinstance(rank, torch.Tensor) else (rank, R - rank)
-        two_phase.two_phase_grouped(
-            [x], [v, v], [u, u[:64]], [bias, None], both, [None, None], save_h=False
-        )
+        layers = [v, v], [u, u[:64]], [bias, None]
+        return two_phase.two_phase_grouped([x], *layers, both, [None, None], save_h=False)
 
-    def rows():
-        for m in (33, 48, 50, 64):  # one configuration serves them
-            two_phase.two_phase(x[:m], v, u, bias, 16, None, save_h=False)
-
-    launches = {
+    return {
         "two-phase": lambda r: two_phase.two_phase(x, v, u, bias, r, "gelu", save_h=True),
         "two-phase dx": lambda r: two_phase.two_phase_dx(dy, u, v, r),
         "grouped": grouped,
+        "row": lambda r: row.row(x, v, u, bias, r, "gelu", save_h=True),
+        "row pointers": lambda r: row.row(odd_x, odd_v, u, bias, r, "gelu", save_h=True),
+        "row dx": lambda r: row.row_dx(dy, u, v, r),
     }
 
-    @triton.jit
-    def _naive(x_ptr, rank):
-        tl.store(x_ptr, rank)
 
-    naive = {"specialised int": lambda: [_naive[(1,)](x, r) for r in range(R + 1)]}
-    return (
-        naive
-        | {"two-phase rows": rows}
-        | {
-            f"{name} {form}": every(form, launch)
-            for name, launch in launches.items()
-            for form in ranks
-        }
-    )
+def _series() -> dict[str, Callable[[], object]]:
+    """Name -> launches whose variants are counted together."""
+    import torch
+    import triton
+
+    @triton.jit
+    def specialising_kernel(p_y, rank):
+        pass
+
+    any_tensor = torch.zeros(1)
+    # Elements of one tensor: three of four do not start on 16 bytes, which must not matter either.
+    tensor_ranks = torch.arange(R + 1, dtype=torch.int32).unbind()
+    series = {"specialised int": (lambda r: specialising_kernel[(1,)](any_tensor, r), range(R + 1))}
+    for name, launch in _launches().items():
+        series[f"{name} tensor"] = (launch, tensor_ranks)
+        if name.startswith("row"):
+            for narrower, width in zip((0, *WIDTHS), WIDTHS, strict=False):
+                series[f"{name} int {width}"] = (launch, range(narrower + 1, width + 1))
+        else:
+            series[f"{name} int"] = (launch, range(R + 1))
+    return {
+        name: lambda launch=launch, ranks=ranks: [launch(rank) for rank in ranks]
+        for name, (launch, ranks) in series.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -105,29 +136,44 @@ def variants():
     return run_compiled(__file__)
 
 
-def _of(variants, series):
-    (keys,) = variants[series].values()  # one kernel, else the test is about the wrong launch
+def _keys(variants, series):
+    (keys,) = variants["keys"][series].values()  # of one kernel, else another launch is tested
     return keys
 
 
-@needs_triton
 def test_the_instrument_sees_variants(variants):
     """A kernel with an ordinary int argument makes three: 1, the multiples of 16, the rest."""
-    assert len(_of(variants, "specialised int")) == 3
+    assert len(_keys(variants, "specialised int")) == 3
 
 
-@needs_triton
 @pytest.mark.parametrize("kernel", ["two-phase", "two-phase dx", "grouped"])
 def test_one_variant_for_all_ranks(variants, kernel):
-    by_int, by_tensor = _of(variants, f"{kernel} int"), _of(variants, f"{kernel} tensor")
+    by_int, by_tensor = _keys(variants, f"{kernel} int"), _keys(variants, f"{kernel} tensor")
     assert len(by_int) == 1
     assert len(by_tensor) == 1
     assert by_int != by_tensor  # a tensor rank is read by the kernel: the second form
 
 
-@needs_triton
-def test_the_number_of_rows_makes_no_variant(variants):
-    assert len(_of(variants, "two-phase rows")) == 1
+@pytest.mark.parametrize("kernel", ["row", "row pointers", "row dx"])
+def test_row_kernel_has_one_variant_for_each_width_of_h(variants, kernel):
+    by_width = [_keys(variants, f"{kernel} int {width}") for width in WIDTHS]
+    assert [len(keys) for keys in by_width] == [1] * len(WIDTHS)
+    assert len(_keys(variants, f"{kernel} tensor")) == 1  # its width is that of R
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        "two-phase int",
+        "two-phase dx int",
+        "row dx tensor",
+        *(f"row int {width}" for width in WIDTHS),
+    ],
+)
+def test_what_is_launched_is_what_was_compiled_ahead(variants, series):
+    """Same argument types, constants, known divisors, warps and stages as a row of the report."""
+    assert variants["forms"][series]
+    assert set(variants["forms"][series]) <= set(variants["ahead"])
 
 
 if __name__ == "__main__":
