@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from maestro_kernels.nn import LoDConv2d, conv
+from maestro_kernels.nn import layer as layers
 
 STRIDES = (1, 2, (2, 1))
 PADDINGS = (0, 1, (1, 2), "same", "valid")
@@ -157,7 +158,7 @@ def test_export_capture_checkpoint_and_autocast(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             assert made(x).dtype == torch.bfloat16
     made.active_rank.fill_(1)
-    monkeypatch.setattr(conv, "is_capturing", lambda tensor: True)
+    monkeypatch.setattr(layers, "is_capturing", lambda tensor: True)
     assert_close(made(x), F.conv2d(F.conv2d(x, made.v[:1]), made.u[:, :1, None, None], made.bias))
 
 

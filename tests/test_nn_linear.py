@@ -16,7 +16,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from maestro_kernels.backends.reference import lod_linear_ref
-from maestro_kernels.nn import LoDLinear, linear
+from maestro_kernels.nn import LoDLinear
+from maestro_kernels.nn import layer as layers
 from maestro_kernels.nn.factorize import factorize
 from maestro_kernels.testing import assert_accurate
 
@@ -209,7 +210,7 @@ def test_while_a_graph_is_captured_the_buffer_decides(monkeypatch):
     x = torch.randn(5, K, dtype=torch.float64)
     made.active_rank.fill_(2)
     assert_close(made(x), F.linear(x, made.u[:, :4] @ made.v[:4], made.bias))
-    monkeypatch.setattr(linear, "is_capturing", lambda tensor: True)
+    monkeypatch.setattr(layers, "is_capturing", lambda tensor: True)
     assert_close(made(x), F.linear(x, made.u[:, :2] @ made.v[:2], made.bias))
 
 
@@ -681,3 +682,13 @@ def test_printed_form():
     assert repr(layer(activation="relu")) == (
         f"LoDLinear(in_features={K}, out_features={N}, rank=4/{R}, bias=True, activation=relu)"
     )
+
+
+def test_a_group_is_asked_before_the_layer_runs():
+    made = layer()
+    x = torch.randn(2, K, dtype=torch.float64)
+    alone, asked = made(x), []
+    for answer, expected in ((None, alone), (x, x)):
+        made.group = lambda *call, answer=answer: asked.append(call) or answer
+        assert_close(made(x), expected)
+        assert asked.pop() == (made, x)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.functional import lod_linear
 from maestro_kernels.nn.factorize import factor_bounds, merge
 from maestro_kernels.nn.layer import LoDLayer, check_dtype, check_int
@@ -113,8 +112,7 @@ class LoDConv2d(LoDLayer):
         u: Tensor = self.u
         v, groups = self.v, self.groups
         size = self._output_size(x)
-        on_device = torch.compiler.is_compiling() or is_capturing(u)
-        rank = self.active_rank if on_device else self._rank
+        rank = self.call_rank()
         if self._pointwise and _is_channels_last(x):
             v2 = v.flatten(1)
             return lod_linear(x.movedim(1, -1), u, v2, self.bias, rank=rank).movedim(-1, 1)

@@ -28,6 +28,8 @@ __all__ = [
     "classify",
     "conversion_report",
     "convert",
+    "dense_form",
+    "swap_layers",
     "to_dense",
 ]
 
@@ -110,7 +112,7 @@ def convert(
     Example:
         >>> import torch, maestro_kernels as mk
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
-        >>> mk.nn.convert(model, rank=0.5)[0].rank
+        >>> mk.convert(model, rank=0.5)[0].rank
         16
 
     Source:
@@ -136,7 +138,7 @@ def convert(
     for name, module in chosen.items():
         layer = _factorised(module, candidates[name], ranks[name], init, moments.pop(name, None))
         layers[module] = _in_place_of(module, layer, share=inplace)
-    converted = _swap(model, layers, inplace)
+    converted = swap_layers(model, layers, inplace=inplace)
     setattr(converted, _REPORT, report)
     return converted
 
@@ -159,13 +161,33 @@ def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         raise TypeError(f"to_dense: model: expected an nn.Module, got {type(model).__name__}")
     layers: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, LoDLinear):
-            layers[module] = _in_place_of(module, module.to_linear(), share=inplace)
-        elif isinstance(module, LoDConv2d):
-            layers[module] = _in_place_of(module, module.to_conv(), share=inplace)
-    dense = _swap(model, layers, inplace)
+        if isinstance(module, LoDLayer):
+            layers[module] = dense_form(module, share=inplace)
+    dense = swap_layers(model, layers, inplace=inplace)
     vars(dense).pop(_REPORT, None)
     return dense
+
+
+def dense_form(layer: LoDLayer, *, share: bool) -> nn.Module:
+    """The dense layer of the active prefix, with the mode and call hooks of the factorised one.
+
+    Args:
+        layer: a LoDLinear or LoDConv2d.
+        share: use the layer's own bias parameter and hooks instead of copies.
+
+    Raises:
+        ValueError: the layer has an activation of its own, which a dense layer has not.
+    """
+    assert isinstance(layer, LoDLinear | LoDConv2d)
+    dense = layer.to_linear() if isinstance(layer, LoDLinear) else layer.to_conv()
+    return _in_place_of(layer, dense, share=share)
+
+
+def dense_form(layer: LoDLayer, *, share: bool) -> nn.Module:
+    """The dense layer with the function of one factorised layer, its mode and its hooks."""
+    assert isinstance(layer, LoDLinear | LoDConv2d)
+    new = layer.to_linear() if isinstance(layer, LoDLinear) else layer.to_conv()
+    return _in_place_of(layer, new, share=share)
 
 
 def _choose_ranks(
@@ -326,8 +348,10 @@ def _in_place_of(old: nn.Module, new: nn.Module, *, share: bool) -> nn.Module:
     return new
 
 
-def _swap(model: nn.Module, layers: dict[nn.Module, nn.Module], inplace: bool) -> nn.Module:
-    """The model with every key of `layers` replaced, wherever it hangs."""
+def swap_layers(
+    model: nn.Module, layers: Mapping[nn.Module, nn.Module], *, inplace: bool
+) -> nn.Module:
+    """The model with every key of `layers` replaced by its value, wherever it hangs."""
     if not inplace:
         # deepcopy takes what is in its memo for copied: the new layers instead of the old.
         return copy.deepcopy(model, {id(old): new for old, new in layers.items()})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.nn.weight import MergedWeight
 from maestro_kernels.problem import DTYPES
 
@@ -82,6 +83,15 @@ class LoDLayer(nn.Module):
         self._rank = check_int(type(self).__name__, "rank", value, 0, self.max_rank)
         with torch.no_grad():
             self.active_rank.fill_(self._rank)
+
+    def call_rank(self) -> int | Tensor:
+        """The rank to run at: the host's int, or the buffer where the call outlives its rank.
+
+        A compiled or captured call must follow the rank without being made again.
+        """
+        if torch.compiler.is_compiling() or is_capturing(self.active_rank):
+            return self.active_rank
+        return self._rank
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.functional import lod_linear
 from maestro_kernels.nn.factorize import factor_bounds, factorize, merge, random_factors
 from maestro_kernels.nn.layer import LoDLayer, check_dtype, check_int
 from maestro_kernels.problem import check_choices
+
+if TYPE_CHECKING:
+    from maestro_kernels.nn.grouping import LayerGroup
 
 __all__ = ["LoDLinear"]
 
@@ -29,13 +35,14 @@ class LoDLinear(LoDLayer):
     Attributes:
         u: (N, R). v: (R, K). bias: (N,) or None.
         backend: passed to `lod_linear`; None chooses.
+        group: set by `group`, asked first: the output, or None when the layer is to run alone.
 
     The factors start with the variance that makes u @ v vary like nn.Linear's weight. A new layer
     runs at r = R.
 
     Example:
         >>> import torch, maestro_kernels as mk
-        >>> layer = mk.nn.LoDLinear(64, 96, max_rank=16)
+        >>> layer = mk.LoDLinear(64, 96, max_rank=16)
         >>> layer.rank = 8
         >>> layer(torch.randn(4, 64)).shape
         torch.Size([4, 96])
@@ -63,6 +70,9 @@ class LoDLinear(LoDLayer):
         self.in_features, self.out_features = K, N
         self.activation = activation
         self.backend: str | None = None
+        # Set by nn.group: the siblings that may compute this layer's output with their own.
+        self.group: LayerGroup | None = None
+        self.group: Callable[[LoDLinear, Tensor], Tensor | None] | None = None
         self._install(
             torch.empty(N, R, device=device, dtype=dtype),
             torch.empty(R, K, device=device, dtype=dtype),
@@ -79,18 +89,23 @@ class LoDLinear(LoDLayer):
             bound = max(self.in_features, 1) ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def call_rank(self) -> int | Tensor:
+        """What a call takes: a compiled or captured one must follow the rank without a new one."""
+        on_device = torch.compiler.is_compiling() or is_capturing(self.u)
+        return self.active_rank if on_device else self._rank
+
     def forward(self, x: Tensor) -> Tensor:
         """Y (..., N) for x (..., K)."""
-        u = self.u
-        # A compiled or captured call must follow the rank without being made again.
-        on_device = torch.compiler.is_compiling() or is_capturing(u)
-        rank = self.active_rank if on_device else self._rank
+        if self.group is not None:
+            y = self.group(self, x)
+            if y is not None:
+                return y
         return lod_linear(
             x,
-            u,
+            self.u,
             self.v,
             self.bias,
-            rank=rank,
+            rank=self.call_rank(),
             activation=self.activation,
             backend=self.backend,
         )
