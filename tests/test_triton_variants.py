@@ -176,5 +176,11 @@ def test_what_is_launched_is_what_was_compiled_ahead(variants, series):
     assert set(variants["forms"][series]) <= set(variants["ahead"])
 
 
+def test_row_kernel_takes_descriptors_where_rows_are_aligned(variants):
+    (aligned,), (odd,) = variants["forms"]["row int 64"], variants["forms"]["row pointers int 64"]
+    assert aligned.count("tensordesc") == 3  # x, v, u
+    assert "tensordesc" not in odd
+
+
 if __name__ == "__main__":
     json.dump(_ask_triton(_series()), sys.stdout)
