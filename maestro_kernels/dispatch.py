@@ -113,7 +113,7 @@ class Explanation:
 
     @cached_property
     def roofline_share(self) -> float | None:
-        """Ideal time of one fused pass over ideal time of the planned form, 0..1."""
+        """Ideal time of one fused pass over that of the planned form, 0..1; nothing is timed."""
         from maestro_kernels.benchmark.roofline import Size, count
         from maestro_kernels.hardware import measured_device
 
@@ -133,8 +133,8 @@ class Explanation:
         ]
         if self.seconds is not None and self.roofline_share is not None:
             lines.append(
-                f"  at best   {self.seconds * 1e6:,.1f} µs on this device, "
-                f"{self.roofline_share:.0%} of the fused roofline"
+                f"  at best   {self.seconds * 1e6:,.1f} µs on this device (roofline), "
+                f"where one fused pass could take {self.roofline_share:.0%} of that"
             )
         else:
             lines.append("  at best   unknown: the peaks of this device and dtype are not known")
@@ -216,6 +216,7 @@ def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
 
 # A call whose key was seen has been validated and planned: the eager path then costs one lookup.
 _linear_plans: dict[tuple[Any, ...], Plan] = {}
+_grouped_plans: dict[tuple[Any, ...], Plan] = {}
 _MAX_PLANS = 4096
 
 
@@ -271,15 +272,42 @@ def plan_grouped(
     activations: Sequence[str | None],
     backend: str | None,
 ) -> Plan:
-    """Validate one eager grouped call and return its plan."""
+    """Validate one eager grouped call and return its plan, from a cache where it was seen."""
     fn = "lod_linear_grouped"
-    check_grouped(fn, xs, us, vs, biases, ranks, activations, backend)
-    shared = len(xs) == 1
-    problems = [
-        describe(xs[0 if shared else i], us[i], vs[i], biases[i], ranks[i], activations[i])
-        for i in range(len(us))
-    ]
-    return select(problems, backend, fn=fn, shared_x=shared)
+    plain = backend != "triton" and len(xs) > 0 and getattr(xs[0], "is_cpu", False)
+    try:
+        key = (
+            tuple([_tensor_key(x, plain) for x in xs]),
+            tuple([_tensor_key(u, plain) for u in us]),
+            tuple([_tensor_key(v, plain) for v in vs]),
+            tuple([None if b is None else _tensor_key(b, plain) for b in biases]),
+            _rank_key(ranks)
+            if isinstance(ranks, Tensor)
+            else tuple([None if r is None else _rank_key(r) for r in ranks]),
+            tuple(activations),
+            backend,
+        )
+        plan = _grouped_plans.get(key)
+    except (AttributeError, TypeError):  # not tensors, or unhashable: the check below says which
+        key, plan = None, None
+    if plan is None:
+        check_grouped(fn, xs, us, vs, biases, ranks, activations, backend)
+        shared = len(xs) == 1
+        problems = [
+            describe(xs[0 if shared else i], us[i], vs[i], biases[i], ranks[i], activations[i])
+            for i in range(len(us))
+        ]
+        plan = select(problems, backend, fn=fn, shared_x=shared)
+        if key is not None:
+            if len(_grouped_plans) >= _MAX_PLANS:
+                _grouped_plans.clear()
+            _grouped_plans[key] = plan
+    return plan
+
+
+def _tensor_key(tensor: Tensor, plain: bool) -> tuple[Any, ...]:
+    facts = (tensor.shape, tensor.dtype, tensor.device)
+    return facts if plain else (*facts, *_layout(tensor))
 
 
 def _rank_key(rank: int | Tensor) -> tuple[Any, ...]:

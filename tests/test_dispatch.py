@@ -43,7 +43,7 @@ def test_explain_prints_choice_reason_cost_and_share():
     for part in ("lod_linear", "v[:24]", "+ bias", "gelu", "runs on   matmul", "because", "MB"):
         assert part in text
     assert "MFLOP" in text
-    assert "of the fused roofline" in text
+    assert "(roofline), where one fused pass could take" in text
 
 
 def test_explain_of_a_group_names_every_layer():

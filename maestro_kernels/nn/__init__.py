@@ -3,17 +3,33 @@
 from maestro_kernels.nn.candidates import Candidate, classify
 from maestro_kernels.nn.conv import LoDConv2d
 from maestro_kernels.nn.convert import ConversionReport, conversion_report, convert, to_dense
+from maestro_kernels.nn.grouping import group, groups, ungroup
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.ranks import lod_layers, ranks, set_ranks, truncate
+from maestro_kernels.nn.serialization import load_pretrained, save_pretrained
+from maestro_kernels.nn.summary import LayerSummary, ModelSummary, summary
 
 __all__ = [
     "Candidate",
     "ConversionReport",
+    "LayerSummary",
     "LoDConv2d",
     "LoDLayer",
     "LoDLinear",
+    "ModelSummary",
     "classify",
     "conversion_report",
     "convert",
+    "group",
+    "groups",
+    "load_pretrained",
+    "lod_layers",
+    "ranks",
+    "save_pretrained",
+    "set_ranks",
+    "summary",
     "to_dense",
+    "truncate",
+    "ungroup",
 ]

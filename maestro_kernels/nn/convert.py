@@ -183,13 +183,6 @@ def dense_form(layer: LoDLayer, *, share: bool) -> nn.Module:
     return _in_place_of(layer, dense, share=share)
 
 
-def dense_form(layer: LoDLayer, *, share: bool) -> nn.Module:
-    """The dense layer with the function of one factorised layer, its mode and its hooks."""
-    assert isinstance(layer, LoDLinear | LoDConv2d)
-    new = layer.to_linear() if isinstance(layer, LoDLinear) else layer.to_conv()
-    return _in_place_of(layer, new, share=share)
-
-
 def _choose_ranks(
     candidates: dict[str, Candidate],
     modules: dict[str, nn.Module],

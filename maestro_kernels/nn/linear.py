@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,7 +70,6 @@ class LoDLinear(LoDLayer):
         self.backend: str | None = None
         # Set by nn.group: the siblings that may compute this layer's output with their own.
         self.group: LayerGroup | None = None
-        self.group: Callable[[LoDLinear, Tensor], Tensor | None] | None = None
         self._install(
             torch.empty(N, R, device=device, dtype=dtype),
             torch.empty(R, K, device=device, dtype=dtype),
@@ -88,11 +85,6 @@ class LoDLinear(LoDLayer):
         if self.bias is not None:
             bound = max(self.in_features, 1) ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
-
-    def call_rank(self) -> int | Tensor:
-        """What a call takes: a compiled or captured one must follow the rank without a new one."""
-        on_device = torch.compiler.is_compiling() or is_capturing(self.u)
-        return self.active_rank if on_device else self._rank
 
     def forward(self, x: Tensor) -> Tensor:
         """Y (..., N) for x (..., K)."""

@@ -1,0 +1,103 @@
+"""The ranks of a whole model: read them, set them, drop what lies beyond them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from maestro_kernels.nn.candidates import classify
+from maestro_kernels.nn.convert import dense_form, swap_layers
+from maestro_kernels.nn.grouping import ungroup
+from maestro_kernels.nn.layer import LoDLayer, check_int
+
+__all__ = ["lod_layers", "ranks", "set_ranks", "truncate"]
+
+
+def lod_layers(model: nn.Module, fn: str = "lod_layers") -> dict[str, LoDLayer]:
+    """The factorised layers of a model by name, in module order.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{fn}: model: expected an nn.Module, got {type(model).__name__}")
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoDLayer)}
+
+
+def ranks(model: nn.Module) -> dict[str, int | str]:
+    """{name: active rank}, and "dense" for the layers that could be factorised but are not."""
+    found: dict[str, int | str] = {}
+    layers = lod_layers(model, "ranks")
+    for name, candidate in classify(model).items():
+        if name in layers:
+            found[name] = layers[name].rank
+        elif candidate.reason is None:
+            found[name] = "dense"
+    return found
+
+
+def set_ranks(model: nn.Module, new: Mapping[str, int | str]) -> nn.Module:
+    """Set active ranks; "dense" replaces a layer by the dense form of its active prefix.
+
+    Layers that `new` does not name keep their rank. Everything is checked before anything changes.
+
+    Args:
+        model: a model with factorised layers.
+        new: {name: rank or "dense"}, names as in `ranks(model)`.
+
+    Returns:
+        The model; a new module only where the model itself is a layer that became dense.
+
+    Raises:
+        TypeError: a rank is no int and not "dense".
+        ValueError: an unknown name, or a rank outside 0..max_rank.
+    """
+    layers = lod_layers(model, "set_ranks")
+    if not isinstance(new, Mapping):
+        raise TypeError(
+            f"set_ranks: new: expected a mapping of names to ranks, got {type(new).__name__}"
+        )
+    known = ranks(model)
+    numbers: dict[str, int] = {}
+    dense: dict[nn.Module, nn.Module] = {}
+    for name, value in new.items():
+        if name not in known:
+            some = ", ".join(list(known)[:4]) or "no such layer"
+            raise ValueError(
+                f"set_ranks: new: expected names of layers ({some}, ...), got {name!r}"
+            )
+        if isinstance(value, str):
+            if value != "dense":
+                raise ValueError(
+                    f"set_ranks: new[{name!r}]: expected an int or 'dense', got {value!r}"
+                )
+            if name in layers:
+                dense[layers[name]] = dense_form(layers[name], share=True)
+        elif name not in layers:
+            raise ValueError(
+                f"set_ranks: new[{name!r}]: expected 'dense', because the layer is dense "
+                f"(convert factorises it), got {value!r}"
+            )
+        else:
+            numbers[name] = check_int(
+                "set_ranks", f"new[{name!r}]", value, 0, layers[name].max_rank
+            )
+    for name, number in numbers.items():
+        layers[name].rank = number
+    if dense:
+        ungroup(model, only=dense)
+        return swap_layers(model, dense, inplace=True)
+    return model
+
+
+def truncate(model: nn.Module, multiple_of: int = 1) -> nn.Module:
+    """Drop every layer's components beyond its active rank, rounded up to `multiple_of`.
+
+    Rounding stays within max_rank and leaves the active rank, and so the function, alone. The
+    parameters are new: make the optimizer afterwards.
+    """
+    check_int("truncate", "multiple_of", multiple_of, 1)
+    for layer in lod_layers(model, "truncate").values():
+        layer.truncate(multiple_of=multiple_of)
+    return model

@@ -1,0 +1,199 @@
+"""summary: what each layer of a model is, costs and runs on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from maestro_kernels import dispatch
+from maestro_kernels.nn.candidates import Candidate, classify
+from maestro_kernels.nn.convert import conversion_report
+from maestro_kernels.nn.layer import LoDLayer
+from maestro_kernels.problem import LoDProblem
+
+__all__ = ["LayerSummary", "ModelSummary", "summary"]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer that holds a matrix.
+
+    Attributes:
+        name: dotted name.
+        kind: as classify names it: "linear", "conv2d", "lod_linear", ...
+        N: rows of the matrix, per group.
+        K: columns of the matrix, per group.
+        rank: active rank, None for a dense layer.
+        max_rank: stored rank, None for a dense layer.
+        break_even_rank: N K / (N + K).
+        dense_parameters: weights of the dense matrix.
+        parameters: weights stored now.
+        macs: multiply-adds per row of x (per output position of a convolution) at the active rank.
+        backend: what a call runs on, None for a dense layer.
+        note: why a dense layer is dense, or empty.
+    """
+
+    name: str
+    kind: str
+    N: int
+    K: int
+    rank: int | None
+    max_rank: int | None
+    break_even_rank: float
+    dense_parameters: int
+    parameters: int
+    macs: int
+    backend: str | None
+    note: str
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A model's layers and totals; printing it gives a table.
+
+    Attributes:
+        layers: every layer that holds a matrix.
+        parameters: all parameters of the model, biases, norms and embeddings included.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    parameters: int
+
+    @property
+    def dense_weights(self) -> int:
+        """Weights that the listed layers have or would have as dense matrices."""
+        return sum(layer.dense_parameters for layer in self.layers)
+
+    @property
+    def weights(self) -> int:
+        """Weights that the listed layers store."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-adds per row were every listed layer dense."""
+        return self.dense_weights
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per row at the active ranks."""
+        return sum(layer.macs for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        totals = {
+            name: getattr(self, name)
+            for name in ("dense_weights", "weights", "dense_macs", "macs", "parameters")
+        }
+        return {"layers": [asdict(layer) for layer in self.layers], **totals}
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "N x K", "rank", "break-even", "weights", "MACs/row", "runs on")
+        rows = [header]
+        for layer in self.layers:
+            rank = "dense" if layer.rank is None else f"{layer.rank}/{layer.max_rank}"
+            rows.append(
+                (
+                    layer.name or "(model)",
+                    layer.kind,
+                    f"{layer.N} x {layer.K}",
+                    rank,
+                    f"{layer.break_even_rank:.0f}",
+                    f"{layer.parameters:,}",
+                    f"{layer.macs:,}",
+                    layer.backend or layer.note,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
+        lines = []
+        for row in rows:
+            cells = [
+                cell.ljust(width) if i < 3 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+            ]
+            lines.append("  ".join([*cells, row[-1]]).rstrip())
+        lines.insert(1, "-" * max(len(line) for line in lines))
+        share = self.weights / self.dense_weights if self.dense_weights else 1.0
+        cost = self.macs / self.dense_macs if self.dense_macs else 1.0
+        lines.append(
+            f"these layers: {self.weights:,} of {self.dense_weights:,} weights ({share:.0%}), "
+            f"{self.macs:,} of {self.dense_macs:,} MACs per row ({cost:.0%})"
+        )
+        lines.append(f"whole model: {self.parameters:,} parameters")
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module, *, rows: int = 1) -> ModelSummary:
+    """Describe every layer of a model that holds a matrix.
+
+    Args:
+        model: any module.
+        rows: rows of x for which the backend is asked.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    candidates = classify(model, fn="summary")
+    modules = dict(model.named_modules())
+    report = conversion_report(model)
+    kept = {} if report is None else report.kept
+    layers = []
+    for name, candidate in candidates.items():
+        module = modules[name]
+        if isinstance(module, LoDLayer):
+            layers.append(_factorised(candidate, module, rows))
+        else:
+            layers.append(_dense(candidate, kept.get(name) or candidate.reason or ""))
+    return ModelSummary(tuple(layers), sum(p.numel() for p in model.parameters()))
+
+
+def _factorised(candidate: Candidate, layer: LoDLayer, rows: int) -> LayerSummary:
+    N, K = layer.matrix_shape
+    problem = LoDProblem(
+        M=rows,
+        N=N,
+        K=K,
+        R=layer.max_rank,
+        rank=layer.rank,
+        dtype=layer.u.dtype,
+        device=layer.u.device if layer.u.device.type != "meta" else torch.device("cpu"),
+        has_bias=layer.bias is not None,
+        x_stride=(K, 1),
+        u_stride=(layer.max_rank, 1),
+        v_stride=(K, 1),
+    )
+    library = candidate.kind == "lod_conv2d"
+    return LayerSummary(
+        name=candidate.name,
+        kind=candidate.kind,
+        N=N,
+        K=K,
+        rank=layer.rank,
+        max_rank=layer.max_rank,
+        break_even_rank=layer.break_even_rank,
+        dense_parameters=layer.groups * N * K,
+        parameters=layer.u.numel() + layer.v.numel(),
+        macs=layer.groups * layer.rank * (N + K),
+        backend="convolutions" if library else dispatch.select(problem).backend,
+        note="",
+    )
+
+
+def _dense(candidate: Candidate, note: str) -> LayerSummary:
+    return LayerSummary(
+        name=candidate.name,
+        kind=candidate.kind,
+        N=candidate.N,
+        K=candidate.K,
+        rank=None,
+        max_rank=None,
+        break_even_rank=candidate.break_even_rank,
+        dense_parameters=candidate.dense_weights,
+        parameters=candidate.dense_weights,
+        macs=candidate.dense_weights,
+        backend=None,
+        note=note,
+    )
