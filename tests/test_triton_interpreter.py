@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from triton_support import INTERPRETED, REPOSITORY, WHY_NOT, needs_triton
+from triton_support import INTERPRETED, WHY_NOT, compiling_environment, needs_triton
 
 pytestmark = [
     needs_triton,
@@ -146,8 +145,7 @@ def test_when_the_variable_is_set(setting, expected):
         f"{late}from maestro_kernels.backends.triton import interpreter as i; "
         "i.ensure(); print(i.active())"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(REPOSITORY)
+    environment = compiling_environment()
     if setting == "before":
         environment["TRITON_INTERPRET"] = "1"
     done = subprocess.run(
