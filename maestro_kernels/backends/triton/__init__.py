@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+from maestro_kernels import hardware
 
 if TYPE_CHECKING:
     from maestro_kernels.problem import LoDProblem
 
+Ranks = Sequence[int] | Tensor
+Needs = tuple[bool, bool, bool, bool]
+Grads = list[Tensor | None]
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Above this the row kernel would wait for its factors, which every row block reads as a whole.
+_ROW_RANK = 128
 
 
 def interpreted() -> bool:
@@ -34,4 +44,218 @@ def unsupported(problem: LoDProblem) -> str | None:
             f"triton kernels need CUDA tensors, or TRITON_INTERPRET=1 and CPU tensors for the "
             f"interpreter; the tensors are on {problem.device}"
         )
+    if problem.device.type == "cuda":
+        if torch.version.hip is not None:
+            return "triton kernels are written and compiled for NVIDIA GPUs only"
+        if torch.cuda.get_device_capability(problem.device) < (8, 0):
+            arch = hardware.current_device(problem.device).arch
+            return f"triton kernels need sm_80 or newer, the device is {arch}"
+    if problem.K > 1 and problem.x_stride and problem.x_stride[-1] != 1:
+        return f"triton kernels read x with last stride 1, not {problem.x_stride[-1]}"
     return None
+
+
+def choose_strategy(
+    problems: LoDProblem | Sequence[LoDProblem], device: hardware.Device | None = None
+) -> tuple[str, str]:
+    """(strategy, reason) for one layer or a group: "row" or "two_phase". Pure for a given device.
+
+    The rule is the cost model's; no table was measured yet.
+
+    Args:
+        problems: the layers, already validated.
+        device: record to plan for; None is that of the tensors, an H100 for the interpreter.
+    """
+    group = problems if isinstance(problems, Sequence) else (problems,)
+    first = group[0]
+    if device is None:
+        on_gpu = first.device.type == "cuda"
+        device = hardware.current_device(first.device) if on_gpu else hardware.H100
+    if len(group) > 1:
+        return "two_phase", f"one launch serves the {len(group)} layers of the group"
+    rank, blocks = first.max_active_rank, -(-first.M // 64)
+    if rank > _ROW_RANK:
+        return "two_phase", f"rank {rank} > {_ROW_RANK}: factors are read less often by tiles of y"
+    if first.dtype == torch.float32 and input_precision() == "ieee":
+        return "two_phase", "IEEE float32 has no tensor cores: H is kept out of the registers"
+    if 4 * blocks < 3 * device.num_cores:
+        return "two_phase", f"{blocks} blocks of 64 rows cannot occupy {device.num_cores} cores"
+    return "row", f"{blocks} blocks of 64 rows occupy {device.num_cores} cores, H in registers"
+
+
+def input_precision() -> str:
+    """How float32 is multiplied: "ieee" or "tf32", by torch.get_float32_matmul_precision()."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def forward(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rank: int | Tensor,
+    activation: str | None,
+    *,
+    save_h: bool,
+    strategy: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Y = act(x @ v[:r].T @ u[:, :r].T + bias) and H = x @ v[:r].T in one launch.
+
+    H has the width r, or R with zeros beyond r for a tensor rank; its rows may be further apart.
+    """
+    from maestro_kernels.backends.triton.row import row
+    from maestro_kernels.backends.triton.two_phase import two_phase
+
+    kernel = row if strategy == "row" else two_phase
+    bias = None if bias is None else bias.contiguous()
+    return kernel(x, v, u, bias, rank, activation, save_h=save_h, input_precision=input_precision())
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    y: Tensor | None,
+    rank: int | Tensor,
+    activation: str | None,
+    *,
+    needs: Needs,
+    strategy: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, du, dv, dbias) in two launches, three with an activation; None where not asked for.
+
+    dx and dH come from the kernel of the forward, du, dv and dbias from one weight-gradient launch.
+    """
+    from maestro_kernels.backends.triton.row import row_dx
+
+    if strategy == "row" and needs[0]:
+        dy = _readable(dy)
+        dz, h = _before_activation(dy, x, u, v, bias, h, y, rank, activation, needs[1])
+        dx, dh = row_dx(dz, u, v, rank, input_precision=input_precision())
+        ranks: Ranks = rank.reshape(1) if isinstance(rank, Tensor) else (rank,)
+        grads = _weight_grads([dz], [h], [dh], [x], [bias], [v.shape[0]], ranks, needs)
+        return dx, *(g[0] for g in grads)
+    ranks = rank.reshape(1) if isinstance(rank, Tensor) else (rank,)
+    dxs, dus, dvs, dbiases = grouped_backward(
+        [dy], [x], [u], [v], [bias], [h], [y], ranks, [activation], needs=needs
+    )
+    return dxs[0], dus[0], dvs[0], dbiases[0]
+
+
+def grouped_forward(
+    xs: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ranks: Ranks,
+    activations: Sequence[str | None],
+    *,
+    save_h: bool,
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """`forward` of several layers in one launch; xs has one shared entry or one per layer."""
+    from maestro_kernels.backends.triton.two_phase import two_phase_grouped
+
+    biases = [None if b is None else b.contiguous() for b in biases]
+    precision = input_precision()
+    return two_phase_grouped(
+        xs, vs, us, biases, ranks, activations, save_h=save_h, input_precision=precision
+    )
+
+
+def grouped_backward(
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
+    ranks: Ranks,
+    activations: Sequence[str | None],
+    *,
+    needs: Needs,
+) -> tuple[Grads, Grads, Grads, Grads]:
+    """(dxs, dus, dvs, dbiases); a shared x gets the sum over the layers, formed on chip."""
+    from maestro_kernels.backends.triton.two_phase import two_phase_dx_grouped
+
+    needs_x, needs_u, needs_v, _ = needs
+    n, shared = len(us), len(xs) == 1
+    dzs, saved_hs = [], []
+    for i in range(n):
+        x = xs[0 if shared else i]
+        dz, h = _before_activation(
+            _readable(dys[i]), x, us[i], vs[i], biases[i], hs[i], ys[i], ranks[i],
+            activations[i], needs_u,
+        )  # fmt: skip
+        dzs.append(dz)
+        saved_hs.append(h)
+    dxs: Grads = [None] * len(xs)
+    dhs: Sequence[Tensor | None] = [None] * n
+    if needs_x or needs_v:
+        # Without columns in v no tile of dx is left and only dH is computed.
+        expand = vs if needs_x else [v[:, :0] for v in vs]
+        found, dhs = two_phase_dx_grouped(
+            dzs, us, expand, ranks, shared_x=shared and needs_x, input_precision=input_precision()
+        )
+        if needs_x:
+            dxs = list(found)
+    Rs = [v.shape[0] for v in vs]
+    return dxs, *_weight_grads(dzs, saved_hs, dhs, xs, biases, Rs, ranks, needs)
+
+
+def _readable(dy: Tensor) -> Tensor:
+    """Kernels read rows in one piece; the gradient of a sum is one element expanded."""
+    return dy if dy.stride(-1) == 1 or dy.shape[-1] == 1 else dy.contiguous()
+
+
+def _before_activation(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    y: Tensor | None,
+    rank: int | Tensor,
+    activation: str | None,
+    needs_h: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(dz, H); H is computed again where it is needed and was not saved."""
+    from maestro_kernels.backends.triton.activation_grad import activation_grad
+    from maestro_kernels.backends.triton.two_phase import two_phase
+
+    needs_z = activation is not None and not (activation == "relu" and y is not None)
+    if h is None and (needs_h or needs_z):
+        # Without rows in u no tile of y is left and only H is computed.
+        h = two_phase(
+            x, v, u[:0], None, rank, None, save_h=True, input_precision=input_precision()
+        )[1]
+    if activation is None:
+        return dy, h
+    bias = None if bias is None else bias.contiguous()
+    precision = input_precision()
+    return activation_grad(dy, h, u, bias, y, rank, activation, input_precision=precision), h
+
+
+def _weight_grads(
+    dzs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    dhs: Sequence[Tensor | None],
+    xs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    Rs: Sequence[int],
+    ranks: Ranks,
+    needs: Needs,
+) -> tuple[Grads, Grads, Grads]:
+    """(dus, dvs, dbiases) of the layers in one launch."""
+    from maestro_kernels.backends.triton.wgrad import weight_grads
+
+    _, needs_u, needs_v, needs_bias = needs
+    return weight_grads(
+        dzs, hs, dhs, xs, Rs, ranks, needs_u=needs_u, needs_v=needs_v,
+        needs_bias=[needs_bias and bias is not None for bias in biases],
+        input_precision=input_precision(),
+    )  # fmt: skip

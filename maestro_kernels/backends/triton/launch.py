@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from maestro_kernels import hardware
 
-__all__ = ["device_of", "empty_h", "readable_h", "record_of", "table_arch"]
+__all__ = [
+    "MAX_LAYERS",
+    "device_of",
+    "empty_h",
+    "layer_runs",
+    "readable_h",
+    "record_of",
+    "table_arch",
+]
+
+# Layers of one launch; more of them take several. A layer costs about 17 kernel arguments and as
+# many selects for each tile.
+MAX_LAYERS = 8
 
 # Rows of H are this many elements apart, or a multiple: they start on 16 bytes in every dtype, and
 # Triton finds the stride divisible by 16 for every rank, so that no rank makes a variant.
@@ -44,12 +57,22 @@ def empty_h(x: Tensor, width: int) -> Tensor:
 def readable_h(h: Tensor) -> Tensor:
     """H with rows as empty_h lays them out, copied if they are not: kernels read 16 bytes at once.
 
-    They read up to the next multiple of 8 columns; what lies there is never used.
+    They read up to the next multiple of 8 columns, where the kernels that make H leave zeros.
     """
     if h.stride(1) == 1 and h.stride(0) % _H_ALIGN == 0 and h.data_ptr() % 16 == 0:
         last = h.storage_offset() + (h.shape[0] - 1) * h.stride(0) + -(-h.shape[1] // 8) * 8
         if last * h.element_size() <= h.untyped_storage().nbytes():
             return h
-    padded = empty_h(h, h.shape[1])
+    padded = empty_h(h, -(-h.shape[1] // 8) * 8).zero_()[:, : h.shape[1]]
     padded.copy_(h)
     return padded
+
+
+def layer_runs(xs: Sequence[Tensor]) -> Iterator[slice]:
+    """Runs of layers that one launch can take: as many rows each, MAX_LAYERS at most."""
+    begin = 0
+    for i in range(1, len(xs) + 1):
+        full = i - begin == MAX_LAYERS
+        if i == len(xs) or full or xs[i].shape[0] != xs[begin].shape[0]:
+            yield slice(begin, i)
+            begin = i

@@ -1,0 +1,218 @@
+"""The gradient before an activation, dz = dy · act'(z), written once for both backward launches.
+
+z = H · u[:, :r]ᵀ + bias is never saved: its tiles are computed again from H, which takes less time
+than reading them for r < 512. The sign of y stands in for z where the activation is relu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from maestro_kernels.backends.triton import interpreter
+from maestro_kernels.backends.triton.epilogue import activation_derivative, activation_name
+from maestro_kernels.backends.triton.launch import (
+    device_of,
+    readable_h,
+    record_of,
+    table_arch,
+)
+
+__all__ = [
+    "SHIPPED",
+    "ActivationGradConfig",
+    "activation_grad",
+    "activation_grad_kernel",
+    "aot_spec",
+    "choose_config",
+]
+
+
+@triton.jit(do_not_specialize=["rank", "M"])
+def activation_grad_kernel(
+    p_dy, p_y, p_h, p_u, p_bias, p_dz, rank, M, N, R,
+    stride_dym, stride_ym, stride_hm, stride_un, stride_ur, stride_dzm,
+    FROM_Y: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    TENSOR_RANK: tl.constexpr, ROUND_RANK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of dz = dy · act'(H · u[:, :r]ᵀ + bias), or of dz = dy · act'(y) (FROM_Y).
+
+    rank is an int, or a pointer to int32 (TENSOR_RANK) that is clamped to 0..R.
+    ROUND_RANK: u is read up to the next multiple of 8 of the rank, which needs R % 8 == 0; H always
+    is, and holds zeros there.
+    """
+    num_n = tl.cdiv(N, BLOCK_N)
+    o_m = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_tile = (o_m < M)[:, None] & (o_n < N)[None, :]
+    o_row = o_m[:, None].to(tl.int64)
+    if FROM_Y:
+        b_z = tl.load(p_y + o_row * stride_ym + o_n[None, :], mask=m_tile, other=0.0)
+        b_z = b_z.to(tl.float32)
+    else:
+        if TENSOR_RANK:
+            rank = tl.minimum(tl.maximum(tl.load(rank), 0), R)
+        rank_up = tl.cdiv(rank, 8) * 8
+        rank_read = rank_up if ROUND_RANK else rank
+        o_r = tl.arange(0, BLOCK_R)
+        p_h += o_row * stride_hm + o_r[None, :]
+        p_u += o_n[None, :].to(tl.int64) * stride_un + o_r[:, None].to(tl.int64) * stride_ur
+        b_z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for o_r0 in range(0, rank, BLOCK_R):
+            m_h = (o_m < M)[:, None] & (o_r0 + o_r < rank_up)[None, :]
+            m_u = (o_r0 + o_r < rank_read)[:, None] & (o_n < N)[None, :]
+            b_h = tl.load(p_h, mask=m_h, other=0.0)
+            b_u = tl.load(p_u, mask=m_u, other=0.0)
+            b_z = tl.dot(b_h, b_u, b_z, input_precision=INPUT_PRECISION)
+            p_h += BLOCK_R
+            p_u += BLOCK_R * stride_ur
+        if HAS_BIAS:
+            b_z += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    b_dy = tl.load(p_dy + o_row * stride_dym + o_n[None, :], mask=m_tile, other=0.0)
+    b_dz = b_dy.to(tl.float32) * activation_derivative(b_z, ACTIVATION)
+    p_dz += o_row * stride_dzm + o_n[None, :]
+    tl.store(p_dz, b_dz.to(p_dz.dtype.element_ty), mask=m_tile)
+
+
+@dataclass(frozen=True)
+class ActivationGradConfig:
+    """Tile of dz (BLOCK_M, BLOCK_N), computed from BLOCK_R columns of H at a time.
+
+    `precision` is "half" (16-bit types), "tf32" or "ieee" (float32).
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+    precision: str = "half"
+
+    def __str__(self) -> str:
+        tiles = f"{self.BLOCK_M}x{self.BLOCK_N} r{self.BLOCK_R}"
+        return f"{tiles} w{self.num_warps} s{self.num_stages} {self.precision}"
+
+
+# By compiler output only, none was timed on a GPU.
+SHIPPED: dict[str, tuple[ActivationGradConfig, ...]] = {
+    arch: (
+        ActivationGradConfig(64, 64, 64, 4, 3),
+        ActivationGradConfig(128, 128, block_r, 8, 3),
+        ActivationGradConfig(64, 64, 32, 4, 3, "tf32"),
+        ActivationGradConfig(32, 32, 32, 4, 2, "ieee"),
+    )
+    for arch, block_r in (("sm_80", 32), ("sm_90", 64))
+}
+
+
+def choose_config(
+    M: int, N: int, precision: str, arch: str, num_cores: int
+) -> ActivationGradConfig:
+    """Largest tile that leaves no core without one, else the smallest there is."""
+    fitting = [c for c in SHIPPED[arch] if c.precision == precision]
+    full = [c for c in fitting if -(-M // c.BLOCK_M) * -(-N // c.BLOCK_N) >= num_cores]
+    return full[-1] if full else fitting[0]
+
+
+def activation_grad(
+    dy: Tensor,
+    h: Tensor | None,
+    u: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    rank: int | Tensor,
+    activation: str,
+    *,
+    config: ActivationGradConfig | None = None,
+    input_precision: str = "ieee",
+) -> Tensor:
+    """Compute dz = dy * act'(z), z = H @ u[:, :r].T + bias.
+
+    Args:
+        dy: gradient of y (M, N), last stride 1; float16, bfloat16 or float32.
+        h: H (M, r), or (M, R) for a tensor rank; may be None where y stands in for z.
+        u: (N, R).
+        bias: (N,) or None.
+        y: output of the forward (M, N), last stride 1; looked at for relu only, where it saves
+            computing z; may be None.
+        rank: r, or a 0-d int32 tensor on the device, clamped to 0..R in the kernel.
+        activation: "relu", "gelu", "gelu_tanh" or "silu".
+        config: tiles; None chooses.
+        input_precision: "ieee" or "tf32"; says how float32 is multiplied.
+
+    Returns:
+        dz (M, N) in the dtype of dy.
+    """
+    interpreter.ensure()
+    (M, N), R = dy.shape, u.shape[1]
+    from_y = activation == "relu" and y is not None
+    if from_y:
+        h = dy
+    assert h is not None, "activation_grad: H or, for relu, y"
+    h = h if from_y else readable_h(h)
+    if config is None:
+        device = record_of(dy)
+        precision = input_precision if dy.element_size() == 4 else "half"
+        config = choose_config(M, N, precision, table_arch(device.arch), device.num_cores)
+    dz = dy.new_empty(M, N)
+    y = dy if y is None else y
+    with device_of(dy):
+        activation_grad_kernel[(-(-M // config.BLOCK_M) * -(-N // config.BLOCK_N),)](
+            # Any pointer of the type serves in the place of what is not read.
+            dy, y, h, u, dy if bias is None else bias, dz, rank, M, N, R,
+            dy.stride(0), y.stride(0), h.stride(0), u.stride(0), u.stride(1), dz.stride(0),
+            FROM_Y=from_y, HAS_BIAS=bias is not None, ACTIVATION=activation_name(activation),
+            TENSOR_RANK=isinstance(rank, Tensor), ROUND_RANK=R % 8 == 0, BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, INPUT_PRECISION=input_precision,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return dz
+
+
+def aot_spec(config: ActivationGradConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
+    """What aot.py compiles for a configuration and "bf16", "fp16" or "fp32".
+
+    gelu: with a bias, int rank; device rank: silu; odd R: silu, R % 8 != 0; relu: from y.
+    """
+    if (dtype == "fp32") == (config.precision == "half"):
+        return
+    for form in ("gelu", "device rank", "odd R", "relu"):
+        yield {
+            "kernel": activation_grad_kernel,
+            "label": f"{config} {form}",
+            "signature": _signature(config, dtype, form),
+            "options": {"num_warps": config.num_warps, "num_stages": config.num_stages},
+            "dot_rows": 0 if form == "relu" else config.BLOCK_M,
+        }
+
+
+def _signature(config: ActivationGradConfig, dtype: str, form: str) -> dict[str, Any]:
+    """Arguments as Triton specialises them for contiguous tensors with sizes divisible by 16."""
+    R = "i32" if form == "odd R" else "i32:16"
+    sizes = ("N", "stride_dym", "stride_ym", "stride_hm", "stride_dzm")
+    return (
+        dict.fromkeys(("p_dy", "p_y", "p_h", "p_u", "p_bias", "p_dz"), f"*{dtype}:16")
+        | dict.fromkeys(sizes, "i32:16")
+        | {
+            "rank": "*i32" if form == "device rank" else "i32",
+            "M": "i32",
+            "R": R,
+            "stride_un": R,
+            "stride_ur": 1,
+            "FROM_Y": form == "relu",
+            "HAS_BIAS": form == "gelu",
+            "ACTIVATION": form if form in ("gelu", "relu") else "silu",
+            "TENSOR_RANK": form == "device rank",
+            "ROUND_RANK": form != "odd R",
+            "BLOCK_M": config.BLOCK_M,
+            "BLOCK_N": config.BLOCK_N,
+            "BLOCK_R": config.BLOCK_R,
+            "INPUT_PRECISION": "tf32" if config.precision == "tf32" else "ieee",
+        }
+    )
