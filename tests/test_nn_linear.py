@@ -1,24 +1,20 @@
-"""LoDLinear, its factors and its merged weight."""
+"""LoDLinear: values, rank, truncation, checkpoints, and the way from and to nn.Linear."""
 
 import copy
 import io
-import operator
 import pickle
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from maestro_kernels.backends.reference import lod_linear_ref
 from maestro_kernels.nn import LoDLinear
 from maestro_kernels.nn import layer as layers
-from maestro_kernels.nn.factorize import factorize
 from maestro_kernels.testing import assert_accurate
 
 N, K, R = 12, 20, 7
@@ -35,109 +31,7 @@ def merged(factorised):
     return factorised.u[:, :r] @ factorised.v[:r]
 
 
-# --- factors -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (9, 9), (1, 5), (5, 1)])
-def test_every_prefix_is_the_best_approximation_of_its_rank(shape):
-    weight = torch.randn(*shape, dtype=torch.float64)
-    s2 = torch.linalg.svdvals(weight).square()
-    u, v = factorize(weight, min(shape))
-    for r in range(min(shape) + 1):
-        error = (weight - u[:, :r] @ v[:r]).square().sum()
-        assert_close(error, s2[r:].sum(), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
-def test_components_carry_the_same_norm_in_both_factors(shape):
-    weight = torch.randn(*shape, dtype=torch.float64)
-    u, v = factorize(weight, 5)
-    s = torch.linalg.svdvals(weight)[:5]
-    assert_close(u.square().sum(0), s)
-    assert_close(v.square().sum(1), s)
-
-
-@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
-@pytest.mark.parametrize("samples", [7, 50, 500])
-def test_weighting_by_moments_minimises_the_output_error(shape, samples):
-    weight = torch.randn(*shape, dtype=torch.float64)
-    scales = torch.logspace(2, -3, shape[1], dtype=torch.float64)
-    x = torch.randn(samples, shape[1], dtype=torch.float64) * scales
-    u, v = factorize(weight, 10, x.T @ x)
-    plain_u, plain_v = factorize(weight, 10)
-    y = x @ weight.T
-    got = (y - x @ v.T @ u.T).square().sum()
-    plain = (y - x @ plain_v.T @ plain_u.T).square().sum()
-    best = torch.linalg.svdvals(y)[10:].square().sum()
-    assert got <= plain
-    # Only the ridge keeps it from the optimum that the singular values of the outputs give.
-    assert got - best <= 1e-5 * y.square().sum()
-
-
-@pytest.mark.parametrize("samples", [0, 1, 3])
-def test_a_singular_moment_still_orders_what_the_data_never_showed(samples):
-    weight = torch.randn(12, 20, dtype=torch.float64)
-    x = torch.randn(samples, 20, dtype=torch.float64)
-    u, v = factorize(weight, 12, x.T @ x)
-    assert_close(u @ v, weight)
-    # Beyond the samples the components follow the weight: close to the SVD of what is left.
-    left = weight - u[:, :samples] @ v[:samples]
-    tail = (weight - u[:, :8] @ v[:8]).square().sum()
-    best = torch.linalg.svdvals(left)[8 - samples :].square().sum()
-    assert tail <= best * (1 + 1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_factors_of_low_precision_weights_are_as_good_as_their_rounding(dtype):
-    weight = torch.randn(32, 48).to(dtype)
-    u, v = factorize(weight, 32)
-    assert (u.dtype, v.dtype) == (dtype, dtype)
-    error = torch.linalg.matrix_norm(u.double() @ v.double() - weight.double())
-    assert error <= 2 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(weight.double())
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30, 1e-200, 1e200])
-def test_extreme_and_zero_weights_give_finite_trainable_factors(scale):
-    dtype = torch.float32 if 1e-40 < scale < 1e40 else torch.float64
-    weight = torch.randn(8, 6, dtype=dtype) * scale
-    u, v = factorize(weight, 6)
-    assert_close(u @ v, weight, rtol=1e-5, atol=1e-6 * scale)
-    if scale:
-        best = torch.linalg.svdvals(weight / scale)[0]
-        assert_close((u[:, :1] @ v[:1] / scale).norm(), best, rtol=1e-5, atol=0)
-    assert u.isfinite().all()
-    assert v.isfinite().all()
-    # Where both factors of a component are zero, neither ever gets a gradient.
-    assert (u.abs().amax(0) > 0).all()
-
-
-def test_rank_deficient_weights_reconstruct():
-    weight = torch.randn(10, 2, dtype=torch.float64) @ torch.randn(2, 15, dtype=torch.float64)
-    u, v = factorize(weight, 10)
-    assert_close(u[:, :2] @ v[:2], weight)
-    assert_close(u @ v, weight)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            (torch.zeros(2, 3, 4), 1),
-            "factorize: weight: expected a matrix (N, K), got shape (2, 3, 4)",
-        ),
-        ((torch.zeros(2, 3), 3), "factorize: rank: expected 0 <= rank <= 2, got 3"),
-        (
-            (torch.zeros(2, 3), 1, torch.eye(2)),
-            "factorize: moment: expected shape (3, 3), got (2, 2)",
-        ),
-    ],
-)
-def test_factorize_errors(arguments, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        factorize(*arguments)
-
-
-# --- forward -------------------------------------------------------------------------------------
+# --- forward --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -229,7 +123,7 @@ def test_checkpointing_and_autocast():
     assert made.u.grad.dtype == torch.float32
 
 
-# --- rank ----------------------------------------------------------------------------------------
+# --- rank -----------------------------------------------------------------------------------------
 
 
 def test_setting_the_rank_writes_the_host_value_and_the_same_buffer():
@@ -276,7 +170,7 @@ def test_break_even_rank():
     assert LoDLinear(4608, 512, 1).break_even_rank == 460.8
 
 
-# --- truncate ------------------------------------------------------------------------------------
+# --- truncate -------------------------------------------------------------------------------------
 
 
 def test_truncate_drops_the_tail_for_good():
@@ -327,7 +221,7 @@ def test_truncate_errors(arguments, error, message):
     assert made.max_rank == R
 
 
-# --- checkpoints and copies ----------------------------------------------------------------------
+# --- checkpoints and copies -----------------------------------------------------------------------
 
 
 def same(a, b):
@@ -439,114 +333,7 @@ def test_moving_between_dtypes_and_devices_keeps_the_rank():
     assert (real.rank, real.active_rank.item()) == (3, 3)
 
 
-# --- the merged weight ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def merges(monkeypatch):
-    calls = []
-    original = LoDLinear._merged
-    monkeypatch.setattr(
-        LoDLinear, "_merged", lambda self, *a: calls.append(1) or original(self, *a)
-    )
-    return calls
-
-
-def test_asking_for_metadata_computes_nothing(merges):
-    weight = layer().weight
-    assert isinstance(weight, torch.Tensor)
-    assert (weight.dtype, weight.device) == (torch.float64, torch.device("cpu"))
-    assert (weight.shape, weight.dim(), weight.numel(), len(weight)) == ((N, K), 2, N * K, N)
-    assert weight.is_floating_point()
-    assert weight.requires_grad
-    assert weight.data.dtype == weight.detach().dtype == torch.float64
-    assert not weight.data.requires_grad
-    assert merges == []
-    weight.sum()
-    assert merges == [1]
-
-
-def test_weight_is_the_active_prefix_with_gradients():
-    made = layer()
-    x = torch.randn(3, K, dtype=torch.float64)
-    assert_close(F.linear(x, made.weight, made.bias), made(x))
-    assert_close(made.weight + 0, merged(made))
-    assert_close(made.weight.data.T[2:], merged(made).detach().T[2:])
-    made.weight.square().sum().backward()
-    got = made.u.grad.clone()
-    made.zero_grad()
-    merged(made).square().sum().backward()
-    assert_close(got, made.u.grad)
-    assert not layer().requires_grad_(False).weight.requires_grad
-    made.rank = 0
-    assert (made.weight == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("write", "name"),
-    [
-        (lambda w: w.add_(1), "add_"),
-        (lambda w: w.data.normal_(), "normal_"),
-        (lambda w: w.detach().copy_(w + 0), "copy_"),
-        (lambda w: w.__setitem__(0, 1.0), "__setitem__"),
-        (lambda w: operator.imul(w, 2), "mul_"),
-        (lambda w: setattr(w, "data", torch.zeros(N, K)), "__set__"),
-        (lambda w: nn.init.zeros_(w), "zero_"),
-        (lambda w: torch.add(w + 0, 1, out=w), "add"),
-    ],
-    ids=["method", "data", "detach", "item", "augmented", "set", "init", "out"],
-)
-def test_writing_into_the_weight_is_refused(write, name):
-    made = layer()
-    before = made.u.detach().clone()
-    with (
-        pytest.raises(NotImplementedError, match=f"^weight: {name}: expected a read, got a write"),
-        torch.no_grad(),
-    ):
-        write(made.weight)
-    assert torch.equal(made.u, before)
-
-
-class ReadsDtype(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x.to(self.inner.weight.dtype))
-
-
-def test_reading_the_dtype_compiles_and_leaves_no_product_behind():
-    model = ReadsDtype(layer())
-    x = torch.randn(3, K)
-    torch._dynamo.reset()
-    graphs = []
-
-    def capture(module, inputs):
-        graphs.append(module.graph)
-        return make_boxed_func(module.forward)
-
-    backend = aot_autograd(fw_compiler=capture)
-    with torch.no_grad():
-        expected = model(x)
-        assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), expected)
-        program = torch.export.export(model, (x,))
-        assert_close(program.module()(x), expected)
-    program.graph.eliminate_dead_code()
-    for graph in (*graphs, program.graph):
-        targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-        assert [t for t in targets if "lod_linear" in t]
-        assert not [t for t in targets if "mm" in t or "matmul" in t], targets
-    assert len(graphs) == 1
-    made = model.inner
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda: made.weight * 1, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(), merged(made))
-    made.rank = 2
-    assert_close(compiled(), merged(made))
-
-
-# --- dense and back ------------------------------------------------------------------------------
+# --- dense and back -------------------------------------------------------------------------------
 
 
 def test_from_linear_and_back():
