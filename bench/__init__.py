@@ -1,0 +1,1 @@
+"""Benchmarks of the checkout: pytest-benchmark suites and the main job."""

