@@ -55,9 +55,7 @@ def sweep(encoder, args, calibration, held_out, advance):
             model = library.factorised(encoder, budget, init, calibration)
             seconds = args.seconds if init == "data" else 0.0
             results.append(
-                library.evaluate(
-                    encoder, model, budget, init, held_out, original, seconds=seconds
-                )
+                library.evaluate(encoder, model, budget, init, held_out, original, seconds=seconds)
             )
     return results
 
@@ -66,8 +64,8 @@ def save_and_reload(encoder, args, results, held_out):
     """Save the budget to look at with `maestro-kernels compress`, reload it, compare embeddings."""
     data_aware = [r for r in results if r.init == "data"]
     usable = [r for r in data_aware if r.cosine >= library.USABLE_COSINE]
-    chosen = min(usable, key=lambda r: r.budget) if usable else max(
-        data_aware, key=lambda r: r.budget
+    chosen = (
+        min(usable, key=lambda r: r.budget) if usable else max(data_aware, key=lambda r: r.budget)
     )
     folder = args.out / "compressed"
     command = ["compress", library.BUNDLED, "--budget", str(chosen.budget), "--init", "data"]
@@ -131,11 +129,15 @@ def latency_table(results):
             best = max(("ours", "ours, grouped"), key=lambda n: r.ratio(batch, n, "dense"))
             body.append(
                 [
-                    f"{r.budget:.0%}", batch.removeprefix("batch "), ms(r, batch, "dense"),
-                    ms(r, batch, "two matmuls"), ms(r, batch, "ours"),
-                    ms(r, batch, "ours, grouped"), f"{r.ratio(batch, best, 'dense'):.2f}×",
+                    f"{r.budget:.0%}",
+                    batch.removeprefix("batch "),
+                    ms(r, batch, "dense"),
+                    ms(r, batch, "two matmuls"),
+                    ms(r, batch, "ours"),
+                    ms(r, batch, "ours, grouped"),
+                    f"{r.ratio(batch, best, 'dense'):.2f}×",
                     f"{r.ratio(batch, best, 'two matmuls'):.2f}×",
-                ]  # fmt: skip
+                ]
             )
     return headers, body
 

@@ -20,7 +20,7 @@ def test_import_needs_no_triton_gpu_or_plotting():
 
         class Refuse:
             def find_spec(self, name, path=None, target=None):
-                heavy = ("triton", "transformers", "matplotlib", "scipy", "rich")
+                heavy = ("triton", "transformers", "matplotlib", "scipy", "rich", "safetensors")
                 if name.split(".")[0] in heavy:
                     raise ImportError(f"{name} is not for import time")
 

@@ -99,6 +99,14 @@ def test_summary_counts():
     assert report.to_dict()["layers"][0]["N"] == 64
 
 
+def test_summary_lists_an_embedding_but_counts_products():
+    model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 64))
+    report = mk.summary(mk.convert(model, rank=8))
+    assert [layer.kind for layer in report.layers] == ["Embedding", "lod_linear"]
+    assert (report.dense_weights, report.macs) == (64 * 64, 8 * 128)
+    assert report.parameters == 50 * 64 + 8 * 128 + 64
+
+
 def test_summary_says_why_a_layer_is_dense():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(8, 2), nn.Conv2d(8, 8, 3, groups=8))
     mk.convert(model, rank=8)

@@ -211,14 +211,14 @@ def test_saving_replaces_only_what_it_wrote(saved, tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_folder(saved, monkeypatch):
-    from maestro_kernels.nn import serialization
+    import safetensors.torch
 
     before = (saved / "model.safetensors").read_bytes()
 
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(serialization, "save_file", full_disk)
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         mk.save_pretrained(plain(), saved)
     assert (saved / "model.safetensors").read_bytes() == before

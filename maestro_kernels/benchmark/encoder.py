@@ -148,9 +148,9 @@ def _prose(paragraph: str) -> list[str]:
     for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text):
         words = sentence.split()
         letters = sum(c.isalpha() or c.isspace() for c in sentence)
-        if 6 <= len(words) <= 48 and sentence[0].isupper() and sentence[-1] in ".!?":
-            if letters / len(sentence) > 0.9:
-                kept.append(sentence)
+        whole = 6 <= len(words) <= 48 and sentence[0].isupper() and sentence[-1] in ".!?"
+        if whole and letters / len(sentence) > 0.9:
+            kept.append(sentence)
     return kept
 
 
@@ -343,8 +343,8 @@ def verdict(results: Sequence[Result]) -> list[str]:
     if paying:
         r, batch, ratio = max(paying, key=lambda entry: entry[2])
         lines.append(
-            f"Keeping {r.budget:.0%} of the linear layers' weights pays at {batch}: {ratio:.2f}× as "
-            f"fast as dense, mean cosine {r.cosine:.3f} to the original embeddings."
+            f"Keeping {r.budget:.0%} of the linear layers' weights pays at {batch}: {ratio:.2f}× "
+            f"as fast as dense, mean cosine {r.cosine:.3f} to the original embeddings."
         )
     else:
         lines.append(

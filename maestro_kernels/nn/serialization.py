@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from maestro_kernels import __version__
@@ -45,6 +43,8 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
         TypeError: model is no module.
         ValueError: the folder holds something else, or a tensor is on the meta device.
     """
+    from safetensors.torch import save_file
+
     fn = "save_pretrained"
     layers = lod_layers(model, fn)
     target = Path(directory)
@@ -189,6 +189,9 @@ def _read_structure(fn: str, source: Path) -> dict[str, Any]:
 
 
 def _read_tensors(fn: str, source: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     path = source / _TENSORS
     if not path.is_file():
         raise ValueError(

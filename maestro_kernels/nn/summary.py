@@ -17,6 +17,10 @@ from maestro_kernels.problem import LoDProblem
 __all__ = ["LayerSummary", "ModelSummary", "summary"]
 
 
+# Kinds whose matrix multiplies x. A table that is looked up (an embedding) is listed, not counted.
+_PRODUCTS = ("linear", "hf_conv1d", "conv2d", "lod_linear", "lod_conv2d")
+
+
 @dataclass(frozen=True)
 class LayerSummary:
     """One layer that holds a matrix.
@@ -63,24 +67,28 @@ class ModelSummary:
     parameters: int
 
     @property
+    def _counted(self) -> list[LayerSummary]:
+        return [layer for layer in self.layers if layer.kind in _PRODUCTS]
+
+    @property
     def dense_weights(self) -> int:
-        """Weights that the listed layers have or would have as dense matrices."""
-        return sum(layer.dense_parameters for layer in self.layers)
+        """Weights that the linear and convolution layers have or would have as dense matrices."""
+        return sum(layer.dense_parameters for layer in self._counted)
 
     @property
     def weights(self) -> int:
-        """Weights that the listed layers store."""
-        return sum(layer.parameters for layer in self.layers)
+        """Weights that the linear and convolution layers store."""
+        return sum(layer.parameters for layer in self._counted)
 
     @property
     def dense_macs(self) -> int:
-        """Multiply-adds per row were every listed layer dense."""
+        """Multiply-adds per row were every one of those layers dense."""
         return self.dense_weights
 
     @property
     def macs(self) -> int:
-        """Multiply-adds per row at the active ranks."""
-        return sum(layer.macs for layer in self.layers)
+        """Multiply-adds per row of those layers at the active ranks."""
+        return sum(layer.macs for layer in self._counted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -103,7 +111,7 @@ class ModelSummary:
                     rank,
                     f"{layer.break_even_rank:.0f}",
                     f"{layer.parameters:,}",
-                    f"{layer.macs:,}",
+                    f"{layer.macs:,}" if layer.kind in _PRODUCTS else "",
                     layer.backend or layer.note,
                 )
             )
@@ -119,7 +127,8 @@ class ModelSummary:
         share = self.weights / self.dense_weights if self.dense_weights else 1.0
         cost = self.macs / self.dense_macs if self.dense_macs else 1.0
         lines.append(
-            f"these layers: {self.weights:,} of {self.dense_weights:,} weights ({share:.0%}), "
+            f"linear and convolution layers: {self.weights:,} of {self.dense_weights:,} weights "
+            f"({share:.0%}), "
             f"{self.macs:,} of {self.dense_macs:,} MACs per row ({cost:.0%})"
         )
         lines.append(f"whole model: {self.parameters:,} parameters")
