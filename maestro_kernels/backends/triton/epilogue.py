@@ -15,11 +15,13 @@ def activation_name(activation: str | None) -> str:
 
 
 @triton.jit
-def _sigmoid(z):
-    """1 / (1 + exp(-z))."""
+def _sigmoids(z):
+    """(s, 1 - s) with s = 1 / (1 + exp(-z)), the smaller one without cancellation."""
     # exp of a non-positive number only: tl.sigmoid overflows to inf on the way for z < -88.
     e = tl.exp(-tl.abs(z))
-    return tl.where(z >= 0, 1.0, e) / (1.0 + e)
+    large = 1.0 / (1.0 + e)
+    small = e / (1.0 + e)
+    return tl.where(z >= 0, large, small), tl.where(z >= 0, small, large)
 
 
 @triton.jit
@@ -37,9 +39,9 @@ def apply_activation(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        z = z * _sigmoid(_gelu_tanh_argument(z))
+        z = z * _sigmoids(_gelu_tanh_argument(z))[0]
     elif ACTIVATION == "silu":
-        z = z * _sigmoid(z)
+        z = z * _sigmoids(z)[0]
     else:
         tl.static_assert(ACTIVATION == "none", "unknown activation")
     return z
@@ -54,11 +56,11 @@ def activation_derivative(z, ACTIVATION: tl.constexpr):
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         d = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
     elif ACTIVATION == "gelu_tanh":
-        s = _sigmoid(_gelu_tanh_argument(z))
-        d = s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        s, t = _sigmoids(_gelu_tanh_argument(z))
+        d = s + z * s * t * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     elif ACTIVATION == "silu":
-        s = _sigmoid(z)
-        d = s * (1.0 + z * (1.0 - s))
+        s, t = _sigmoids(z)
+        d = s * (1.0 + z * t)
     else:
         tl.static_assert(ACTIVATION == "none", "unknown activation")
         d = tl.full(z.shape, 1.0, tl.float32)
