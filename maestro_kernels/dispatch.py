@@ -320,6 +320,6 @@ def _layout(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple((t.stride(), t.storage_offset() * t.element_size() % 16) for t in tensors)
 
 
-def is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured on x's current stream."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def is_capturing(x: Any) -> bool:
+    """Whether a CUDA graph is being captured on x's current stream; x is not validated yet."""
+    return getattr(x, "is_cuda", False) and torch.cuda.is_current_stream_capturing()

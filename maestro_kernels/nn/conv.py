@@ -112,7 +112,7 @@ class LoDConv2d(LoDLayer):
         u: Tensor = self.u
         v, groups = self.v, self.groups
         size = self._output_size(x)
-        rank = self.call_rank()
+        rank = self.call_rank(x)
         if self._pointwise and _is_channels_last(x):
             v2 = v.flatten(1)
             return lod_linear(x.movedim(1, -1), u, v2, self.bias, rank=rank).movedim(-1, 1)

@@ -95,7 +95,7 @@ class LayerGroup:
             [layer.u for layer in layers],
             [layer.v for layer in layers],
             [layer.bias for layer in layers],
-            ranks=[layer.call_rank() for layer in layers],
+            ranks=[layer.call_rank(x) for layer in layers],
             activation=[layer.activation for layer in layers],
             backend=layers[0].backend,
         )

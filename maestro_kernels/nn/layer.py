@@ -84,12 +84,12 @@ class LoDLayer(nn.Module):
         with torch.no_grad():
             self.active_rank.fill_(self._rank)
 
-    def call_rank(self) -> int | Tensor:
-        """The rank to run at: the host's int, or the buffer where the call outlives its rank.
+    def call_rank(self, x: Tensor) -> int | Tensor:
+        """The rank to run on x at: the host's int, or the buffer if the call outlives its rank.
 
         A compiled or captured call must follow the rank without being made again.
         """
-        if torch.compiler.is_compiling() or is_capturing(self.active_rank):
+        if torch.compiler.is_compiling() or is_capturing(x):
             return self.active_rank
         return self._rank
 

@@ -97,7 +97,7 @@ class LoDLinear(LoDLayer):
             self.u,
             self.v,
             self.bias,
-            rank=self.call_rank(),
+            rank=self.call_rank(x),
             activation=self.activation,
             backend=self.backend,
         )

@@ -15,21 +15,21 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-_PLAIN = frozenset((Tensor, Parameter))
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
-def is_plain(x: Any, u: Any, v: Any, bias: Any) -> bool:
-    """Whether the call may skip the registered op: ordinary tensors and nobody watching."""
+def is_plain(*tensors: Any) -> bool:
+    """Whether a call may skip the registered op: ordinary tensors and nobody watching.
+
+    None stands for an argument that is not there.
+    """
     return (
         not _is_compiling()
-        and type(x) in _PLAIN
-        and type(u) in _PLAIN
-        and type(v) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
+        and _PLAIN.issuperset(map(type, tensors))
         and not _are_transforms_active()
         and _dispatch_modes() == 0
         and forward_ad._current_level < 0

@@ -59,7 +59,7 @@ def lod_linear_grouped(
     wants_grad = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in tensors
     )
-    if all(eager.is_plain(t, t, t, None) for t in tensors):
+    if eager.is_plain(*tensors):
         plan = plan_grouped(xs, us, vs, biases, ranks, activations, backend)
         if wants_grad:
             call = (plan, ranks, save_h, len(xs))
