@@ -82,7 +82,8 @@ def _launches() -> dict[str, Callable[[object], object]]:
     """Name -> a launch at a rank."""
     import torch
 
-    from maestro_kernels.backends.triton import row, two_phase
+    from maestro_kernels.backends.triton import activation_grad, row, two_phase, wgrad
+    from maestro_kernels.backends.triton.launch import empty_h
 
     def zeros(*shape):
         return torch.zeros(*shape, dtype=torch.bfloat16)
@@ -95,10 +96,32 @@ def _launches() -> dict[str, Callable[[object], object]]:
         layers = [v, v], [u, u[:64]], [bias, None]
         return two_phase.two_phase_grouped([x], *layers, both, [None, None], save_h=False)
 
+    def weight_gradients(count, needs_u=True):
+        def launch(rank):
+            if isinstance(rank, torch.Tensor):
+                ranks, width = torch.stack([rank] * count), R
+            else:
+                ranks, width = [rank] * count, rank
+            h = empty_h(x, width)
+            return wgrad.weight_grads(
+                [dy] * count, [h] * count, [h] * count, [x], [R] * count, ranks,
+                needs_u=needs_u, needs_v=True, needs_bias=[needs_u] + [False] * (count - 1),
+            )  # fmt: skip
+
+        return launch
+
+    def before_gelu(rank):
+        h = empty_h(x, R if isinstance(rank, torch.Tensor) else rank)
+        return activation_grad.activation_grad(dy, h, u, bias, None, rank, "gelu")
+
     return {
         "two-phase": lambda r: two_phase.two_phase(x, v, u, bias, r, "gelu", save_h=True),
         "two-phase dx": lambda r: two_phase.two_phase_dx(dy, u, v, r),
         "grouped": grouped,
+        "weight gradient": weight_gradients(1),
+        "weight gradient, frozen u": weight_gradients(1, needs_u=False),
+        "grouped weight gradient": weight_gradients(3),
+        "activation gradient": before_gelu,
         "row": lambda r: row.row(x, v, u, bias, r, "gelu", save_h=True),
         "row pointers": lambda r: row.row(odd_x, odd_v, u, bias, r, "gelu", save_h=True),
         "row dx": lambda r: row.row_dx(dy, u, v, r),
@@ -146,7 +169,18 @@ def test_the_instrument_sees_variants(variants):
     assert len(_keys(variants, "specialised int")) == 3
 
 
-@pytest.mark.parametrize("kernel", ["two-phase", "two-phase dx", "grouped"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "two-phase",
+        "two-phase dx",
+        "grouped",
+        "weight gradient",
+        "weight gradient, frozen u",
+        "grouped weight gradient",
+        "activation gradient",
+    ],
+)
 def test_one_variant_for_all_ranks(variants, kernel):
     by_int, by_tensor = _keys(variants, f"{kernel} int"), _keys(variants, f"{kernel} tensor")
     assert len(by_int) == 1
@@ -166,6 +200,9 @@ def test_row_kernel_has_one_variant_for_each_width_of_h(variants, kernel):
     [
         "two-phase int",
         "two-phase dx int",
+        "weight gradient int",
+        "weight gradient, frozen u int",
+        "activation gradient int",
         "row dx tensor",
         *(f"row int {width}" for width in WIDTHS),
     ],

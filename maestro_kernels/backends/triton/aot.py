@@ -2,6 +2,7 @@
 
     python -m maestro_kernels.backends.triton.aot            # a table; exit status 1 on a fault
     python -m maestro_kernels.backends.triton.aot --json     # the same rows for a program
+    python -m maestro_kernels.backends.triton.aot --only "row.*sm_90 bf16"
 
 Protocol: every module named in MODULES exports
 
@@ -61,7 +62,7 @@ __all__ = [
     "report",
 ]
 
-MODULES = ("two_phase", "row")
+MODULES = ("two_phase", "row", "wgrad", "activation_grad")
 ARCHITECTURES = ("sm_80", "sm_90")
 # Bytes of shared memory a block may use. triton.compile does not check it: only a launch fails.
 SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448}
@@ -233,16 +234,27 @@ def _row(index: int) -> Row:
     )
 
 
-def report(jobs: int | None = None) -> list[Row]:
-    """Compile everything that ships in `jobs` processes (default: one per core)."""
+def report(jobs: int | None = None, only: str = "") -> list[Row]:
+    """Compile what ships in `jobs` processes (default: one per core).
+
+    Args:
+        jobs: processes; 1 compiles in this one.
+        only: regular expression; rows in whose name it is not found are left out.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set.
+        ValueError: `only` leaves nothing.
+    """
     if interpreter.active():
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, nothing to compile")
-    count = len(_cases())
+    chosen = [i for i, name in enumerate(names()) if re.search(only, name)]
+    if not chosen:
+        raise ValueError(f"report: only: expected a match in the names of rows, got {only!r}")
     jobs = jobs or len(os.sched_getaffinity(0))
     if jobs == 1:
-        return [_row(i) for i in range(count)]
+        return [_row(i) for i in chosen]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_row, range(count)))
+        return list(pool.map(_row, chosen))
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -281,8 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="rows, the table and versions as JSON")
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
+    parser.add_argument("--only", default="", help='regular expression, e.g. "sm_90 bf16.*tma"')
     options = parser.parse_args(arguments)
-    rows = report(options.jobs)
+    rows = report(options.jobs, options.only)
     faulty = [row for row in rows if row.faults]
     if options.json:
         json.dump(
