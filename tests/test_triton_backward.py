@@ -179,6 +179,15 @@ class TestWeightGrads:
         layer = Products(200, 136, 70, R, R - 3, dtype)
         layer.check(*(gradient for (gradient,) in run([layer], config=None)))
 
+    def test_zeros_beyond_the_rank_beside_infinities(self):
+        layer = Products(50, 40, 36, 24, 13, torch.bfloat16)
+        layer.dz[7, 3] = layer.x[7, 3] = float("inf")
+        (du,), (dv,), _ = run([layer])
+        assert not du.isfinite().all()
+        assert not dv.isfinite().all()
+        assert (du[:, 13:] == 0).all()
+        assert (dv[13:] == 0).all()
+
     def test_rows_further_apart(self):
         layer = Products(50, 40, 36, 24, 13, torch.bfloat16)
         layer.dz = draw(100, 60, torch.bfloat16)[::2, 3:43]

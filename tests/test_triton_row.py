@@ -133,6 +133,9 @@ LAYOUTS = {
     "columns of a wider x": lambda x, u, v: (F.pad(x, (3, 2))[:, 3:-2], u, v),
     "one row of x for all": lambda x, u, v: (x[:1].expand(x.shape), u, v),
     "factors stored transposed": lambda x, u, v: (x, u.mT.contiguous().mT, v.mT.contiguous().mT),
+    "every other column of wider factors": lambda x, u, v: (
+        x, u.repeat_interleave(2, 1)[:, ::2], v.repeat_interleave(2, 1)[:, ::2]
+    ),
     "factors inside larger ones": lambda x, u, v: (
         x, F.pad(u, (0, 5))[:, :-5], F.pad(v, (1, 2))[:, 1:-2]
     ),

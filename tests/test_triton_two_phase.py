@@ -14,7 +14,7 @@ if WHY_NOT is None:
     from two_phase_cases import Layer, allocations, rank_tensor  # noqa: F401
 
     from maestro_kernels import hardware
-    from maestro_kernels.backends.triton import two_phase, two_phase_kernel, workspace
+    from maestro_kernels.backends.triton import layers, two_phase, workspace
     from maestro_kernels.backends.triton.two_phase import (
         SHIPPED,
         TwoPhaseConfig,
@@ -286,7 +286,7 @@ def test_plan_for_a_recorded_h100():
 def test_rank_encoding_is_never_special():
     """Neither 1 nor a multiple of 16, which Triton would compile variants for; and it decodes."""
     for rank in (*range(300), 1 << 20):
-        encoded = two_phase_kernel.encode_rank(rank)
+        encoded = layers.encode_rank(rank)
         assert encoded % 16 == 8
         assert encoded >> 4 == rank
 

@@ -14,6 +14,7 @@ __all__ = [
     "MAX_LAYERS",
     "device_of",
     "empty_h",
+    "h_stride",
     "layer_runs",
     "readable_h",
     "record_of",
@@ -48,10 +49,14 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def h_stride(width: int) -> int:
+    """Elements from one row of H to the next."""
+    return max(-(-width // _H_ALIGN), 1) * _H_ALIGN
+
+
 def empty_h(x: Tensor, width: int) -> Tensor:
-    """Uninitialised (M, width) for x (M, K), its rows a multiple of _H_ALIGN elements apart."""
-    stride = max(-(-width // _H_ALIGN), 1) * _H_ALIGN
-    return x.new_empty(x.shape[0], stride)[:, :width]
+    """Uninitialised (M, width) for x (M, K), its rows h_stride(width) elements apart."""
+    return x.new_empty(x.shape[0], h_stride(width))[:, :width]
 
 
 def readable_h(h: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ sizes and a device record, so that it is tested without a GPU.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,17 @@ from torch import Tensor
 from maestro_kernels import hardware
 from maestro_kernels.backends.triton import interpreter, workspace
 from maestro_kernels.backends.triton.epilogue import activation_name
+from maestro_kernels.backends.triton.launch import (
+    MAX_LAYERS,
+    device_of,
+    h_stride,
+    layer_runs,
+    record_of,
+    table_arch,
+)
+from maestro_kernels.backends.triton.layers import encode_rank
 from maestro_kernels.backends.triton.two_phase_kernel import (
     COUNTERS_BEFORE_ARRIVALS,
-    encode_rank,
     two_phase_kernel,
 )
 
@@ -41,12 +48,6 @@ __all__ = [
 
 Ranks = Sequence[int] | Tensor
 
-# Layers of one launch; more of them take several. A layer costs 17 kernel arguments and as many
-# selects for each tile.
-MAX_LAYERS = 8
-# Elements that a row of H is rounded up to: its rows then start on 16 bytes in every dtype, and
-# Triton finds every row stride divisible by 16, so that a rank never makes a variant.
-_H_ALIGN = 16
 # Two programs of 4 warps, or one of 8, share the 65536 registers of a multiprocessor. Left alone,
 # ptxas aims at more programs than the plan has and spills a few bytes to get there.
 _MAX_REGISTERS = 255
@@ -133,12 +134,10 @@ def choose_config(
 ) -> TwoPhaseConfig:
     """Configuration for M rows and the largest N of a group.
 
-    Architectures without an entry take those of sm_80, which fit into 99 KiB of shared memory;
-    sm_100 takes those of sm_90.
+    Architectures without an entry take those of another, see table_arch.
     """
-    table = "sm_90" if arch in ("sm_90", "sm_100", "sm_103") else "sm_80"
     kind = input_precision if dtype == torch.float32 else "16-bit"
-    return next(row[2] for row in _TABLES[table, kind] if row[0] >= M and row[1] >= N)
+    return next(row[2] for row in _TABLES[table_arch(arch), kind] if row[0] >= M and row[1] >= N)
 
 
 @functools.lru_cache(4096)
@@ -239,7 +238,7 @@ def two_phase_grouped(
     xs = list(xs) * len(us) if len(xs) == 1 else xs
     ys = [x.new_empty(x.shape[0], u.shape[0]) for x, u in zip(xs, us, strict=True)]
     hs: list[Tensor] | None = [] if save_h else None
-    for part in _launches(xs):
+    for part in layer_runs(xs):
         h = _launch(
             xs[part], vs[part], us[part], biases[part], ranks[part], activations[part], ys[part],
             save_h=save_h, sum_layers=False, config=config, num_programs=num_programs,
@@ -310,7 +309,7 @@ def two_phase_dx_grouped(
     ss, es = [u.t() for u in us], [v.t() for v in vs]
     dxs: list[Tensor] = []
     dhs: list[Tensor] = []
-    for part in _launches(dys):
+    for part in layer_runs(dys):
         outs = [
             dy.new_empty(dy.shape[0], e.shape[0]) for dy, e in zip(dys[part], es[part], strict=True)
         ]
@@ -330,16 +329,6 @@ def two_phase_dx_grouped(
 
 def _as_ranks(rank: int | Tensor) -> Ranks:
     return rank.reshape(1) if isinstance(rank, Tensor) else (rank,)
-
-
-def _launches(xs: Sequence[Tensor]) -> Iterator[slice]:
-    """Runs of layers that one launch can take: as many rows each, MAX_LAYERS at most."""
-    begin = 0
-    for i in range(1, len(xs) + 1):
-        full = i - begin == MAX_LAYERS
-        if i == len(xs) or full or xs[i].shape[0] != xs[begin].shape[0]:
-            yield slice(begin, i)
-            begin = i
 
 
 def _launch(
@@ -363,7 +352,7 @@ def _launch(
     M, Rs, Ns = x.shape[0], [s.shape[0] for s in ss], [e.shape[0] for e in es]
     tensor_rank = isinstance(ranks, Tensor)
     widths = Rs if tensor_rank else [min(r, R) for r, R in zip(ranks, Rs, strict=True)]
-    device = hardware.current_device(x.device) if x.is_cuda else hardware.H100
+    device = record_of(x)
     config = config or choose_config(M, max(Ns), x.dtype, device.arch, input_precision)
     plan = plan_two_phase(device, config, M, tuple(n for n in Ns[: len(ys)]), tuple(widths))
     hs = _empty_h(x, M, widths, shared=not save_h)
@@ -371,7 +360,7 @@ def _launch(
     if num_programs is None:
         # Interpreted programs run one after another: after the first they have nothing to do.
         num_programs = 1 if interpreter.active() else plan.num_programs
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with device_of(x):
         two_phase_kernel[(num_programs,)](
             tuple(xs),
             tuple(ss),
@@ -415,8 +404,8 @@ def _launch(
 
 
 def _empty_h(x: Tensor, M: int, widths: Sequence[int], *, shared: bool) -> list[Tensor]:
-    """H of each layer (M, width), rows a multiple of _H_ALIGN apart; one allocation if shared."""
-    strides = [max(-(-w // _H_ALIGN), 1) * _H_ALIGN for w in widths]
+    """H of each layer (M, width), rows h_stride apart; one allocation if shared."""
+    strides = [h_stride(w) for w in widths]
     if not shared:
         return [
             x.new_empty(M, stride)[:, :width] for width, stride in zip(widths, strides, strict=True)

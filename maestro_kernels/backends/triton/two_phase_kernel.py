@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 
 from maestro_kernels.backends.triton.epilogue import apply_activation
+from maestro_kernels.backends.triton.layers import RANK_BITS, element, pick, vector
 
-__all__ = ["COUNTERS_BEFORE_ARRIVALS", "MAX_SPLIT", "MIN_STEPS", "encode_rank", "two_phase_kernel"]
+__all__ = ["COUNTERS_BEFORE_ARRIVALS", "MAX_SPLIT", "MIN_STEPS", "two_phase_kernel"]
 
 # Slots the last arriver has to add: each costs it BLOCK_M * BLOCK_R * 4 bytes from L2.
 MAX_SPLIT = tl.constexpr(16)
@@ -31,44 +32,6 @@ MIN_STEPS = tl.constexpr(2)
 # The ticket and the count of leaving programs have a 128-byte line each, the arrivals follow.
 _EXIT = tl.constexpr(32)
 COUNTERS_BEFORE_ARRIVALS = tl.constexpr(64)
-_RANK_BITS = tl.constexpr(4)
-
-
-def encode_rank(rank: int) -> int:
-    """An int rank as the kernel takes it: 16 * rank + 8.
-
-    Triton specialises integers inside tuples on the value 1 and on divisibility by 16 whatever
-    do_not_specialize says; this form is neither for any rank, so all ranks share one variant.
-    """
-    return (rank << _RANK_BITS.value) | 8
-
-
-@triton.jit
-def _pick(values, i_layer, NUM_LAYERS: tl.constexpr):
-    """Entry i_layer, a run-time index, of a tuple.
-
-    Selects keep what all layers have in common: divisors, and a stride that is 1 in every layer
-    stays a constant. So a group has the vector loads of a single layer.
-    """
-    picked = values[0]
-    for i in tl.static_range(1, NUM_LAYERS):
-        picked = tl.where(i_layer == i, values[i], picked)
-    return picked
-
-
-@triton.jit
-def _vector(values, o_l, NUM_LAYERS: tl.constexpr):
-    """The integers of a tuple as one vector, zero past the last layer."""
-    b_values = tl.zeros_like(o_l)
-    for i in tl.static_range(NUM_LAYERS):
-        b_values = tl.where(o_l == i, values[i], b_values)
-    return b_values
-
-
-@triton.jit
-def _at(b_values, o_l, i_layer):
-    """Element i_layer of a vector."""
-    return tl.sum(tl.where(o_l == i_layer, b_values, 0), 0)
 
 
 @triton.jit
@@ -209,17 +172,17 @@ def two_phase_kernel(
     """
     NUM_LAYERS: tl.constexpr = len(xs)
     o_l = tl.arange(0, LAYERS)
-    b_R = _vector(Rs, o_l, NUM_LAYERS)
+    b_R = vector(Rs, o_l, NUM_LAYERS)
     if TENSOR_RANK:
         b_rank = tl.load(ranks + o_l, mask=o_l < NUM_LAYERS, other=0)
     else:
-        b_rank = _vector(ranks, o_l, NUM_LAYERS) >> _RANK_BITS
+        b_rank = vector(ranks, o_l, NUM_LAYERS) >> RANK_BITS
     b_rank = tl.minimum(tl.maximum(b_rank, 0), b_R)
 
     num_m = tl.cdiv(M, BLOCK_M)
     b_blocks = tl.cdiv(b_rank, BLOCK_R)
     num_unsplit = tl.maximum(num_m * tl.sum(b_blocks, 0), 1)
-    b_steps = tl.cdiv(_vector(Ks, o_l, NUM_LAYERS), BLOCK_K)
+    b_steps = tl.cdiv(vector(Ks, o_l, NUM_LAYERS), BLOCK_K)
     b_split = tl.minimum(split_target // num_unsplit, tl.minimum(b_steps // MIN_STEPS, MAX_SPLIT))
     b_split = tl.maximum(b_split, 1)
     b_shrink = b_blocks * b_split
@@ -234,19 +197,19 @@ def two_phase_kernel(
         i_m = i_tile // per_m
         i_in_row = i_tile % per_m
         i_layer = tl.sum((b_shrink_end <= i_in_row).to(tl.int32), 0)
-        i_in_layer = i_in_row - _at(b_shrink_end - b_shrink, o_l, i_layer)
-        num_splits = _at(b_split, o_l, i_layer)
-        num_steps = _at(b_steps, o_l, i_layer)
-        rank = _at(b_rank, o_l, i_layer)
-        R = _pick(Rs, i_layer, NUM_LAYERS)
+        i_in_layer = i_in_row - element(b_shrink_end - b_shrink, o_l, i_layer)
+        num_splits = element(b_split, o_l, i_layer)
+        num_steps = element(b_steps, o_l, i_layer)
+        rank = element(b_rank, o_l, i_layer)
+        R = pick(Rs, i_layer, NUM_LAYERS)
         i_r = i_in_layer // num_splits
         i_split = i_in_layer % num_splits
         rank_read = tl.cdiv(rank, 8) * 8 if ROUND_RANK else rank
         b_h = _shrink_sum(
-            _pick(xs, i_layer, NUM_LAYERS), _pick(ss, i_layer, NUM_LAYERS),
-            M, _pick(Ks, i_layer, NUM_LAYERS), rank_read,
-            _pick(strides_xm, i_layer, NUM_LAYERS), _pick(strides_sr, i_layer, NUM_LAYERS),
-            _pick(strides_sk, i_layer, NUM_LAYERS), i_m, i_r,
+            pick(xs, i_layer, NUM_LAYERS), pick(ss, i_layer, NUM_LAYERS),
+            M, pick(Ks, i_layer, NUM_LAYERS), rank_read,
+            pick(strides_xm, i_layer, NUM_LAYERS), pick(strides_sr, i_layer, NUM_LAYERS),
+            pick(strides_sk, i_layer, NUM_LAYERS), i_m, i_r,
             num_steps * i_split // num_splits, num_steps * (i_split + 1) // num_splits,
             BLOCK_M, BLOCK_K, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
@@ -260,8 +223,8 @@ def two_phase_kernel(
         if is_last:
             width = tl.cdiv(R if ZERO_TAIL else rank, 8) * 8
             _store_h(
-                b_h, _pick(hs, i_layer, NUM_LAYERS), M, rank, width,
-                _pick(strides_hm, i_layer, NUM_LAYERS), i_m, i_r, BLOCK_M, BLOCK_R,
+                b_h, pick(hs, i_layer, NUM_LAYERS), M, rank, width,
+                pick(strides_hm, i_layer, NUM_LAYERS), i_m, i_r, BLOCK_M, BLOCK_R,
             )  # fmt: skip
             tl.debug_barrier()
             tl.atomic_add(p_ready + i_layer * num_m + i_m, 1, sem="release")
@@ -274,18 +237,18 @@ def two_phase_kernel(
         num_claimed += tl.sum(b_tail, 0)
         while i_tile < num_claimed:
             i_layer = tl.sum((b_tail_end <= i_tile).to(tl.int32), 0)
-            i_in_layer = i_tile - _at(b_tail_end - b_tail, o_l, i_layer)
-            width = tl.cdiv(_pick(Rs, i_layer, NUM_LAYERS), 8) * 8
+            i_in_layer = i_tile - element(b_tail_end - b_tail, o_l, i_layer)
+            width = tl.cdiv(pick(Rs, i_layer, NUM_LAYERS), 8) * 8
             b_h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             _store_h(
-                b_h, _pick(hs, i_layer, NUM_LAYERS), M, 0, width,
-                _pick(strides_hm, i_layer, NUM_LAYERS), i_in_layer % num_m,
-                _at(b_blocks, o_l, i_layer) + i_in_layer // num_m, BLOCK_M, BLOCK_R,
+                b_h, pick(hs, i_layer, NUM_LAYERS), M, 0, width,
+                pick(strides_hm, i_layer, NUM_LAYERS), i_in_layer % num_m,
+                element(b_blocks, o_l, i_layer) + i_in_layer // num_m, BLOCK_M, BLOCK_R,
             )  # fmt: skip
             i_tile = tl.atomic_add(counters, 1, sem="relaxed")
 
     # Longest rank first: the last tiles to finish should be short ones.
-    b_expand = num_m * tl.cdiv(_vector(Ns, o_l, NUM_LAYERS), BLOCK_N)
+    b_expand = num_m * tl.cdiv(vector(Ns, o_l, NUM_LAYERS), BLOCK_N)
     if SUM_LAYERS:
         b_expand = tl.where(o_l == 0, b_expand, 0)
         b_expand_begin = tl.zeros_like(o_l)
@@ -298,15 +261,15 @@ def two_phase_kernel(
     while i_tile < num_claimed + num_expand:
         o_begin = i_tile - num_claimed - b_expand_begin
         i_layer = tl.sum(tl.where((o_begin >= 0) & (o_begin < b_expand), o_l, 0), 0)
-        i_in_layer = i_tile - num_claimed - _at(b_expand_begin, o_l, i_layer)
-        N = _pick(Ns, i_layer, NUM_LAYERS)
+        i_in_layer = i_tile - num_claimed - element(b_expand_begin, o_l, i_layer)
+        N = pick(Ns, i_layer, NUM_LAYERS)
         num_n = tl.cdiv(N, BLOCK_N)
         i_m = i_in_layer // num_n
         i_n = i_in_layer % num_n
         b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         i_end = NUM_LAYERS if SUM_LAYERS else i_layer + 1
         for i in range(i_layer, i_end):
-            rank = _at(b_rank, o_l, i)
+            rank = element(b_rank, o_l, i)
             rank_stored = tl.cdiv(rank, 8) * 8
             rank_read = rank_stored if ROUND_RANK else rank
             while tl.atomic_add(p_ready + i * num_m + i_m, 0, sem="acquire") < tl.cdiv(
@@ -314,17 +277,17 @@ def two_phase_kernel(
             ):
                 pass
             b_y = _expand_sum(
-                b_y, _pick(hs, i, NUM_LAYERS), _pick(es, i, NUM_LAYERS), M, N, rank, rank_stored,
-                rank_read, _pick(strides_hm, i, NUM_LAYERS), _pick(strides_en, i, NUM_LAYERS),
-                _pick(strides_er, i, NUM_LAYERS), i_m, i_n, BLOCK_M, BLOCK_N, BLOCK_R,
+                b_y, pick(hs, i, NUM_LAYERS), pick(es, i, NUM_LAYERS), M, N, rank, rank_stored,
+                rank_read, pick(strides_hm, i, NUM_LAYERS), pick(strides_en, i, NUM_LAYERS),
+                pick(strides_er, i, NUM_LAYERS), i_m, i_n, BLOCK_M, BLOCK_N, BLOCK_R,
                 INPUT_PRECISION,
             )  # fmt: skip
-        p_bias = _pick(biases, i_layer, NUM_LAYERS)
+        p_bias = pick(biases, i_layer, NUM_LAYERS)
         b_y = _epilogue(b_y, p_bias, N, i_layer, i_n, ACTIVATIONS, BIAS_BITS, BLOCK_N)
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        p_y = _pick(ys, i_layer, NUM_LAYERS)
-        p_y = p_y + o_m[:, None].to(tl.int64) * _pick(strides_ym, i_layer, NUM_LAYERS)
+        p_y = pick(ys, i_layer, NUM_LAYERS)
+        p_y = p_y + o_m[:, None].to(tl.int64) * pick(strides_ym, i_layer, NUM_LAYERS)
         m_y = (o_m < M)[:, None] & (o_n < N)[None, :]
         tl.store(p_y + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
         i_tile = tl.atomic_add(counters, 1, sem="relaxed")

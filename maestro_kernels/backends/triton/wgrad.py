@@ -25,11 +25,12 @@ from maestro_kernels.backends.triton.launch import (
     record_of,
     table_arch,
 )
-from maestro_kernels.backends.triton.two_phase_kernel import (
-    _at,
-    _pick,
-    _vector,
+from maestro_kernels.backends.triton.layers import (
+    RANK_BITS,
+    element,
     encode_rank,
+    pick,
+    vector,
 )
 
 __all__ = [
@@ -147,17 +148,17 @@ def wgrad_kernel(
     NUM_DU: tl.constexpr = 0 if KINDS == "dv" else NUM_LAYERS
     SLOT: tl.constexpr = BLOCK_R * BLOCK_W
     o_p = tl.arange(0, PRODUCTS)
-    b_R = _vector(Rs, o_p, NUM_PRODUCTS)
+    b_R = vector(Rs, o_p, NUM_PRODUCTS)
     if TENSOR_RANK:
         b_rank = tl.load(ranks + o_p % NUM_LAYERS)
     else:
-        b_rank = _vector(ranks, o_p, NUM_PRODUCTS) >> 4
+        b_rank = vector(ranks, o_p, NUM_PRODUCTS) >> RANK_BITS
     b_rank = tl.minimum(tl.maximum(b_rank, 0), b_R)
 
     # A tile whose columns of dz are summed has work even if the rank is zero.
     m_bias = (o_p < NUM_DU) & ((BIAS_BITS >> (o_p % NUM_LAYERS)) & 1 == 1)
     b_active_r = tl.maximum(tl.cdiv(b_rank, BLOCK_R), m_bias.to(tl.int32))
-    b_blocks_w = tl.cdiv(_vector(Ws, o_p, NUM_PRODUCTS), BLOCK_W)
+    b_blocks_w = tl.cdiv(vector(Ws, o_p, NUM_PRODUCTS), BLOCK_W)
     b_active = b_blocks_w * b_active_r
     b_active_end = tl.cumsum(b_active, 0)
     num_active = tl.sum(b_active, 0)
@@ -178,25 +179,25 @@ def wgrad_kernel(
         i_split = 0 if is_zero else i_item % num_splits
         b_end = tl.where(is_zero, b_zero_end, b_active_end)
         i_product = tl.sum((b_end <= i_tile).to(tl.int32), 0)
-        i_in_product = i_tile - _at(
+        i_in_product = i_tile - element(
             tl.where(is_zero, b_zero_end - b_zero, b_active_end - b_active), o_p, i_product
         )
-        W = _pick(Ws, i_product, NUM_PRODUCTS)
+        W = pick(Ws, i_product, NUM_PRODUCTS)
         num_w = tl.cdiv(W, BLOCK_W)
         # Rank blocks of one block of W are neighbours: they read the same columns of B.
-        blocks_r = tl.where(is_zero, 1, _at(b_active_r, o_p, i_product))
+        blocks_r = tl.where(is_zero, 1, element(b_active_r, o_p, i_product))
         i_w = tl.where(is_zero, i_in_product % num_w, i_in_product // blocks_r)
         i_r = i_in_product % blocks_r
         if is_zero:
-            i_r = _at(b_active_r, o_p, i_product) + i_in_product // num_w
-        rank = _at(b_rank, o_p, i_product)
+            i_r = element(b_active_r, o_p, i_product) + i_in_product // num_w
+        rank = element(b_rank, o_p, i_product)
         width = tl.cdiv(rank, 8) * 8
         i_first = 0 if is_zero else num_steps * i_split // num_splits
         i_end = 0 if is_zero else num_steps * (i_split + 1) // num_splits
-        p_l = _pick(ls, i_product, NUM_PRODUCTS)
-        p_b = _pick(bs, i_product, NUM_PRODUCTS)
-        stride_l = _pick(strides_l, i_product, NUM_PRODUCTS)
-        stride_b = _pick(strides_b, i_product, NUM_PRODUCTS)
+        p_l = pick(ls, i_product, NUM_PRODUCTS)
+        p_b = pick(bs, i_product, NUM_PRODUCTS)
+        stride_l = pick(strides_l, i_product, NUM_PRODUCTS)
+        stride_b = pick(strides_b, i_product, NUM_PRODUCTS)
         sums_columns = (i_product < NUM_DU) & (i_r == 0) & ((BIAS_BITS >> i_product) & 1 == 1)
         if BIAS_BITS and sums_columns:
             b_g, b_columns = _product(
@@ -218,13 +219,13 @@ def wgrad_kernel(
             )  # fmt: skip
         if is_last:
             _store_gradient(
-                b_g, _pick(outs, i_product, NUM_PRODUCTS), rank, _at(b_R, o_p, i_product), W,
-                _pick(pitches, i_product, NUM_PRODUCTS), i_r, i_w, i_product < NUM_DU, KINDS,
+                b_g, pick(outs, i_product, NUM_PRODUCTS), rank, element(b_R, o_p, i_product), W,
+                pick(pitches, i_product, NUM_PRODUCTS), i_r, i_w, i_product < NUM_DU, KINDS,
                 BLOCK_R, BLOCK_W,
             )  # fmt: skip
             if BIAS_BITS and sums_columns:
                 o_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)
-                p_dbias = _pick(dbiases, i_product, NUM_LAYERS)
+                p_dbias = pick(dbiases, i_product, NUM_LAYERS)
                 tl.store(p_dbias + o_w, b_columns.to(p_dbias.dtype.element_ty), mask=o_w < W)
 
 
