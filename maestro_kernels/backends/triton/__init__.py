@@ -44,7 +44,8 @@ def unsupported(problem: LoDProblem) -> str | None:
             f"triton kernels need CUDA tensors, or TRITON_INTERPRET=1 and CPU tensors for the "
             f"interpreter; the tensors are on {problem.device}"
         )
-    if problem.device.type == "cuda":
+    # A plan for a GPU that is not here (a recorded device) has nobody to ask.
+    if problem.device.type == "cuda" and torch.cuda.is_available():
         if torch.version.hip is not None:
             return "triton kernels are written and compiled for NVIDIA GPUs only"
         if torch.cuda.get_device_capability(problem.device) < (8, 0):
