@@ -1,0 +1,109 @@
+"""Every shipped configuration, compiled for sm_80 and sm_90 without a GPU; one test for each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from triton_support import WHY_NOT, needs_triton, run_compiled
+
+pytestmark = needs_triton
+NAMES: list[str] = []
+PUBLISHING = {"two_phase_kernel", "wgrad_kernel"}
+if WHY_NOT is None:
+    from maestro_kernels.backends.triton import aot
+
+    NAMES = aot.names()
+    GOOD = aot.Row(
+        kernel="k", arch="sm_90", dtype="bf16", label="c", warps=4, stages=3, registers=128,
+        spill_bytes=0, shared_bytes=232448, wgmma_reg=4, wgmma_smem=4, mma_sync=0, cp_async=0,
+        tma_load=0, tma_store=0, releases=1, unguarded=(), warnings=(), dot_rows=64,
+        h_in_registers=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report():
+    """The report of one child process: kernels here are interpreted, there they compile."""
+    printed = run_compiled("-m", "maestro_kernels.backends.triton.aot", "--json")
+    rows = [
+        aot.Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+        for row in printed["rows"]
+    ]
+    return {row.name: row for row in rows}, printed["table"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configuration_may_ship(report, name):
+    row = report[0][name]
+    assert row.faults == ()
+    assert row.registers > 0
+
+
+def test_every_architecture_dtype_and_kernel_is_there(report):
+    rows, _ = report
+    assert sorted(rows) == sorted(NAMES)
+    assert len(set(NAMES)) == len(NAMES)
+    seen = {(row.arch, row.dtype) for row in rows.values()}
+    assert seen == {(a, d) for a in ("sm_80", "sm_90") for d in ("bf16", "fp16", "fp32")}
+
+
+def test_the_table_for_people_has_every_row(report):
+    rows, table = report
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.split("\n")]
+    shown = {" ".join(line[:4]): line for line in lines[2:]}
+    assert sorted(shown) == sorted(rows)
+    for name, row in rows.items():
+        assert shown[name][6:9] == [
+            str(row.registers),
+            str(row.spill_bytes),
+            f"{row.shared_bytes / 1024:.0f}",
+        ]
+
+
+def test_kernels_that_publish_between_programs_do_release(report):
+    """The barrier check would say nothing of kernels in which it finds no release."""
+    rows, _ = report
+    for row in rows.values():
+        assert (row.releases > 0) == (row.kernel in PUBLISHING), row.name
+
+
+def test_row_kernel_keeps_h_in_registers(report):
+    rows = [r for r in report[0].values() if r.h_in_registers]
+    assert {r.kernel for r in rows} == {"row_kernel"}
+    wide = [r for r in rows if r.wants_wgmma]
+    assert wide
+    assert all(r.wgmma_reg > 0 for r in wide)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"spill_bytes": 4}, "spills 4 B"),
+        ({"shared_bytes": 232449}, "shared memory over 232448 B"),
+        ({"arch": "sm_80"}, "shared memory over 166912 B"),
+        ({"wgmma_reg": 0}, "H not in registers"),
+        ({"wgmma_reg": 0, "h_in_registers": False}, None),
+        ({"wgmma_reg": 0, "wgmma_smem": 0, "h_in_registers": False}, "no wgmma"),
+        ({"wgmma_reg": 0, "wgmma_smem": 0, "dot_rows": 32}, None),
+        ({"wgmma_reg": 0, "wgmma_smem": 0, "dtype": "fp32"}, None),
+        ({"unguarded": ("line 7: atom",)}, "release without a barrier: line 7: atom"),
+    ],
+)
+def test_what_is_a_fault(change, fault):
+    row = replace(GOOD, **change)
+    assert row.faults == (() if fault is None else (fault,))
+    assert (fault or "ok") in aot.table([row])
+
+
+def test_command_line_refuses_the_interpreter(monkeypatch):
+    monkeypatch.setattr(aot.interpreter, "active", lambda: True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        aot.main([])
+
+
+def test_only_must_match_something(monkeypatch):
+    monkeypatch.setattr(aot.interpreter, "active", lambda: False)
+    with pytest.raises(ValueError, match="got 'no such kernel'"):
+        aot.report(only="no such kernel")
