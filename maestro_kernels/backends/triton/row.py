@@ -184,7 +184,6 @@ def _table(arch: str) -> Iterator[RowConfig]:
     yield from (*half, *tf32)
     yield from (RowConfig(32, 32, 32, r, 4, 2, "ieee") for r in (16, 32))
     yield from (RowConfig(32, 32, 16, r, 8, 2, "ieee") for r in (64, 128, 256))
-    yield RowConfig(16, 32, 16, 256, 8, 2, "ieee")
 
 
 SHIPPED = {arch: tuple(_table(arch)) for arch in ("sm_80", "sm_90")}
