@@ -323,10 +323,10 @@ def layer_inputs(M, N, K, R, rank, dtype, seed=0):
 @needs_kernels
 class TestBackward:
     def check(self, dtype, activation, *, strategy="two_phase", rank=13, saved=True, needs=ALL,
-              on_device=False, R=24, dy=None):  # fmt: skip
+              device_rank=None, R=24, dy=None):  # fmt: skip
         x, u, v, bias = layer_inputs(37, 72, 40, R, rank, dtype)
         dy = draw(37, 72, dtype) if dy is None else dy
-        given = rank_tensor(rank)[0] if on_device else rank
+        given = rank if device_rank is None else rank_tensor(device_rank)[0]
         y, h = backend.forward(x, u, v, bias, given, activation, save_h=True, strategy=strategy)
         found = backend.backward(
             dy, x, u, v, bias, h if saved else None, y if saved else None, given, activation,
@@ -344,11 +344,11 @@ class TestBackward:
 
     @pytest.mark.parametrize("strategy", ["row", "two_phase"])
     @pytest.mark.parametrize("saved", [False, True])
-    @pytest.mark.parametrize("rank", [0, 1, 23, 24])
-    def test_rank_on_the_device(self, strategy, saved, rank):
-        self.check(
-            torch.bfloat16, "gelu", strategy=strategy, saved=saved, rank=rank, on_device=True
-        )
+    @pytest.mark.parametrize("given", [-2, 0, 1, 23, 24, 99])
+    def test_rank_on_the_device_is_clamped(self, strategy, saved, given):
+        rank = min(max(given, 0), 24)
+        options = {"strategy": strategy, "saved": saved, "rank": rank, "device_rank": given}
+        self.check(torch.bfloat16, "gelu", **options)
 
     @pytest.mark.parametrize("strategy", ["row", "two_phase"])
     @pytest.mark.parametrize(("R", "rank"), [(1, 1), (13, 12), (24, 1), (24, 23), (65, 65)])
