@@ -199,7 +199,7 @@ def grouped_backward(
         # Without columns in v no tile of dx is left and only dH is computed.
         expand = vs if needs_x else [v[:, :0] for v in vs]
         found, dhs = two_phase_dx_grouped(
-            dzs, us, expand, ranks, shared_x=shared and needs_x, input_precision=input_precision()
+            dzs, us, expand, ranks, shared_x=shared, input_precision=input_precision()
         )
         if needs_x:
             dxs = list(found)
