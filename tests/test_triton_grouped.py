@@ -19,10 +19,10 @@ if WHY_NOT is None:
 pytestmark = [needs_triton, needs_kernels]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # N, R, rank, bias, activation: of a group; the second has no work in phase 1
-QKV = ((70, 40, 33, True, None), (33, 16, 0, True, "gelu"), (50, 24, 24, False, "silu"))
+QKV = ((72, 40, 33, True, None), (40, 16, 0, True, "gelu"), (56, 24, 24, False, "silu"))
 
 
-def group(dtype, *, M=37, Ks=(70,), layers=QKV):
+def group(dtype, *, M=37, Ks=(72,), layers=QKV):
     """Layers on one x (one K) or on one each."""
     shared = torch.randn(M, Ks[0], device=DEVICE).to(dtype) if len(Ks) == 1 else None
     Ks = Ks * len(layers) if len(Ks) == 1 else Ks
@@ -93,7 +93,7 @@ def test_shared_x(dtype, tensor):
 
 @pytest.mark.parametrize("tensor", [False, True], ids=["int", "tensor"])
 def test_one_x_each(tensor):
-    layers = group(torch.bfloat16, Ks=(70, 33, 100))
+    layers = group(torch.bfloat16, Ks=(72, 33, 104))
     ys, hs = forward(layers, shared=False, tensor=tensor, save_h=False)
     assert hs is None
     check(layers, ys, None)
@@ -224,7 +224,7 @@ def test_dx_of_a_shared_x(dtype, tensor):
 
 @pytest.mark.parametrize("tensor", [False, True], ids=["int", "tensor"])
 def test_dx_of_one_x_each(tensor):
-    layers = with_dy(group(torch.bfloat16, Ks=(70, 33, 100)))
+    layers = with_dy(group(torch.bfloat16, Ks=(72, 33, 104)))
     dxs, dhs = backward(layers, shared=False, tensor=tensor)
     for layer, dx, dh in zip(layers, dxs, dhs, strict=True):
         layer.check_dx(dx, dh, tensor_rank=tensor)

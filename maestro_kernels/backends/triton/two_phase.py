@@ -120,24 +120,57 @@ for _arch in ("sm_80", "sm_90"):
         (16, math.inf, TwoPhaseConfig(16, 32, 64, 16, 4, 4)),
         (math.inf, math.inf, TwoPhaseConfig(64, 64, 32, 16, 8, 3)),
     )
+# Layouts that need exact masks and narrow loads (see _layout): addresses fill the registers, so
+# tiles are smaller.
+_UNALIGNED: dict[str, tuple[_Row, ...]] = {
+    "16-bit": ((16, math.inf, _SMALL), (math.inf, math.inf, _MIDDLE)),
+    "tf32": (
+        (16, math.inf, TwoPhaseConfig(16, 32, 64, 32, 4, 4)),
+        (math.inf, math.inf, TwoPhaseConfig(32, 64, 32, 32, 4, 3)),
+    ),
+    "ieee": (
+        (16, math.inf, TwoPhaseConfig(16, 32, 32, 16, 4, 4)),
+        (math.inf, math.inf, TwoPhaseConfig(32, 64, 32, 16, 8, 3)),
+    ),
+}
 # Every configuration that choose_config can return.
 SHIPPED: dict[str, tuple[TwoPhaseConfig, ...]] = {
     arch: tuple(
-        dict.fromkeys(row[2] for kind in ("16-bit", "tf32", "ieee") for row in _TABLES[arch, kind])
+        dict.fromkeys(
+            row[2]
+            for kind in ("16-bit", "tf32", "ieee")
+            for row in _TABLES[arch, kind] + _UNALIGNED[kind]
+        )
     )
     for arch in ("sm_80", "sm_90")
 }
 
 
 def choose_config(
-    M: int, N: int, dtype: torch.dtype, arch: str, input_precision: str = "ieee"
+    M: int,
+    N: int,
+    dtype: torch.dtype,
+    arch: str,
+    input_precision: str = "ieee",
+    *,
+    aligned: bool = True,
 ) -> TwoPhaseConfig:
     """Configuration for M rows and the largest N of a group.
 
     Architectures without an entry take those of another, see table_arch.
+
+    Args:
+        M: rows.
+        N: out_features.
+        dtype: of x.
+        arch: "sm_90".
+        input_precision: "ieee" or "tf32", for float32.
+        aligned: the kernel can read 16 bytes at a time: all sizes and row strides are multiples
+            of 8, tensors start on 16 bytes.
     """
     kind = input_precision if dtype == torch.float32 else "16-bit"
-    return next(row[2] for row in _TABLES[table_arch(arch), kind] if row[0] >= M and row[1] >= N)
+    table = _TABLES[table_arch(arch), kind] if aligned else _UNALIGNED[kind]
+    return next(row[2] for row in table if row[0] >= M and row[1] >= N)
 
 
 @functools.lru_cache(4096)
@@ -353,7 +386,10 @@ def _launch(
     tensor_rank = isinstance(ranks, Tensor)
     widths = Rs if tensor_rank else [min(r, R) for r, R in zip(ranks, Rs, strict=True)]
     device = record_of(x)
-    config = config or choose_config(M, max(Ns), x.dtype, device.arch, input_precision)
+    layout = _layout(xs, ss, es, ys)
+    config = config or choose_config(
+        M, max(Ns), x.dtype, device.arch, input_precision, aligned=layout != "any"
+    )
     plan = plan_two_phase(device, config, M, tuple(n for n in Ns[: len(ys)]), tuple(widths))
     hs = _empty_h(x, M, widths, shared=not save_h)
     names = [activation_name(a) for a in activations]
@@ -389,7 +425,7 @@ def _launch(
             TENSOR_RANK=tensor_rank,
             SUM_LAYERS=sum_layers,
             ZERO_TAIL=tensor_rank and save_h,
-            ROUND_RANK=all(R % 8 == 0 for R in Rs),
+            LAYOUT=layout,
             LAYERS=1 << (len(xs) - 1).bit_length(),
             INPUT_PRECISION=input_precision,
             BLOCK_M=config.BLOCK_M,
@@ -401,6 +437,19 @@ def _launch(
             maxnreg=_MAX_REGISTERS,
         )
     return hs
+
+
+def _layout(
+    xs: Sequence[Tensor], ss: Sequence[Tensor], es: Sequence[Tensor], ys: Sequence[Tensor]
+) -> str:
+    """What the kernel may take for granted: "rows", "columns" or "any", see two_phase_kernel."""
+    sizes = [n for s, e in zip(ss, es, strict=True) for n in (*s.shape, e.shape[0])]
+    sizes += [t.stride(0) for t in (*xs, *ys)]
+    if not any(n % 8 for n in sizes) and not any(t.data_ptr() % 16 for t in (*xs, *ss, *es)):
+        for layout, unit, other in (("rows", 1, 0), ("columns", 0, 1)):
+            if all(t.stride(unit) == 1 and t.stride(other) % 8 == 0 for t in (*ss, *es)):
+                return layout
+    return "any"
 
 
 def _empty_h(x: Tensor, M: int, widths: Sequence[int], *, shared: bool) -> list[Tensor]:
@@ -416,19 +465,22 @@ def _empty_h(x: Tensor, M: int, widths: Sequence[int], *, shared: bool) -> list[
 
 
 _FORMS = ("single", "grouped", "dx", "dx_sum")
+_UNALIGNED_FORMS = ("odd", "dx_odd")
 
 
 def aot_spec(config: TwoPhaseConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
     """What aot.py compiles: the forms of the kernel for a configuration, "bf16", "fp16" or "fp32".
 
     single: int rank, bias and gelu; grouped: three layers, tensor ranks, H saved, silu beside none;
-    dx: of one layer; dx_sum: three layers that share x, tensor ranks.
+    dx: of one layer; dx_sum: three layers that share x, tensor ranks; odd, dx_odd: one layer whose
+    sizes have no common divisor.
     """
     for precision in ("ieee", "tf32") if dtype == "fp32" else ("16-bit",):
-        if config not in [row[2] for row in _TABLES[arch, precision]]:
-            continue
-        for form in _FORMS:
-            suffix = f" {precision}" if dtype == "fp32" else ""
+        suffix = f" {precision}" if dtype == "fp32" else ""
+        tables = ((_TABLES[arch, precision], _FORMS), (_UNALIGNED[precision], _UNALIGNED_FORMS))
+        for form in (
+            f for table, forms in tables if config in [r[2] for r in table] for f in forms
+        ):
             yield {
                 "kernel": two_phase_kernel,
                 "label": f"{config} {form}{suffix}",
@@ -443,22 +495,25 @@ def aot_spec(config: TwoPhaseConfig, dtype: str, arch: str) -> Iterator[dict[str
 
 
 def _signature(config: TwoPhaseConfig, dtype: str, form: str, precision: str) -> dict[str, Any]:
-    """Arguments as Triton specialises them for contiguous tensors with sizes divisible by 16."""
-    backward, group = form.startswith("dx"), form in ("grouped", "dx_sum")
-    count = 3 if group else 1
+    """Arguments as Triton specialises them for contiguous tensors, sizes divisible by 16 or odd."""
+    backward, group, odd = form.startswith("dx"), form in ("grouped", "dx_sum"), "odd" in form
+    count, size = 3 if group else 1, "i32" if odd else "i32:16"
 
     def each(value: object) -> tuple[object, ...]:
         return (value,) * count
 
     pointers = ("xs", "ss", "es", "biases", "ys", "hs")
-    sizes = ("Ns", "Ks", "Rs", "strides_xm", "strides_ym", "strides_hm")
-    strides = {"strides_sr": "i32:16", "strides_sk": 1, "strides_en": "i32:16", "strides_er": 1}
+    sizes = ("Ns", "Ks", "Rs", "strides_xm", "strides_ym")
+    strides = {"strides_sr": size, "strides_sk": 1, "strides_en": size, "strides_er": 1}
     if backward:
-        strides = {"strides_sr": 1, "strides_sk": "i32:16", "strides_en": 1, "strides_er": "i32:16"}
-    activations = {"single": ("gelu",), "grouped": ("silu", "none", "none")}.get(form, ("none",))
+        strides = {"strides_sr": 1, "strides_sk": size, "strides_en": 1, "strides_er": size}
+    strides["strides_hm"] = "i32:16"
+    activations = {"single": ("gelu",), "odd": ("gelu",), "grouped": ("silu", "none", "none")}.get(
+        form, ("none",)
+    )
     return (
         {name: each(f"*{dtype}:16") for name in pointers}
-        | {name: each("i32:16") for name in sizes}
+        | {name: each(size) for name in sizes}
         | {name: each(value) for name, value in strides.items()}
         | {
             "ranks": "*i32" if group else each("i32"),
@@ -471,7 +526,7 @@ def _signature(config: TwoPhaseConfig, dtype: str, form: str, precision: str) ->
             "TENSOR_RANK": group,
             "SUM_LAYERS": form == "dx_sum",
             "ZERO_TAIL": group,
-            "ROUND_RANK": True,
+            "LAYOUT": "any" if odd else "columns" if backward else "rows",
             "LAYERS": 4 if group else 1,
             "INPUT_PRECISION": "tf32" if precision == "tf32" else "ieee",
             "BLOCK_M": config.BLOCK_M,

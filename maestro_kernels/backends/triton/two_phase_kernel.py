@@ -35,6 +35,17 @@ COUNTERS_BEFORE_ARRIVALS = tl.constexpr(64)
 
 
 @triton.jit
+def _eights(value, KNOWN: tl.constexpr):
+    """A size or stride that the host knows to be a multiple of 8.
+
+    Triton notices multiples of 16 only, so that R = 200 would be read two bytes at a time.
+    """
+    if KNOWN:
+        value = value // 8 * 8
+    return value
+
+
+@triton.jit
 def _shrink_sum(
     p_x, p_s, M, K, rank_read, stride_xm, stride_sr, stride_sk, i_m, i_r, i_first, i_end,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -149,7 +160,7 @@ def two_phase_kernel(
     strides_xm, strides_sr, strides_sk, strides_en, strides_er, strides_ym, strides_hm,
     partials, counters, M, split_target,
     BIAS_BITS: tl.constexpr, ACTIVATIONS: tl.constexpr, TENSOR_RANK: tl.constexpr,
-    SUM_LAYERS: tl.constexpr, ZERO_TAIL: tl.constexpr, ROUND_RANK: tl.constexpr,
+    SUM_LAYERS: tl.constexpr, ZERO_TAIL: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     LAYERS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -167,10 +178,15 @@ def two_phase_kernel(
         BIAS_BITS: bit i says that layer i has a bias.
         ACTIVATIONS: one name for all layers, or one each.
         ZERO_TAIL: H is (M, R) and its columns beyond r are set to zero.
-        ROUND_RANK: factors are read up to the next multiple of 8 of the rank: all R % 8 == 0.
+        LAYOUT: "rows" or "columns": S and E have stride 1 along these, and all sizes and other
+            strides are multiples of 8; factors are read 16 bytes at a time, up to the next
+            multiple of 8 of the rank. "any": no promise, exact masks, narrow loads.
         LAYERS: number of layers rounded up to a power of two.
     """
     NUM_LAYERS: tl.constexpr = len(xs)
+    ROWS: tl.constexpr = LAYOUT == "rows"
+    COLUMNS: tl.constexpr = LAYOUT == "columns"
+    ALIGNED: tl.constexpr = LAYOUT != "any"
     o_l = tl.arange(0, LAYERS)
     b_R = vector(Rs, o_l, NUM_LAYERS)
     if TENSOR_RANK:
@@ -204,12 +220,13 @@ def two_phase_kernel(
         R = pick(Rs, i_layer, NUM_LAYERS)
         i_r = i_in_layer // num_splits
         i_split = i_in_layer % num_splits
-        rank_read = tl.cdiv(rank, 8) * 8 if ROUND_RANK else rank
+        rank_read = tl.cdiv(rank, 8) * 8 if ALIGNED else rank
         b_h = _shrink_sum(
             pick(xs, i_layer, NUM_LAYERS), pick(ss, i_layer, NUM_LAYERS),
-            M, pick(Ks, i_layer, NUM_LAYERS), rank_read,
-            pick(strides_xm, i_layer, NUM_LAYERS), pick(strides_sr, i_layer, NUM_LAYERS),
-            pick(strides_sk, i_layer, NUM_LAYERS), i_m, i_r,
+            M, _eights(pick(Ks, i_layer, NUM_LAYERS), ALIGNED), rank_read,
+            _eights(pick(strides_xm, i_layer, NUM_LAYERS), ALIGNED),
+            _eights(pick(strides_sr, i_layer, NUM_LAYERS), ROWS),
+            _eights(pick(strides_sk, i_layer, NUM_LAYERS), COLUMNS), i_m, i_r,
             num_steps * i_split // num_splits, num_steps * (i_split + 1) // num_splits,
             BLOCK_M, BLOCK_K, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
@@ -262,7 +279,7 @@ def two_phase_kernel(
         o_begin = i_tile - num_claimed - b_expand_begin
         i_layer = tl.sum(tl.where((o_begin >= 0) & (o_begin < b_expand), o_l, 0), 0)
         i_in_layer = i_tile - num_claimed - element(b_expand_begin, o_l, i_layer)
-        N = pick(Ns, i_layer, NUM_LAYERS)
+        N = _eights(pick(Ns, i_layer, NUM_LAYERS), ALIGNED)
         num_n = tl.cdiv(N, BLOCK_N)
         i_m = i_in_layer // num_n
         i_n = i_in_layer % num_n
@@ -271,15 +288,17 @@ def two_phase_kernel(
         for i in range(i_layer, i_end):
             rank = element(b_rank, o_l, i)
             rank_stored = tl.cdiv(rank, 8) * 8
-            rank_read = rank_stored if ROUND_RANK else rank
+            rank_read = rank_stored if ALIGNED else rank
             while tl.atomic_add(p_ready + i * num_m + i_m, 0, sem="acquire") < tl.cdiv(
                 rank, BLOCK_R
             ):
                 pass
             b_y = _expand_sum(
                 b_y, pick(hs, i, NUM_LAYERS), pick(es, i, NUM_LAYERS), M, N, rank, rank_stored,
-                rank_read, pick(strides_hm, i, NUM_LAYERS), pick(strides_en, i, NUM_LAYERS),
-                pick(strides_er, i, NUM_LAYERS), i_m, i_n, BLOCK_M, BLOCK_N, BLOCK_R,
+                rank_read, pick(strides_hm, i, NUM_LAYERS),
+                _eights(pick(strides_en, i, NUM_LAYERS), ROWS),
+                _eights(pick(strides_er, i, NUM_LAYERS), COLUMNS), i_m, i_n, BLOCK_M, BLOCK_N,
+                BLOCK_R,
                 INPUT_PRECISION,
             )  # fmt: skip
         p_bias = pick(biases, i_layer, NUM_LAYERS)
@@ -287,7 +306,8 @@ def two_phase_kernel(
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         p_y = pick(ys, i_layer, NUM_LAYERS)
-        p_y = p_y + o_m[:, None].to(tl.int64) * pick(strides_ym, i_layer, NUM_LAYERS)
+        stride_ym = _eights(pick(strides_ym, i_layer, NUM_LAYERS), ALIGNED)
+        p_y = p_y + o_m[:, None].to(tl.int64) * stride_ym
         m_y = (o_m < M)[:, None] & (o_n < N)[None, :]
         tl.store(p_y + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
         i_tile = tl.atomic_add(counters, 1, sem="relaxed")
