@@ -1,6 +1,6 @@
 """The two-phase persistent kernel: shrink tiles, then expand tiles, claimed by one ticket.
 
-Only device code lives here; two_phase.py chooses the configuration and launches.
+Only device code lives here; two_phase_config.py chooses tiles and grid, two_phase.py launches.
 
 Phase 1 (shrink): a tile is (row block, layer, rank block, K split). Where K is split, a tile leaves
 its float32 sum in its own slot of `partials`; the last tile to arrive adds the slots in the order
