@@ -25,7 +25,7 @@ if WHY_NOT is None:
         ActivationGradConfig,
         activation_grad,
     )
-    from maestro_kernels.backends.triton.launch import layer_runs, readable_h
+    from maestro_kernels.backends.triton.launch import is_aligned, layer_runs, readable_h
     from maestro_kernels.backends.triton.wgrad import WgradConfig, plan_wgrad, weight_grads
 
     TILES = WgradConfig(16, 16, 32, 4, 2)
@@ -229,17 +229,36 @@ def test_plan_splits_m_where_tiles_are_few():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("precision", ["half", "tf32", "ieee"])
-def test_choices_ship(arch, precision):
+@pytest.mark.parametrize("aligned", [False, True])
+def test_choices_ship(arch, precision, aligned):
     for R in (1, 64, 65, 4096):
-        config = wgrad.choose_config(R, precision, arch)
+        config = wgrad.choose_config(R, precision, arch, aligned=aligned)
         assert config in wgrad.SHIPPED[arch]
         assert config.precision == precision
     for M, N in ((1, 1), (64, 4096), (8192, 14336)):
-        config = activation_module.choose_config(M, N, precision, arch, 132)
+        config = activation_module.choose_config(M, N, precision, arch, 132, aligned=aligned)
         assert config in activation_module.SHIPPED[arch]
         assert config.precision == precision
-    small, large = (activation_module.choose_config(M, 4096, "half", arch, 132) for M in (64, 8192))
-    assert small.BLOCK_M < large.BLOCK_M
+
+
+def test_tiles_follow_sizes_and_alignment():
+    def rows(M, **options):
+        return activation_module.choose_config(M, 4096, "half", "sm_90", 132, **options).BLOCK_M
+
+    assert (rows(64), rows(8192), rows(8192, aligned=False)) == (64, 128, 64)
+
+    def tile(R, **options):
+        config = wgrad.choose_config(R, "half", "sm_90", **options)
+        return config.BLOCK_R * config.BLOCK_W
+
+    assert tile(65) == 2 * tile(64) == 4 * tile(65, aligned=False)
+
+
+def test_what_is_aligned():
+    storage = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert is_aligned(storage, storage[:, :32], storage[:, 8:24])
+    for odd in (storage[:, :40], storage[:, 4:20], torch.zeros(8, 40), torch.zeros(8, 40)[:, :32]):
+        assert not is_aligned(storage, odd)
 
 
 @needs_kernels

@@ -18,6 +18,7 @@ from maestro_kernels.backends.triton import interpreter
 from maestro_kernels.backends.triton.epilogue import activation_derivative, activation_name
 from maestro_kernels.backends.triton.launch import (
     device_of,
+    is_aligned,
     readable_h,
     record_of,
     table_arch,
@@ -112,10 +113,14 @@ SHIPPED: dict[str, tuple[ActivationGradConfig, ...]] = {
 
 
 def choose_config(
-    M: int, N: int, precision: str, arch: str, num_cores: int
+    M: int, N: int, precision: str, arch: str, num_cores: int, *, aligned: bool = True
 ) -> ActivationGradConfig:
-    """Largest tile that leaves no core without one, else the smallest there is."""
+    """Largest tile that leaves no core without one, else the smallest there is.
+
+    Only the smallest has registers to spare where rows are not `aligned` (launch.is_aligned).
+    """
     fitting = [c for c in SHIPPED[arch] if c.precision == precision]
+    fitting = fitting if aligned else fitting[:1]
     full = [c for c in fitting if -(-M // c.BLOCK_M) * -(-N // c.BLOCK_N) >= num_cores]
     return full[-1] if full else fitting[0]
 
@@ -159,7 +164,10 @@ def activation_grad(
     if config is None:
         device = record_of(dy)
         precision = input_precision if dy.element_size() == 4 else "half"
-        config = choose_config(M, N, precision, table_arch(device.arch), device.num_cores)
+        config = choose_config(
+            M, N, precision, table_arch(device.arch), device.num_cores,
+            aligned=is_aligned(dy, y) if from_y else is_aligned(dy, u),
+        )  # fmt: skip
     dz = dy.new_empty(M, N)
     y = dy if y is None else y
     with device_of(dy):
@@ -178,38 +186,40 @@ def activation_grad(
 def aot_spec(config: ActivationGradConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
     """What aot.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
-    gelu: with a bias, int rank; device rank: silu; odd R: silu, R % 8 != 0; relu: from y.
+    gelu: with a bias, int rank; device rank: silu; relu: from y; odd: nothing divisible by 8.
     """
     if (dtype == "fp32") == (config.precision == "half"):
         return
-    for form in ("gelu", "device rank", "odd R", "relu"):
+    odd = () if config.BLOCK_M == 128 else ("gelu odd", "device rank odd", "relu odd")
+    for form in ("gelu", "device rank", "relu", *odd):
         yield {
             "kernel": activation_grad_kernel,
             "label": f"{config} {form}",
             "signature": _signature(config, dtype, form),
             "options": {"num_warps": config.num_warps, "num_stages": config.num_stages},
-            "dot_rows": 0 if form == "relu" else config.BLOCK_M,
+            "dot_rows": 0 if form.startswith("relu") else config.BLOCK_M,
         }
 
 
 def _signature(config: ActivationGradConfig, dtype: str, form: str) -> dict[str, Any]:
     """Arguments as Triton specialises them for contiguous tensors with sizes divisible by 16."""
-    R = "i32" if form == "odd R" else "i32:16"
-    sizes = ("N", "stride_dym", "stride_ym", "stride_hm", "stride_dzm")
+    odd, form = form.endswith("odd"), form.removesuffix(" odd")
+    pointer, size = (f"*{dtype}", "i32") if odd else (f"*{dtype}:16", "i32:16")
+    sizes = ("N", "R", "stride_dym", "stride_ym", "stride_un", "stride_dzm")
     return (
-        dict.fromkeys(("p_dy", "p_y", "p_h", "p_u", "p_bias", "p_dz"), f"*{dtype}:16")
-        | dict.fromkeys(sizes, "i32:16")
+        dict.fromkeys(("p_dy", "p_y", "p_u", "p_bias", "p_dz"), pointer)
+        | dict.fromkeys(sizes, size)
         | {
             "rank": "*i32" if form == "device rank" else "i32",
             "M": "i32",
-            "R": R,
-            "stride_un": R,
+            "p_h": f"*{dtype}:16",
+            "stride_hm": "i32:16",
             "stride_ur": 1,
             "FROM_Y": form == "relu",
             "HAS_BIAS": form == "gelu",
             "ACTIVATION": form if form in ("gelu", "relu") else "silu",
             "TENSOR_RANK": form == "device rank",
-            "ROUND_RANK": form != "odd R",
+            "ROUND_RANK": not odd,
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_N": config.BLOCK_N,
             "BLOCK_R": config.BLOCK_R,

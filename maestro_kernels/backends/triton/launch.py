@@ -15,6 +15,7 @@ __all__ = [
     "device_of",
     "empty_h",
     "h_stride",
+    "is_aligned",
     "layer_runs",
     "readable_h",
     "record_of",
@@ -71,6 +72,16 @@ def readable_h(h: Tensor) -> Tensor:
     padded = empty_h(h, -(-h.shape[1] // 8) * 8).zero_()[:, : h.shape[1]]
     padded.copy_(h)
     return padded
+
+
+def is_aligned(*matrices: Tensor) -> bool:
+    """Whether kernels load and store rows 16 bytes at a time: Triton looks for multiples of 16.
+
+    Elsewhere every element has an address and a mask of its own, which fill the registers.
+    """
+    return all(
+        t.shape[1] % 16 == 0 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices
+    )
 
 
 def layer_runs(xs: Sequence[Tensor]) -> Iterator[slice]:

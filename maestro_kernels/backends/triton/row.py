@@ -151,37 +151,32 @@ class RowConfig:
 def _table(arch: str) -> Iterator[RowConfig]:
     """Configurations of an architecture; by compiler output only, none was timed on a GPU.
 
-    Those of sm_80 stay within the 99 KiB of sm_86 and sm_89. IEEE float32 has no tensor cores:
+    Those of sm_80 stay within the 99 KiB of sm_86 and sm_89; on sm_90 they serve tensors that have
+    no descriptors, where addresses and masks fill the registers. IEEE float32 has no tensor cores:
     its products run on scalar units, for which H must be small.
     """
     narrow = (16, 32, 64)
+    pointers = (
+        *(RowConfig(64, 64, 64, r, 4, 3) for r in (16, 32)),
+        *(RowConfig(64, 64, 32, r, 8, 3) for r in (64, 128)),
+        RowConfig(32, 32, 32, 256, 8, 3),
+        *(RowConfig(64, 64, 32, r, 4, 3, "tf32") for r in (16, 32)),
+        RowConfig(64, 32, 32, 64, 8, 3, "tf32"),
+        RowConfig(64, 32, 32, 128, 8, 3, "tf32"),
+        RowConfig(32, 32, 16, 256, 8, 2, "tf32"),
+    )
     if arch == "sm_90":
-        half = (
+        described = (
             *(RowConfig(64, 128, 64, r, 4, 4) for r in (*narrow, 128)),
             RowConfig(64, 64, 64, 256, 8, 3),
-        )
-        tf32 = (
+            *(RowConfig(128, 128, 64, r, 8, 4) for r in (*narrow, 128)),
+            RowConfig(128, 64, 64, 256, 8, 3),
             *(RowConfig(64, 64, 32, r, 4, 4, "tf32") for r in narrow),
             RowConfig(64, 64, 32, 128, 8, 3, "tf32"),
             RowConfig(64, 32, 32, 256, 8, 3, "tf32"),
         )
-        tall = (
-            *(RowConfig(128, 128, 64, r, 8, 4) for r in (*narrow, 128)),
-            RowConfig(128, 64, 64, 256, 8, 3),
-        )
-        yield from (replace(config, descriptors=True) for config in (*half, *tall, *tf32))
-    else:
-        half = (
-            *(RowConfig(64, 64, 64, r, 4, 3) for r in narrow),
-            RowConfig(64, 64, 32, 128, 8, 3),
-            RowConfig(64, 32, 32, 256, 8, 3),
-        )
-        tf32 = (
-            *(RowConfig(64, 64, 32, r, 4, 3, "tf32") for r in narrow),
-            RowConfig(64, 32, 32, 128, 8, 3, "tf32"),
-            RowConfig(32, 32, 32, 256, 8, 2, "tf32"),
-        )
-    yield from (*half, *tf32)
+        yield from (replace(config, descriptors=True) for config in described)
+    yield from pointers
     yield from (RowConfig(32, 32, 32, r, 4, 2, "ieee") for r in (16, 32))
     yield from (RowConfig(32, 32, 16, r, 8, 2, "ieee") for r in (64, 128, 256))
 
@@ -359,11 +354,11 @@ def _describe(
 def aot_spec(config: RowConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
     """What aot.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
-    forward: bias, gelu, H saved; odd R: the same with R % 8 != 0; dx: with a rank on the device.
+    forward: bias, gelu, H saved; dx: with a rank on the device; odd: nothing is divisible by 8.
     """
     if (dtype == "fp32") == (config.precision == "half"):
         return
-    for form in ("forward", "dx", *(() if config.descriptors else ("odd R",))):
+    for form in ("forward", "dx", *(() if config.descriptors else ("forward odd", "dx odd"))):
         yield {
             "kernel": row_kernel,
             "label": f"{config} {form}",
@@ -376,26 +371,27 @@ def aot_spec(config: RowConfig, dtype: str, arch: str) -> Iterator[dict[str, Any
 
 def _signature(config: RowConfig, dtype: str, form: str) -> dict[str, Any]:
     """Arguments as Triton specialises them for contiguous tensors with sizes divisible by 16."""
-    transposed, odd = form == "dx", form == "odd R"
-    pointer, size, R = f"*{dtype}:16", "i32:16", "i32" if odd else "i32:16"
+    transposed, odd = form.startswith("dx"), form.endswith("odd")
+    size = "i32" if odd else "i32:16"
+    pointer = f"*{dtype}" if odd else f"*{dtype}:16"
     operands = {"x": pointer, "s": pointer, "e": pointer}
     if config.descriptors:
         m, n, k, r = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
         tiles = {"x": (m, k), "s": (k, r) if transposed else (r, k)}
         tiles["e"] = (r, n) if transposed else (n, r)
         operands = {name: f"tensordesc<{dtype}[{a},{b}]>" for name, (a, b) in tiles.items()}
-    strides = {"stride_sr": size, "stride_sk": 1, "stride_en": R, "stride_er": 1}
+    strides = {"stride_sr": size, "stride_sk": 1, "stride_en": size, "stride_er": 1}
     if transposed:
-        strides = {"stride_sr": 1, "stride_sk": R, "stride_en": 1, "stride_er": size}
+        strides = {"stride_sr": 1, "stride_sk": size, "stride_en": 1, "stride_er": size}
     return (
         operands
         | strides
         | dict.fromkeys(("p_bias", "p_y", "p_h"), pointer)
-        | dict.fromkeys(("N", "K", "stride_xm", "stride_ym", "stride_hm"), size)
+        | dict.fromkeys(("N", "K", "R", "stride_xm", "stride_ym"), size)
         | {
             "rank": "*i32" if transposed else "i32",
             "M": "i32",
-            "R": R,
+            "stride_hm": "i32:16",
             "HAS_BIAS": not transposed,
             "ACTIVATION": "none" if transposed else "gelu",
             "SAVE_H": True,

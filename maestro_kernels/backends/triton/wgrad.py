@@ -20,6 +20,7 @@ from maestro_kernels import hardware
 from maestro_kernels.backends.triton import interpreter, workspace
 from maestro_kernels.backends.triton.launch import (
     device_of,
+    is_aligned,
     layer_runs,
     readable_h,
     record_of,
@@ -265,11 +266,13 @@ class WgradPlan:
     partials: int
 
 
+_UNALIGNED = WgradConfig(32, 64, 64, 4, 3)
 # A factor of 64 columns or fewer leaves half of a tile for 128 empty. Not timed on a GPU.
 SHIPPED: dict[str, tuple[WgradConfig, ...]] = {
     arch: (
         WgradConfig(block_m, 64, 128, num_warps, 4),
         WgradConfig(block_m, 128, 128, 8, 4),
+        _UNALIGNED,
         WgradConfig(32, 64, 64, 4, 3, "tf32"),
         WgradConfig(32, 32, 32, 4, 2, "ieee"),
     )
@@ -278,15 +281,18 @@ SHIPPED: dict[str, tuple[WgradConfig, ...]] = {
 _MAX_SPLIT = 64
 
 
-def choose_config(R: int, precision: str, arch: str) -> WgradConfig:
+def choose_config(R: int, precision: str, arch: str, *, aligned: bool = True) -> WgradConfig:
     """Configuration for the largest R of a group, so that no rank makes another variant.
 
     Args:
         R: width of the factors.
         precision: "half", "tf32" or "ieee".
         arch: a key of SHIPPED.
+        aligned: see launch.is_aligned.
     """
-    fitting = [c for c in SHIPPED[arch] if c.precision == precision]
+    if precision == "half" and not aligned:
+        return _UNALIGNED
+    fitting = [c for c in SHIPPED[arch] if c.precision == precision and c != _UNALIGNED]
     return next((c for c in fitting if c.BLOCK_R >= R), fitting[-1])
 
 
@@ -411,7 +417,8 @@ def _launch(
     known: Sequence[int | None] = [None] * len(bs) if tensor_rank else [*ranks] * kinds
     if config is None:
         precision = input_precision if first.element_size() == 4 else "half"
-        config = choose_config(max(Rs), precision, table_arch(device.arch))
+        aligned = is_aligned(*bs, *outs)
+        config = choose_config(max(Rs), precision, table_arch(device.arch), aligned=aligned)
     plan = plan_wgrad(device, config, M, list(zip(Ws, Rs, known, strict=True)))
     if num_programs is None:
         # Interpreted programs run one after another: after the first they have nothing to do.
@@ -444,11 +451,17 @@ def aot_spec(config: WgradConfig, dtype: str, arch: str) -> Iterator[dict[str, A
     """What aot.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
     single: one layer, everything asked for; frozen u: no du; grouped: three layers, two with a
-    bias, ranks on the device.
+    bias, ranks on the device; odd: nothing is divisible by 8.
     """
     if (dtype == "fp32") == (config.precision == "half"):
         return
-    for form in ("single", "frozen u", "grouped"):
+    forms = ("single", "frozen u", "grouped")
+    odd = ("single odd", "frozen u odd", "grouped odd")
+    if config == _UNALIGNED:
+        forms = odd
+    elif config.precision != "half":
+        forms += odd
+    for form in forms:
         yield {
             "kernel": wgrad_kernel,
             "label": f"{config} {form}",
@@ -460,14 +473,17 @@ def aot_spec(config: WgradConfig, dtype: str, arch: str) -> Iterator[dict[str, A
 
 def _signature(config: WgradConfig, dtype: str, form: str) -> dict[str, Any]:
     """Arguments as Triton specialises them for contiguous tensors with sizes divisible by 16."""
+    odd, form = form.endswith("odd"), form.removesuffix(" odd")
     layers = 3 if form == "grouped" else 1
     count = layers * (1 if form == "frozen u" else 2)
-    pointer = f"*{dtype}:16"
+    pointer, size = (f"*{dtype}", "i32") if odd else (f"*{dtype}:16", "i32:16")
     return (
-        dict.fromkeys(("ls", "bs", "outs"), (pointer,) * count)
-        | dict.fromkeys(("Ws", "Rs", "strides_l", "strides_b", "pitches"), ("i32:16",) * count)
+        dict.fromkeys(("bs", "outs"), (pointer,) * count)
+        | dict.fromkeys(("Ws", "Rs", "strides_b", "pitches"), (size,) * count)
         | dict.fromkeys(("M", "split_target", "max_split"), "i32")
         | {
+            "ls": (f"*{dtype}:16",) * count,
+            "strides_l": ("i32:16",) * count,
             "dbiases": (pointer,) * layers,
             "ranks": "*i32" if form == "grouped" else ("i32",) * count,
             "partials": "*fp32:16",
