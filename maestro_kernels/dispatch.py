@@ -65,6 +65,14 @@ class Plan:
         problem = self.problems[0]
         return self.module.forward, problem.R, problem.activation, self.strategy
 
+    @cached_property
+    def autograd_serves(self) -> bool:
+        """Two library matmuls without an activation: torch's own gradient saves and does no more.
+
+        It costs a small call half of what a Function of ours does.
+        """
+        return self.module.__name__ == _MODULES["matmul"] and self.problems[0].activation is None
+
     def __str__(self) -> str:
         lines = [f"{self.fn}: {problem}" for problem in self.problems]
         lines += [f"  runs on   {self.backend}: {self.strategy}", f"  because   {self.reason}"]

@@ -60,6 +60,8 @@ def lod_linear(
             or v.requires_grad
             or (bias is not None and bias.requires_grad)
         ):
+            if save_h and plan.autograd_serves:
+                return run_forward(plan, x, u, v, bias, rank, True)[0]
             return EagerLoDLinear.apply(x, u, v, bias, (plan, rank, save_h))
         return run_forward(plan, x, u, v, bias, rank, False)[0]
     check_choices("lod_linear", activation, backend)
