@@ -1,0 +1,33 @@
+// The CPU kernels as the bindings see them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../layer.h"
+
+namespace mk::cpu {
+
+// The caller's thread pool. run() calls body(context, i) for i in 0..n-1: at once, or one after the
+// other where the caller is already inside a parallel region, so no body may wait for a later one.
+struct Pool {
+  int64_t threads;
+  void (*run)(int64_t n, void (*body)(void*, int64_t), void* context);
+};
+
+// Instruction set the kernels of a dtype use on this machine: "portable", "avx2", "avx512",
+// "avx512_bf16", "amx_bf16", ...; the environment variable MK_CPU_ISA caps it (tests use that).
+const char* isa(DType dtype);
+
+// Bytes of packed factors (R, K) and (N, R), 0 where this build cannot pack them.
+size_t packed_bytes(int64_t N, int64_t K, int64_t R, DType dtype);
+
+// Write u and v of one layer into `packed` (64-byte aligned) in the order the kernels read them.
+// Every rank 0..R can run on the result.
+void pack(const Layer& layer, DType dtype, void* packed, const Pool& pool);
+
+// Run n layers in one parallel region. packed[i] is null (factors as they are) or what pack() wrote.
+// Returns null, or a literal that says why the call cannot be served; then nothing was written.
+const char* forward(const Layer* layers, const void* const* packed, int64_t n, DType dtype, const Pool& pool);
+
+}  // namespace mk::cpu
