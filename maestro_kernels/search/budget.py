@@ -1,0 +1,145 @@
+"""What a model may cost: the budgets that `allocate` and `training.extract` take."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Budget", "Latency", "MACs", "Memory", "Params", "Speedup", "check_budget"]
+
+
+@dataclass(frozen=True)
+class Params:
+    """At most `fraction` of the dense weights of the layers considered.
+
+    A factorised layer holds r (N + K) weights per group, a dense one N K. Biases, norms and
+    embeddings are not counted; reports give the whole model's parameters beside.
+
+    Raises:
+        TypeError: fraction is no number.
+        ValueError: not 0 < fraction <= 1.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        _store_fraction(self, self.fraction)
+
+    def limit(self, dense: float) -> float:
+        """Weights allowed where the dense layers hold `dense`."""
+        return self.fraction * dense
+
+
+@dataclass(frozen=True)
+class MACs:
+    """At most `fraction` of the dense multiply-adds of the layers considered.
+
+    A layer costs r (N + K) per row of x and group, N K where dense; rows count where they are known
+    (a convolution has one per output position).
+
+    Raises:
+        TypeError: fraction is no number.
+        ValueError: not 0 < fraction <= 1.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        _store_fraction(self, self.fraction)
+
+    def limit(self, dense: float) -> float:
+        """Multiply-adds allowed where the dense layers take `dense`."""
+        return self.fraction * dense
+
+
+@dataclass(frozen=True)
+class Latency:
+    """At most `ms` milliseconds for a batch.
+
+    Raises:
+        TypeError: ms is no number.
+        ValueError: ms is not positive and finite.
+    """
+
+    ms: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ms", _positive("Latency", "ms", self.ms))
+
+    def limit(self, dense: float) -> float:
+        """Milliseconds allowed, whatever the dense model takes."""
+        return self.ms
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """At least `x` times as fast as dense: at most dense / x milliseconds for a batch.
+
+    Raises:
+        TypeError: x is no number.
+        ValueError: x is not positive and finite.
+    """
+
+    x: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "x", _positive("Speedup", "x", self.x))
+
+    def limit(self, dense: float) -> float:
+        """Milliseconds allowed where the dense model takes `dense`."""
+        return dense / self.x
+
+
+@dataclass(frozen=True)
+class Memory:
+    """At most `bytes` bytes of parameters and buffers in the whole model.
+
+    Raises:
+        TypeError: bytes is no number.
+        ValueError: bytes is not positive and finite.
+    """
+
+    bytes: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bytes", _positive("Memory", "bytes", self.bytes))
+
+    def limit(self, dense: float) -> float:
+        """Bytes allowed, whatever the dense model takes."""
+        return self.bytes
+
+
+Budget = Params | MACs | Latency | Speedup | Memory
+
+
+def check_budget(fn: str, budget: Any) -> Budget:
+    """`budget` itself; TypeError naming fn where it is none."""
+    if not isinstance(budget, Budget):
+        raise TypeError(
+            f"{fn}: budget: expected Params, MACs, Latency, Speedup or Memory, "
+            f"got {type(budget).__name__}"
+        )
+    return budget
+
+
+def _store_fraction(budget: Params | MACs, value: Any) -> None:
+    name = type(budget).__name__
+    fraction = _number(name, "fraction", value)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{name}: fraction: expected 0 < fraction <= 1, got {value}")
+    object.__setattr__(budget, "fraction", fraction)
+
+
+def _positive(fn: str, name: str, value: Any) -> float:
+    number = _number(fn, name, value)
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{fn}: {name}: expected a finite number > 0, got {value}")
+    return number
+
+
+def _number(fn: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{fn}: {name}: expected a number, got {type(value).__name__}")
+    return float(value)
