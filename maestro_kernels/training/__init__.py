@@ -1,0 +1,31 @@
+"""Training LoD layers: rank sampling, penalties, shrinking, freezing.
+
+Importing this imports torch and nothing heavier; integrations import their framework when used.
+Source: Horvath et al., Maestro, ICML 2024 (arXiv 2308.14929).
+"""
+
+from maestro_kernels.training.penalties import (
+    funnel,
+    funnel_start,
+    group_lasso,
+    hierarchical_group_lasso,
+)
+from maestro_kernels.training.samplers import (
+    FixedSampler,
+    FullSampler,
+    IndependentSampler,
+    RankSampler,
+    SinglePairSampler,
+)
+
+__all__ = [
+    "FixedSampler",
+    "FullSampler",
+    "IndependentSampler",
+    "RankSampler",
+    "SinglePairSampler",
+    "funnel",
+    "funnel_start",
+    "group_lasso",
+    "hierarchical_group_lasso",
+]
