@@ -54,5 +54,5 @@ def test_not_a_number(kind, value):
 
 def test_check_budget():
     assert check_budget("allocate", search.Params(1)) == search.Params(1.0)
-    with pytest.raises(TypeError, match="allocate: budget: expected Params, MACs, .* got float"):
+    with pytest.raises(TypeError, match=r"allocate: budget: expected Params, MACs, .* got float"):
         check_budget("allocate", 0.5)

@@ -13,7 +13,7 @@ from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.problem import DTYPES
 
-__all__ = ["Candidate", "Selector", "Slots", "classify", "find_slots", "matches"]
+__all__ = ["Candidate", "Selector", "Slots", "classify", "find_slots", "matches", "selector"]
 
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 Slots = dict[int, list[tuple[nn.Module, str]]]
@@ -80,8 +80,8 @@ def classify(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{fn}: model: expected an nn.Module, got {type(model).__name__}")
     names = dict(model.named_modules())
-    included = _selector(fn, "include", include, names, default=True)
-    excluded = _selector(fn, "exclude", exclude, names, default=False)
+    included = selector(fn, "include", include, names, default=True)
+    excluded = selector(fn, "exclude", exclude, names, default=False)
     context = _Context.of(model)
     found = {}
     for name, module in names.items():
@@ -253,18 +253,18 @@ def _foreign(name: str, module: nn.Module) -> Candidate:
     return Candidate(name, kind, shape[0], parameter.numel() // max(shape[0], 1), 1, reason)
 
 
-def _selector(
-    fn: str, argument: str, selector: Selector, names: dict[str, nn.Module], *, default: bool
+def selector(
+    fn: str, argument: str, chosen: Selector, names: dict[str, nn.Module], *, default: bool
 ) -> Callable[[str, nn.Module], bool]:
     """Include or exclude as a function."""
-    if selector is None:
+    if chosen is None:
         return lambda name, module: default
-    if callable(selector):
-        return selector
+    if callable(chosen):
+        return chosen
     expected = "a pattern, a list of patterns or a function (name, module) -> bool"
-    if not isinstance(selector, Iterable):
-        raise TypeError(f"{fn}: {argument}: expected {expected}, got {type(selector).__name__}")
-    patterns = [selector] if isinstance(selector, str) else list(selector)
+    if not isinstance(chosen, Iterable):
+        raise TypeError(f"{fn}: {argument}: expected {expected}, got {type(chosen).__name__}")
+    patterns = [chosen] if isinstance(chosen, str) else list(chosen)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["check_batches", "input_moments", "run_batch"]
+from maestro_kernels.nn.conv import LoDConv2d
+
+__all__ = ["calibrating", "check_batches", "input_moments", "run_batch"]
 
 # Patches of this many images at a time: im2col multiplies their size by the kernel's.
 _IMAGES = 8
@@ -40,7 +42,12 @@ def check_batches(fn: str, argument: str, batches: Any) -> None:
 
 
 def input_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], *, fn: str
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    *,
+    fn: str,
+    argument: str = "data",
 ) -> dict[str, Tensor]:
     """Sum of x x^T over every input row x of each layer, float64 (groups, K, K).
 
@@ -50,9 +57,11 @@ def input_moments(
 
     Args:
         model: the dense model.
-        layers: name -> a linear (or transposed linear) layer or nn.Conv2d inside model.
+        layers: name -> a linear (or transposed linear) layer or 2-d convolution inside model, dense
+            or factorised.
         batches: read once.
         fn: the public function that errors name.
+        argument: its argument that holds the batches.
 
     Raises:
         TypeError: a batch is no tensor, tuple or dict.
@@ -60,23 +69,23 @@ def input_moments(
     """
     gather = _Gather()
     count = 0
-    with _calibrating(model), gather.attached(layers):
+    with calibrating(model), gather.attached(layers):
         for batch in batches:
-            run_batch(model, batch, fn=fn)
+            run_batch(model, batch, fn=fn, argument=argument)
             gather.forget_input()
             count += 1
     if count == 0:
-        raise ValueError(f"{fn}: data: expected at least one batch, got none")
+        raise ValueError(f"{fn}: {argument}: expected at least one batch, got none")
     for name in layers:
         if name not in gather.moments:
             raise ValueError(
-                f"{fn}: data: expected batches that reach every layer to convert, got none for "
-                f"{name!r}; exclude it or add data"
+                f"{fn}: {argument}: expected batches that reach every layer to convert, got none "
+                f"for {name!r}; exclude it or add data"
             )
         if not bool(gather.moments[name].isfinite().all()):
             raise ValueError(
-                f"{fn}: data: expected finite inputs in every layer, got NaN or infinity in the "
-                f"input of {name!r}"
+                f"{fn}: {argument}: expected finite inputs in every layer, got NaN or infinity in "
+                f"the input of {name!r}"
             )
     return gather.moments
 
@@ -106,7 +115,10 @@ class _Gather:
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            moment = _patches_moment(module, x) if isinstance(module, nn.Conv2d) else self._rows(x)
+            if isinstance(module, nn.Conv2d | LoDConv2d):
+                moment = _patches_moment(module, x)
+            else:
+                moment = self._rows(x)
             if name in self.moments:
                 self.moments[name] += moment
             else:
@@ -125,16 +137,12 @@ class _Gather:
         return moment
 
 
-def _patches_moment(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _patches_moment(conv: nn.Conv2d | LoDConv2d, x: Tensor) -> Tensor:
     """(groups, K, K) of the patches that the convolution multiplies its kernel with."""
     x = x.detach() if x.dim() == 4 else x.detach()[None]
     total: Tensor | None = None
-    # nn.Conv2d's own description of its border: the order F.pad wants.
-    border = conv._reversed_padding_repeated_twice
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     for part in x.split(_IMAGES):
-        padded = F.pad(part, border, mode=mode)
-        patches = F.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
+        patches = F.unfold(_padded(conv, part), conv.kernel_size, conv.dilation, 0, conv.stride)
         rows = patches.double().unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3).flatten(2)
         moment = rows @ rows.mT
         total = moment if total is None else total + moment
@@ -142,8 +150,16 @@ def _patches_moment(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return total
 
 
+def _padded(conv: nn.Conv2d | LoDConv2d, x: Tensor) -> Tensor:
+    if isinstance(conv, LoDConv2d):
+        return conv.padded(x)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    # nn.Conv2d's own description of its border: the order F.pad wants.
+    return F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+
+
 @contextmanager
-def _calibrating(model: nn.Module) -> Iterator[None]:
+def calibrating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode comes back, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     was_training = model.training
