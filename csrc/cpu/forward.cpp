@@ -1,0 +1,365 @@
+// The schedule: one parallel region for all layers of a call.
+//
+// A call is two phases of tasks. A shrink task computes H for a block of rows and a group of panels of v, over all or a
+// part of K; an expand task computes y for a block of rows and a group of panels of u. Every body first claims its own
+// share of a phase, then what others have not claimed. So when it comes to wait for a block of H, all of the block's
+// tasks are held by running bodies, and the call ends even if the pool runs one body after another. Shares are fixed,
+// so from call to call a core finds its part of the weights in its own cache.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu.h"
+#include "kernel.h"
+
+namespace mk::cpu {
+namespace {
+
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kChunkRows = 2048;  // rows of one region: bounds the scratch that holds H
+constexpr int64_t kBlockRows = 96;
+
+template <class T>
+T least(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+T most(T a, T b) {
+  return a < b ? b : a;
+}
+
+// Scratch of the calling thread, kept from call to call.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  // Null when there is no memory.
+  char* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = round_up(bytes + bytes / 4, 4096);
+      data_ = static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>(size_)));
+      if (data_ == nullptr) size_ = 0;
+    }
+    return data_;
+  }
+
+ private:
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Offsets into a block of memory that is allocated when its size is known.
+class Layout {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t offset = size_;
+    size_ += round_up(bytes, kCacheLine);
+    return offset;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_ = 0;
+};
+
+// Rows of one layer, cut into tasks.
+struct Work {
+  Layer layer;  // x, y, h moved to the first row of the chunk, M to its rows
+  int64_t rank;
+  const char* v_panels;  // or null
+  const char* u_panels;
+  int64_t blocks, block_rows;
+  int64_t shrink_groups, shrink_panels;  // groups, panels of one
+  int64_t parts, part_k;                 // of K
+  int64_t expand_groups, expand_panels;
+  int64_t first_shrink, first_expand;  // numbers of the first tasks
+  int64_t hidden, stride_hidden, partial, ready, arrived;
+};
+
+using Counter = std::atomic<int32_t>;
+
+struct Call {
+  const Kernel* kernel;
+  DType dtype;
+  Work* work;
+  int64_t layers, threads, tasks[2];
+  char* scratch;
+  int64_t claimed[2];  // offsets of the claims of both phases
+  int64_t own, own_bytes;
+
+  Counter* counters(int64_t offset) const { return reinterpret_cast<Counter*>(scratch + offset); }
+};
+
+const char* at(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
+char* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
+
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+Product block_of(const Work& w, int64_t block) {
+  Product p{};
+  p.rows = least(w.block_rows, w.layer.M - block * w.block_rows);
+  return p;
+}
+
+void run_shrink(const Call& call, const Work& w, int64_t task, char* scratch) {
+  const Layer& l = w.layer;
+  const int64_t part = task % w.parts, group = task / w.parts % w.shrink_groups;
+  const int64_t block = task / w.parts / w.shrink_groups;
+  const int64_t row = block * w.block_rows, column = group * w.shrink_panels * kPanel, k0 = part * w.part_k;
+  const int64_t bytes = element_bytes(call.dtype), width = round_up(w.rank, kPanel);
+  Product p = block_of(w, block);
+  p.n = least(w.shrink_panels * kPanel, w.rank - column);
+  p.k = least(w.part_k, l.K - k0);
+  p.a = at(l.x, (row * l.stride_xm + k0) * bytes);
+  p.stride_a = l.stride_xm * bytes;
+  if (w.v_panels) {
+    p.stride_panel = panel_bytes(l.K, call.dtype);
+    p.panels = w.v_panels + column / kPanel * p.stride_panel + k0 / unit_length(call.dtype) * kUnitBytes;
+  }
+  p.w = at(l.v, (column * l.stride_vr + k0) * bytes);
+  p.stride_w = l.stride_vr * bytes;
+  p.hidden = call.scratch + w.hidden + row * w.stride_hidden + column * call.kernel->a_bytes;
+  p.stride_hidden = w.stride_hidden;
+  p.out = l.h ? at(l.h, (row * l.stride_hm + column) * bytes) : nullptr;
+  p.stride_out = l.stride_hm * bytes;
+  p.target = Target::hidden;
+  if (w.parts > 1) {
+    float* const first_part = reinterpret_cast<float*>(call.scratch + w.partial) + row * width + column;
+    const int64_t stride_part = l.M * width;
+    p.target = Target::partial;
+    p.partial = first_part + part * stride_part;
+    p.stride_partial = width;
+    call.kernel->product(p, scratch);
+    Counter& arrived = call.counters(w.arrived)[block * w.shrink_groups + group];
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < w.parts) return;
+    p.partial = first_part;
+    call.kernel->reduce(p, w.parts, stride_part);
+  } else {
+    call.kernel->product(p, scratch);
+  }
+  call.counters(w.ready)[block].fetch_add(1, std::memory_order_release);
+}
+
+void run_expand(const Call& call, const Work& w, int64_t task, char* scratch) {
+  const Layer& l = w.layer;
+  const int64_t group = task % w.expand_groups, block = task / w.expand_groups;
+  const int64_t row = block * w.block_rows, column = group * w.expand_panels * kPanel;
+  const int64_t bytes = element_bytes(call.dtype);
+  const int64_t needed = w.rank ? w.shrink_groups : 0;
+  while (call.counters(w.ready)[block].load(std::memory_order_acquire) < needed) pause();
+  Product p = block_of(w, block);
+  p.n = least(w.expand_panels * kPanel, l.N - column);
+  p.k = w.rank;
+  p.a = call.scratch + w.hidden + row * w.stride_hidden;
+  p.stride_a = w.stride_hidden;
+  p.prepared = true;
+  if (w.u_panels) {
+    p.stride_panel = panel_bytes(l.R, call.dtype);
+    p.panels = w.u_panels + column / kPanel * p.stride_panel;
+  }
+  p.w = at(l.u, column * l.stride_un * bytes);
+  p.stride_w = l.stride_un * bytes;
+  p.target = Target::output;
+  p.out = at(l.y, (row * l.stride_ym + column) * bytes);
+  p.stride_out = l.stride_ym * bytes;
+  p.bias = l.bias ? at(l.bias, column * bytes) : nullptr;
+  p.activation = l.activation;
+  call.kernel->product(p, scratch);
+}
+
+void run_task(const Call& call, int phase, int64_t task, char* scratch) {
+  int64_t i = 0;
+  const auto first = [&](int64_t layer) {
+    return phase == 0 ? call.work[layer].first_shrink : call.work[layer].first_expand;
+  };
+  while (i + 1 < call.layers && first(i + 1) <= task) ++i;
+  const Work& w = call.work[i];
+  phase == 0 ? run_shrink(call, w, task - first(i), scratch) : run_expand(call, w, task - first(i), scratch);
+}
+
+void body(void* context, int64_t index) {
+  const Call& call = *static_cast<const Call*>(context);
+  char* const scratch = call.scratch + call.own + index * call.own_bytes;
+  for (int phase = 0; phase < 2; ++phase) {
+    const int64_t tasks = call.tasks[phase], begin = tasks * index / call.threads;
+    Counter* const claimed = call.counters(call.claimed[phase]);
+    for (int64_t i = 0; i < tasks; ++i) {
+      const int64_t task = begin + i < tasks ? begin + i : begin + i - tasks;
+      if (claimed[task].load(std::memory_order_relaxed) != 0) continue;
+      if (claimed[task].exchange(1, std::memory_order_relaxed) != 0) continue;
+      run_task(call, phase, task, scratch);
+    }
+  }
+}
+
+// Roughly the core cycles a layer takes: its arithmetic, or reading its weights.
+int64_t cycles(const Layer& l, int64_t rank, DType dtype) {
+  const int64_t weights = (l.N + l.K) * rank;
+  return (weights * l.M + l.M * (l.N + l.K)) / (dtype == DType::bf16 ? 64 : 24) + weights * element_bytes(dtype) / 16;
+}
+
+void cut(Work& w, const Call& call) {
+  const Layer& l = w.layer;
+  const int64_t threads = call.threads, tile_rows = call.kernel->tile_rows;
+  const bool by_rows = l.M >= 2 * threads * tile_rows;
+  w.blocks = by_rows ? round_up(ceil_div(l.M, kBlockRows), threads) : 1;
+  w.block_rows = ceil_div(l.M, w.blocks);
+  w.blocks = ceil_div(l.M, w.block_rows);
+  const int64_t wanted = threads == 1 || by_rows ? 1 : 2 * threads;
+  const auto group = [&](int64_t panels) { return most<int64_t>(1, panels / wanted); };
+  const int64_t v_panels = ceil_div(w.rank, kPanel), u_panels = ceil_div(l.N, kPanel);
+  w.shrink_panels = by_rows || threads == 1 ? most<int64_t>(1, v_panels) : group(v_panels);
+  w.shrink_groups = ceil_div(v_panels, w.shrink_panels);
+  w.expand_panels = by_rows || threads == 1 ? u_panels : group(u_panels);
+  w.expand_groups = ceil_div(u_panels, w.expand_panels);
+  w.parts = 1;
+  if (threads > 1 && !by_rows && v_panels > 0 && v_panels < threads) {
+    w.parts = most<int64_t>(1, least(threads, l.K / 64));
+  }
+  const int64_t step = 32;  // parts begin at whole units
+  w.part_k = round_up(ceil_div(l.K, w.parts), step);
+  w.parts = ceil_div(l.K, w.part_k);
+}
+
+// Number the tasks and place everything in scratch. False when there is no memory.
+bool place(Call& call, Scratch& memory) {
+  Layout layout;
+  int64_t rows = 0, columns = 0;
+  call.tasks[0] = call.tasks[1] = 0;
+  for (int64_t i = 0; i < call.layers; ++i) {
+    Work& w = call.work[i];
+    w.first_shrink = call.tasks[0];
+    w.first_expand = call.tasks[1];
+    call.tasks[0] += w.blocks * w.shrink_groups * w.parts;
+    call.tasks[1] += w.blocks * w.expand_groups;
+    rows = most(rows, w.block_rows);
+    columns = most(columns, most(w.shrink_panels, w.expand_panels) * kPanel);
+  }
+  for (int phase = 0; phase < 2; ++phase) {
+    call.claimed[phase] = layout.add(call.tasks[phase] * static_cast<int64_t>(sizeof(Counter)));
+  }
+  for (int64_t i = 0; i < call.layers; ++i) {
+    Work& w = call.work[i];
+    w.ready = layout.add(w.blocks * static_cast<int64_t>(sizeof(Counter)));
+    w.arrived = layout.add(w.blocks * w.shrink_groups * static_cast<int64_t>(sizeof(Counter)));
+  }
+  const int64_t counters = layout.size() / static_cast<int64_t>(sizeof(Counter));
+  for (int64_t i = 0; i < call.layers; ++i) {
+    Work& w = call.work[i];
+    const int64_t width = round_up(w.rank, kPanel);
+    w.stride_hidden = width * call.kernel->a_bytes + kCacheLine;
+    w.hidden = layout.add(w.layer.M * w.stride_hidden);
+    w.partial = layout.add(w.parts > 1 ? w.parts * w.layer.M * width * 4 : 0);
+  }
+  call.own_bytes = round_up(call.kernel->scratch_bytes(rows, columns), kCacheLine);
+  call.own = layout.add(call.threads * call.own_bytes);
+  call.scratch = memory.reserve(layout.size());
+  if (call.scratch == nullptr) return false;
+  for (int64_t i = 0; i < counters; ++i) new (call.counters(0) + i) Counter(0);
+  return true;
+}
+
+// The rows of a layer from `row` on, at most `rows` of them.
+Layer rows_of(Layer l, int64_t row, int64_t rows, DType dtype) {
+  const int64_t bytes = element_bytes(dtype);
+  l.M = most<int64_t>(0, least(rows, l.M - row));
+  l.x = at(l.x, row * l.stride_xm * bytes);
+  l.y = at(l.y, row * l.stride_ym * bytes);
+  if (l.h) l.h = at(l.h, row * l.stride_hm * bytes);
+  return l;
+}
+
+int64_t rank_of(const Layer& l) {
+  const int64_t rank = l.rank_ptr ? *l.rank_ptr : l.rank;
+  return rank < 0 ? 0 : least(rank, l.R);
+}
+
+// H of a layer has columns beyond a rank that only the memory knows: they are zero.
+void zero_beyond(const Layer& l, int64_t rank, DType dtype) {
+  const int64_t bytes = element_bytes(dtype), width = l.rank_ptr ? l.R : l.rank;
+  if (l.h == nullptr || rank >= width) return;
+  for (int64_t i = 0; i < l.M; ++i) {
+    char* const row = at(l.h, (i * l.stride_hm + rank) * bytes);
+    for (int64_t j = 0; j < (width - rank) * bytes; ++j) row[j] = 0;
+  }
+}
+
+}  // namespace
+
+const char* isa(DType dtype) { return kernel_for(dtype).isa; }
+
+size_t packed_bytes(int64_t N, int64_t K, int64_t R, DType dtype) {
+  return static_cast<size_t>(ceil_div(R, kPanel) * panel_bytes(K, dtype) + ceil_div(N, kPanel) * panel_bytes(R, dtype));
+}
+
+void pack(const Layer& layer, DType dtype, void* packed, const Pool& pool) {
+  struct Context {
+    const Layer* layer;
+    DType dtype;
+    char* packed;
+  } context{&layer, dtype, static_cast<char*>(packed)};
+  const auto one = [](void* opaque, int64_t panel) {
+    const Context& c = *static_cast<const Context*>(opaque);
+    const Layer& l = *c.layer;
+    const int64_t v_panels = ceil_div(l.R, kPanel), bytes = element_bytes(c.dtype);
+    const int64_t v_bytes = panel_bytes(l.K, c.dtype), u_bytes = panel_bytes(l.R, c.dtype);
+    const bool is_v = panel < v_panels;
+    const int64_t row = (is_v ? panel : panel - v_panels) * kPanel;
+    const int64_t stride = (is_v ? l.stride_vr : l.stride_un) * bytes;
+    char* const target = c.packed + (is_v ? panel * v_bytes : v_panels * v_bytes + (panel - v_panels) * u_bytes);
+    kernel_for(c.dtype).pack(at(is_v ? l.v : l.u, row * stride), stride, least(kPanel, (is_v ? l.R : l.N) - row),
+                             is_v ? l.K : l.R, target);
+  };
+  pool.run(ceil_div(layer.R, kPanel) + ceil_div(layer.N, kPanel), one, &context);
+}
+
+const char* forward(const Layer* layers, const void* const* packed, int64_t n, DType dtype, const Pool& pool) {
+  static thread_local Scratch work_memory, memory;
+  constexpr const char* no_memory = "no memory for scratch";
+  Work* const work = reinterpret_cast<Work*>(work_memory.reserve(n * static_cast<int64_t>(sizeof(Work))));
+  if (work == nullptr) return no_memory;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < n; ++i) rows = most(rows, layers[i].M);
+  for (int64_t row = 0; row < rows; row += kChunkRows) {
+    Call call{};
+    call.kernel = &kernel_for(dtype);
+    call.dtype = dtype;
+    call.work = work;
+    int64_t total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (row >= layers[i].M) continue;
+      Work* const w = new (work + call.layers++) Work{};
+      w->layer = rows_of(layers[i], row, kChunkRows, dtype);
+      w->rank = rank_of(layers[i]);
+      if (packed[i]) {
+        w->v_panels = static_cast<const char*>(packed[i]);
+        w->u_panels = w->v_panels + ceil_div(w->layer.R, kPanel) * panel_bytes(w->layer.K, dtype);
+      }
+      zero_beyond(w->layer, w->rank, dtype);
+      total += cycles(w->layer, w->rank, dtype);
+    }
+    call.threads = most<int64_t>(1, least(pool.threads, total / 4000));
+    for (int64_t i = 0; i < call.layers; ++i) cut(work[i], call);
+    if (!place(call, memory)) return no_memory;
+    if (call.threads == 1) {
+      body(&call, 0);
+    } else {
+      pool.run(call.threads, body, &call);
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace mk::cpu

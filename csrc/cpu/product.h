@@ -1,0 +1,326 @@
+// Matrix products for one vector type. A file kernels_<set>.cpp includes a vec_*.h, which defines Vec, load_as and
+// store_as, then this file, and hands out make_kernel<...>.
+//
+// Everything here has internal linkage and calls no inline function of the standard library: were a template compiled
+// with -mavx512f merged with that of another file, the linker could give its code to a machine without AVX-512.
+#pragma once
+
+#include <cstring>
+
+#include "activation.h"
+#include "kernel.h"
+
+namespace mk::cpu {
+namespace {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How a dtype's units multiply. `parts`: vectors of k per unit, each with its own element of A, which is four bytes.
+template <DType D>
+struct Format {  // float32 arithmetic, values converted when they are loaded
+  static constexpr DType dtype = D;
+  static constexpr DType a_dtype = DType::f32;
+  static constexpr int parts = D == DType::f32 ? 1 : 2;
+
+  static Vec weights(const char* unit, int part, int64_t column) {
+    if constexpr (D == DType::f32) return Vec::load(reinterpret_cast<const float*>(unit) + column);
+    if constexpr (D == DType::f16) return load_as<D>(unit + 64 * part + 2 * column, Vec::lanes);
+    return part == 0 ? Vec::even_bf16(unit + 4 * column) : Vec::odd_bf16(unit + 4 * column);
+  }
+  static Vec element(const char* a) {
+    float value;
+    std::memcpy(&value, a, sizeof value);
+    return Vec::set(value);
+  }
+  static Vec multiply_add(Vec a, Vec w, Vec sum) { return fma(a, w, sum); }
+};
+
+// A register tile: `rows` rows of A times `columns` vectors of a panel.
+struct Tile {
+  const char* a;
+  int64_t stride_a;
+  const char* w;  // first unit, at the first column
+  int64_t units;
+  int64_t chain;
+  const float* start;  // sums so far, or the bias with stride 0, or null
+  int64_t stride_start;
+  float* sum;  // float32 result, or null:
+  int64_t stride_sum;
+  char* y;  // result in the dtype, n columns
+  int64_t stride_y;
+  int64_t n;
+};
+
+// Sums of `chain` units are added to the total: error grows with the length of a chain of additions, and the library
+// matmul with which we are compared does not add a whole K in one. For few columns it takes dot products, whose vector
+// lanes make short chains; there speed is no question, as most of a panel is empty.
+constexpr int64_t chain_units(int64_t n) { return n < 16 ? 8 : 128; }
+
+template <class F, int rows, int columns>
+void tile(const Tile& t) {
+  // Few accumulators do not hide the latency of an FMA: sum in several sets.
+  constexpr int sets = rows * columns <= 2 ? 4 : rows * columns <= 6 ? 2 : 1;
+  Vec total[rows][columns];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < columns; ++j) {
+      total[i][j] = t.start ? Vec::load(t.start + i * t.stride_start + j * Vec::lanes) : Vec::zero();
+    }
+  }
+  for (int64_t begin = 0; begin < t.units; begin += t.chain) {
+    const int64_t end = least(t.units, begin + t.chain);
+    Vec sum[sets][rows][columns] = {};
+    const auto step = [&](int64_t u, Vec(&set)[rows][columns]) __attribute__((always_inline)) {
+      const char* unit = t.w + u * kUnitBytes;
+#pragma GCC unroll 2
+      for (int part = 0; part < F::parts; ++part) {
+        Vec w[columns];
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; ++j) w[j] = F::weights(unit, part, j * Vec::lanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; ++i) {
+          const Vec a = F::element(t.a + i * t.stride_a + (u * F::parts + part) * 4);
+#pragma GCC unroll 4
+          for (int j = 0; j < columns; ++j) set[i][j] = F::multiply_add(a, w[j], set[i][j]);
+        }
+      }
+    };
+    int64_t u = begin;
+    for (; u + sets <= end; u += sets) {
+#pragma GCC unroll 4
+      for (int s = 0; s < sets; ++s) step(u + s, sum[s]);
+    }
+    if constexpr (sets > 1) {
+      for (; u < end; ++u) step(u, sum[0]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < columns; ++j) {
+        for (int s = 1; s < sets; ++s) sum[0][i][j] = sum[0][i][j] + sum[s][i][j];
+        total[i][j] = total[i][j] + sum[0][i][j];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < columns; ++j) {
+      if (t.sum) {
+        total[i][j].store(t.sum + i * t.stride_sum + j * Vec::lanes);
+      } else {
+        const int64_t rest = t.n - j * Vec::lanes;
+        store_as<F::dtype>(t.y + i * t.stride_y + j * Vec::lanes * element_bytes(F::dtype), total[i][j],
+                           rest < 0 ? 0 : rest);
+      }
+    }
+  }
+}
+
+template <class F, int columns, int max_rows>
+struct Tiles {
+  using Function = void (*)(const Tile&);
+  Function of_rows[max_rows + 1] = {};
+
+  template <int rows = 1>
+  constexpr void fill() {
+    of_rows[rows] = tile<F, rows, columns>;
+    if constexpr (rows < max_rows) fill<rows + 1>();
+  }
+  constexpr Tiles() { fill(); }
+};
+
+// Rows [0, rows) of sums to y: activation and rounding. Columns beyond n are not touched.
+template <DType D>
+void write_output(const Product& p, const float* sum, int64_t stride_sum, int64_t rows, int64_t n, char* y) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < n; j += Vec::lanes) {
+      const Vec z = apply(p.activation, Vec::load(sum + i * stride_sum + j));
+      store_as<D>(y + i * p.stride_out + j * element_bytes(D), z, n - j);
+    }
+  }
+}
+
+// Rows [0, rows) of one panel's sums to H, rounded to the dtype: for the next product, zero from column n to the end of
+// the panel, and for the caller where wanted.
+template <class F>
+void write_hidden(const Product& p, const float* sum, int64_t stride_sum, int64_t row, int64_t rows, int64_t column) {
+  constexpr DType D = F::dtype;
+  const int64_t n = least(kPanel, p.n - column);
+  for (int64_t i = 0; i < rows; ++i) {
+    char half[kPanel * 4] = {};
+    for (int64_t j = 0; j < n; j += Vec::lanes) {
+      store_as<D>(half + j * element_bytes(D), Vec::load(sum + i * stride_sum + j), n - j);
+    }
+    char* hidden = p.hidden + (row + i) * p.stride_hidden + column * element_bytes(F::a_dtype);
+    for (int64_t j = 0; j < kPanel; j += Vec::lanes) {
+      const Vec rounded = load_as<D>(half + j * element_bytes(D), Vec::lanes);
+      store_as<F::a_dtype>(hidden + j * element_bytes(F::a_dtype), rounded, Vec::lanes);
+    }
+    if (p.out) {
+      std::memcpy(p.out + (row + i) * p.stride_out + column * element_bytes(D), half,
+                  static_cast<size_t>(n * element_bytes(D)));
+    }
+  }
+}
+
+// Copy rows of A, k elements each from element `first`, to the format of tiles; zero to the end of the last unit.
+template <class F>
+void copy_rows(const char* a, int64_t stride_a, int64_t rows, int64_t k, char* target, int64_t stride_target) {
+  constexpr DType D = F::dtype;
+  const int64_t padded = round_up(k, unit_length(D));
+  for (int64_t i = 0; i < rows; ++i) {
+    const char* source = a + i * stride_a;
+    char* row = target + i * stride_target;
+    if constexpr (F::a_dtype == D) {
+      std::memcpy(row, source, static_cast<size_t>(k * element_bytes(D)));
+      std::memset(row + k * element_bytes(D), 0, static_cast<size_t>((padded - k) * element_bytes(D)));
+    } else {
+      for (int64_t j = 0; j < padded; j += Vec::lanes) {
+        const Vec x = load_as<D>(source + j * element_bytes(D), k - j < 0 ? 0 : k - j);
+        store_as<F::a_dtype>(row + j * element_bytes(F::a_dtype), x, padded - j);
+      }
+    }
+  }
+}
+
+// Write W's rows [0, n), `k` elements each, as units of a panel; `units` >= what k needs are written.
+template <DType D>
+void pack_units(const char* w, int64_t stride_w, int64_t n, int64_t k, int64_t units, char* panel) {
+  constexpr int64_t per_unit = D == DType::f32 ? 1 : 2, bytes = D == DType::f32 ? 4 : 2;
+  std::memset(panel, 0, static_cast<size_t>(units * kUnitBytes));
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t part = i % per_unit;
+      const int64_t slot = D == DType::f16 ? part * kPanel + j : j * per_unit + part;
+      std::memcpy(panel + i / per_unit * kUnitBytes + slot * bytes, w + j * stride_w + i * bytes, bytes);
+    }
+  }
+}
+
+template <DType D>
+void pack_panel(const char* w, int64_t stride_w, int64_t n, int64_t k, char* panel) {
+  pack_units<D>(w, stride_w, n, k, panel_bytes(k, D) / kUnitBytes, panel);
+}
+
+// Units of one pass: panel and rows of A of a pass stay in the first-level cache.
+constexpr int64_t kPassUnits = 256;
+
+template <class F>
+constexpr int64_t pass_stride() {  // bytes of a copied row of A; odd in cache lines, so that rows fall into many sets
+  return kPassUnits * F::parts * 4 + 64;
+}
+
+template <class F, int max_rows>
+int64_t scratch_bytes(int64_t rows, int64_t n) {
+  const int64_t copied = rows * pass_stride<F>(), panel = kPassUnits * kUnitBytes;
+  return copied + panel + rows * round_up(n, kPanel) * 4 + 64;
+}
+
+// The product, whatever the target: k in passes, in each the panels, in each the tiles.
+template <class F, int columns, int max_rows>
+void product(const Product& p, char* scratch) {
+  constexpr DType D = F::dtype;
+  static constexpr Tiles<F, columns, max_rows> tiles;
+  char* const copied = scratch;
+  char* const own_panel = copied + p.rows * pass_stride<F>();
+  float* const sums = reinterpret_cast<float*>(own_panel + kPassUnits * kUnitBytes);
+
+  const int64_t total_units = ceil_div(p.k, unit_length(D));
+  // A prepared A may be read beyond k: it is zero there.
+  const bool in_place = p.prepared || (F::a_dtype == D && p.k % unit_length(D) == 0 && p.rows <= max_rows);
+  const bool one_pass = total_units <= kPassUnits || (in_place && p.panels && p.rows <= max_rows);
+  const int64_t pass = one_pass && p.panels && in_place ? (total_units ? total_units : 1) : kPassUnits;
+  const int64_t tile_count = ceil_div(p.rows, max_rows), tile_rows = ceil_div(p.rows, tile_count);
+  const bool direct = p.target == Target::output && p.activation == Activation::none;
+  float* const result = p.target == Target::partial ? p.partial : sums;
+  const int64_t stride_result = p.target == Target::partial ? p.stride_partial : round_up(p.n, kPanel);
+
+  int64_t u = 0;
+  do {
+    const int64_t units = least(pass, total_units - u), k0 = u * unit_length(D);
+    const int64_t k = least(units * unit_length(D), p.k - k0);
+    const bool last = u + units >= total_units;
+    const char* a = p.a + (p.prepared ? u * F::parts * 4 : k0 * element_bytes(D));
+    int64_t stride_a = p.stride_a;
+    if (!in_place) {
+      copy_rows<F>(a, stride_a, p.rows, k, copied, pass_stride<F>());
+      a = copied;
+      stride_a = pass_stride<F>();
+    }
+    for (int64_t column = 0; column < p.n; column += kPanel) {
+      const int64_t n = least(kPanel, p.n - column);
+      const char* w = p.panels + column / kPanel * p.stride_panel + u * kUnitBytes;
+      if (!p.panels) {
+        pack_units<D>(p.w + column * p.stride_w + k0 * element_bytes(D), p.stride_w, n, k, units, own_panel);
+        w = own_panel;
+      }
+      float bias[kPanel] = {};
+      const bool with_bias = u == 0 && p.target == Target::output && p.bias;
+      if (with_bias) {
+        for (int64_t j = 0; j < n; j += Vec::lanes) {
+          load_as<D>(p.bias + (column + j) * element_bytes(D), n - j).store(bias + j);
+        }
+      }
+      for (int64_t row = 0; row < p.rows; row += tile_rows) {
+        const int64_t rows = least(tile_rows, p.rows - row);
+        for (int64_t c = 0; c < n; c += columns * Vec::lanes) {
+          Tile t;
+          t.a = a + row * stride_a;
+          t.stride_a = stride_a;
+          t.w = w + c * (D == DType::f16 ? 2 : 4);
+          t.units = units;
+          t.chain = chain_units(p.n);
+          float* const target = result + row * stride_result + column + c;
+          t.start = u ? target : with_bias ? bias + c : nullptr;
+          t.stride_start = u ? stride_result : 0;
+          t.sum = direct && last ? nullptr : target;
+          t.stride_sum = stride_result;
+          t.y = p.out + row * p.stride_out + (column + c) * element_bytes(D);
+          t.stride_y = p.stride_out;
+          t.n = n - c;
+          tiles.of_rows[rows](t);
+        }
+        if (!last) continue;
+        const float* sum = result + row * stride_result + column;
+        if (p.target == Target::hidden) write_hidden<F>(p, sum, stride_result, row, rows, column);
+        if (p.target == Target::output && !direct) {
+          write_output<D>(p, sum, stride_result, rows, n, p.out + row * p.stride_out + column * element_bytes(D));
+        }
+      }
+    }
+    u += units;
+  } while (u < total_units);
+}
+
+// Sums of products over parts of k, always added in the same order.
+template <class F>
+void reduce(const Product& p, int64_t parts, int64_t stride_part) {
+  for (int64_t column = 0; column < p.n; column += kPanel) {
+    for (int64_t i = 0; i < p.rows; ++i) {
+      float sum[kPanel];
+      for (int64_t j = 0; j < kPanel; j += Vec::lanes) {
+        const float* first_part = p.partial + i * p.stride_partial + column + j;
+        Vec total = Vec::load(first_part);
+        for (int64_t s = 1; s < parts; ++s) total = total + Vec::load(first_part + s * stride_part);
+        total.store(sum + j);
+      }
+      write_hidden<F>(p, sum, kPanel, i, 1, column);
+    }
+  }
+}
+
+template <class F, int columns, int max_rows>
+constexpr Kernel make_kernel(const char* isa) {
+  return {isa,
+          max_rows,
+          element_bytes(F::a_dtype),
+          scratch_bytes<F, max_rows>,
+          product<F, columns, max_rows>,
+          reduce<F>,
+          pack_panel<F::dtype>};
+}
+
+}  // namespace
+}  // namespace mk::cpu
