@@ -1,7 +1,8 @@
 // AVX2, FMA and F16C: 12 accumulators of 8 floats.
 #include "kernel.h"
-#include "product.h"
 #include "vec_avx2.h"
+
+#include "product.h"  // needs a Vec
 
 namespace mk::cpu {
 

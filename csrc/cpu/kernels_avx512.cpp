@@ -1,7 +1,8 @@
 // AVX-512 (F, BW, DQ, VL): 24 accumulators of 16 floats.
 #include "kernel.h"
-#include "product.h"
 #include "vec_avx512.h"
+
+#include "product.h"  // needs a Vec
 
 namespace mk::cpu {
 

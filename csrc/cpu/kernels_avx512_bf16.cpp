@@ -1,7 +1,8 @@
 // AVX512_BF16: vdpbf16ps multiplies a pair along k with the pairs of sixteen columns.
 #include "kernel.h"
-#include "product.h"
 #include "vec_avx512.h"
+
+#include "product.h"  // needs a Vec
 
 namespace mk::cpu {
 namespace {

@@ -1,7 +1,8 @@
 // Any machine.
 #include "kernel.h"
-#include "product.h"
 #include "vec_portable.h"
+
+#include "product.h"  // needs a Vec
 
 namespace mk::cpu {
 
