@@ -4,12 +4,14 @@ Importing this imports torch and nothing heavier; integrations import their fram
 Source: Horvath et al., Maestro, ICML 2024 (arXiv 2308.14929).
 """
 
+from maestro_kernels.training.freezing import SequentialFreezing, quantize_ranks
 from maestro_kernels.training.penalties import (
     funnel,
     funnel_start,
     group_lasso,
     hierarchical_group_lasso,
 )
+from maestro_kernels.training.resize import load_shrunken
 from maestro_kernels.training.samplers import (
     FixedSampler,
     FullSampler,
@@ -17,15 +19,20 @@ from maestro_kernels.training.samplers import (
     RankSampler,
     SinglePairSampler,
 )
+from maestro_kernels.training.shrink import shrink
 
 __all__ = [
     "FixedSampler",
     "FullSampler",
     "IndependentSampler",
     "RankSampler",
+    "SequentialFreezing",
     "SinglePairSampler",
     "funnel",
     "funnel_start",
     "group_lasso",
     "hierarchical_group_lasso",
+    "load_shrunken",
+    "quantize_ranks",
+    "shrink",
 ]

@@ -1,0 +1,118 @@
+"""Training one factor at a time, and ranks that hardware likes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from maestro_kernels.nn.layer import check_int
+from maestro_kernels.training.layers import require_layers
+
+__all__ = ["SequentialFreezing", "quantize_ranks"]
+
+
+class SequentialFreezing:
+    """Freeze one factor of every LoD layer, and change the factor every `period` epochs.
+
+    In phase 0, 2, ... v is frozen, in phase 1, 3, ... u. The backward does not compute the gradient
+    of a frozen factor, and the optimizer leaves it alone: no decay, no momentum.
+
+    Args:
+        model: holds LoD layers. Factors that are frozen already stay so.
+        period: epochs in a phase, >= 1.
+
+    Example:
+        >>> import torch, maestro_kernels as mk
+        >>> from maestro_kernels import training
+        >>> model = torch.nn.Sequential(mk.LoDLinear(64, 64, 16))
+        >>> training.SequentialFreezing(model).epoch(0)
+        'v'
+        >>> model[0].u.requires_grad, model[0].v.requires_grad
+        (True, False)
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: no LoD layer, period < 1, or a DDP wrapper that waits for every gradient.
+
+    Source: Hajimolahoseini et al., arXiv 2309.03824 (abstract; it gives no schedule).
+    """
+
+    def __init__(self, model: nn.Module, period: int = 1) -> None:
+        fn = "SequentialFreezing"
+        self.period = check_int(fn, "period", period, 1)
+        layers = require_layers(fn, model)
+        for module in model.modules():
+            kinds = {cls.__name__ for cls in type(module).__mro__}
+            if "DistributedDataParallel" in kinds and not module.find_unused_parameters:
+                raise ValueError(
+                    f"{fn}: model: expected DDP with find_unused_parameters=True, which does "
+                    "without the gradients of frozen factors, got False"
+                )
+        self._model = model
+        # By name, because shrinking makes new parameters.
+        self._trainable = {
+            (name, key): getattr(layer, key).requires_grad
+            for name, layer in layers.items()
+            for key in ("u", "v")
+        }
+
+    def epoch(self, n: int) -> str:
+        """Freeze the factor whose turn it is in epoch n (from 0); returns its name, "u" or "v"."""
+        frozen = "vu"[check_int("SequentialFreezing.epoch", "n", n, 0) // self.period % 2]
+        self._set(frozen)
+        return frozen
+
+    def reset(self) -> None:
+        """Make trainable what was trainable at the start."""
+        self._set("")
+
+    def _set(self, frozen: str) -> None:
+        layers = require_layers("SequentialFreezing", self._model)
+        for (name, key), trainable in self._trainable.items():
+            if name not in layers:
+                continue
+            factor = getattr(layers[name], key)
+            factor.requires_grad_(trainable and key != frozen)
+            if key == frozen:
+                # A gradient left over from the last phase would still move the factor.
+                factor.grad = None
+
+
+def quantize_ranks(
+    model: nn.Module,
+    multiple_of: int = 16,
+    latency: Callable[[int, int, int], float] | None = None,
+) -> dict[str, int]:
+    """{layer: active rank moved to a near rank that suits the hardware}, for `set_ranks`.
+
+    Without `latency`, the nearest multiple of `multiple_of` (the lower of two, at least one
+    multiple), within max_rank. With it, the rank of the least time per component among those less
+    than `multiple_of` away: just below a cliff in the time, not just above.
+
+    Args:
+        model: holds LoD layers.
+        multiple_of: what ranks are rounded to, or how far they may move.
+        latency: seconds (or any unit) of a layer, latency(N, K, rank), for instance
+            `lambda N, K, rank: profile.latency(N=N, K=K, rank=rank, M=64)` of `search.profile`.
+
+    Source: Hajimolahoseini et al., arXiv 2407.20266 and 2309.03824.
+    """
+    fn = "quantize_ranks"
+    step = check_int(fn, "multiple_of", multiple_of, 1)
+    ranks: dict[str, int] = {}
+    for name, layer in require_layers(fn, model).items():
+        rank, R = layer.rank, layer.max_rank
+        if rank == 0:
+            ranks[name] = 0
+        elif latency is None:
+            down = rank // step * step
+            near = down if down and rank - down <= down + step - rank else down + step
+            ranks[name] = min(near, R)
+        else:
+            N, K = layer.matrix_shape
+            near_ranks = range(max(1, rank - step + 1), min(R, rank + step - 1) + 1)
+            # Nearest first: min keeps the first of equals.
+            candidates = sorted(near_ranks, key=lambda r: (abs(r - rank), r))
+            ranks[name] = min(candidates, key=lambda r: latency(N, K, r) / r)
+    return ranks
