@@ -129,7 +129,7 @@ class LoDLayer(nn.Module):
         R = self.max_rank
         with torch.no_grad():
             u = self.u.double().square().sum(0)
-            v = self.v.double().reshape(self.groups, R, -1).square().sum((0, 2))
+            v = self.v.double().flatten(1).unflatten(0, (self.groups, R)).square().sum((0, 2))
             tails: Tensor = torch.stack((u, v)).flip(1).cumsum(1).flip(1)
             norms_u, norms_v = tails.sqrt()
             importance: Tensor = norms_u * norms_v
@@ -169,7 +169,7 @@ class LoDLayer(nn.Module):
         if self.groups == 1:
             return (u[:, :rank] @ v[:rank].flatten(1)).reshape(self._weight_shape())
         u = u.unflatten(0, (self.groups, -1))[:, :, :rank]
-        v = v.reshape(self.groups, self.max_rank, -1)[:, :rank]
+        v = v.flatten(1).unflatten(0, (self.groups, self.max_rank))[:, :rank]
         return (u @ v).reshape(self._weight_shape())
 
     def _weight_shape(self) -> tuple[int, ...]:
