@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["H100", "Device", "current_device", "measured_device", "versions"]
+__all__ = ["H100", "Device", "current_device", "libraries", "measured_device", "versions"]
 
 
 @dataclass(frozen=True)
@@ -231,15 +231,22 @@ def versions() -> dict[str, str | bool | None]:
     """
     commit, dirty = _git_state()
     return {
-        "maestro_kernels": _version("maestro-kernels") or "not installed",
+        **libraries(),
         "commit": commit,
         "dirty": dirty,
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()}",
+        "driver": _driver(),
+    }
+
+
+def libraries() -> dict[str, str | None]:
+    """The versions that decide how fast a call is; asks no other process."""
+    return {
+        "maestro_kernels": _version("maestro-kernels") or "not installed",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
-        "driver": _driver(),
     }
 
 

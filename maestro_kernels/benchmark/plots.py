@@ -59,6 +59,7 @@ def line_plot(
     xlabel: str,
     ylabel: str,
     log: bool = True,
+    markers: bool = True,
     height: float = 3.9,
 ) -> Html:
     """Lines with markers and a band between low and high.
@@ -69,6 +70,7 @@ def line_plot(
         xlabel: label of the horizontal axis.
         ylabel: label of the vertical axis.
         log: logarithmic axes, x to base 2.
+        markers: whether points are marked; a curve of hundreds of points is clearer without.
         height: in inches at 96 pixels; the width is fixed.
     """
     figure, axes = _axes(title, xlabel, ylabel, height)
@@ -79,7 +81,7 @@ def line_plot(
             xs,
             [p.y for p in points],
             color=colour,
-            marker=marker,
+            marker=marker if markers else None,
             markersize=5,
             linewidth=2.6 if k == 0 else 1.6,
             label=name,

@@ -35,7 +35,7 @@ from maestro_kernels.benchmark.timing import (
 )
 from maestro_kernels.testing import accuracy_error
 
-__all__ = ["Options", "checked", "gate", "run", "run_case"]
+__all__ = ["Options", "Rings", "checked", "gate", "run", "run_case", "walk"]
 
 # A ring has at most this many sets of weights: a tiny layer would otherwise need thousands.
 _MAX_RING = 512
@@ -113,7 +113,7 @@ def run_case(
     with torch.set_grad_enabled(case.mode == "training"):
         references = _References(case, inputs)
         for cache in options.caches:
-            rings = _Rings(inputs, options.ring_bytes if cache == "cold" else 0)
+            rings = Rings(inputs, options.ring_bytes if cache == "cold" else 0)
             bounds, refused = _admit(case, providers, rings, references)
             for launch, clock in options.launches.items():
                 stats, unfit = _time(bounds, cache == "cold", clock(), options.seconds)
@@ -137,7 +137,7 @@ def run_case(
     return with_speedups(rows)
 
 
-class _Rings:
+class Rings:
     """Copies of a case's inputs, per family, because dense weights are larger than factors."""
 
     def __init__(self, inputs: Inputs, ring_bytes: int) -> None:
@@ -225,7 +225,7 @@ def checked(case: Case, provider: Provider, inputs: Inputs) -> tuple[Bound, str 
 
 
 def _admit(
-    case: Case, providers: Sequence[Provider], rings: _Rings, references: _References
+    case: Case, providers: Sequence[Provider], rings: Rings, references: _References
 ) -> tuple[dict[str, list[Bound]], dict[str, tuple[str, str]]]:
     """Bind and gate the providers: (name -> calls), (name -> (gate, reason))."""
     bounds: dict[str, list[Bound]] = {}
@@ -256,7 +256,7 @@ def _time(
     calls: dict[str, Callable[[], object]] = {}
     unfit: dict[str, tuple[str, str]] = {}
     for name, ring in bounds.items():
-        call = _walk(ring)
+        call = walk(ring)
         try:
             clock.prepare(name, call)
         except RuntimeError as error:
@@ -272,7 +272,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
 
 
-def _walk(ring: list[Bound]) -> Callable[[], object]:
+def walk(ring: list[Bound]) -> Callable[[], object]:
     """A call that uses the next set of inputs each time."""
     calls: list[Callable[[], object]] = [b if b.dys else b.forward for b in ring]
     if len(calls) == 1:

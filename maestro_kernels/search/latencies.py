@@ -1,0 +1,340 @@
+"""A measured profile: latency(N, K, rank, M), staircase, break-even, errors, files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maestro_kernels.files import write_text
+from maestro_kernels.search import latency_model, staircase
+from maestro_kernels.search.measure import AUTO, DENSE, TWO, Point, point_from
+from maestro_kernels.search.targets import Shape
+
+__all__ = ["Errors", "Estimate", "Profile"]
+
+SCHEMA = 1
+Key = tuple[str, str, str]  # strategy, cache, launch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A latency and where it comes from.
+
+    Attributes:
+        ms: milliseconds per call.
+        source: "measured", "interpolated" (this size at other ranks or M), "fitted" (other sizes).
+    """
+
+    ms: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors on points that a prediction did not see: |predicted / measured - 1|.
+
+    Attributes:
+        median: of all points.
+        p90: 90th percentile.
+        count: points held out.
+    """
+
+    median: float
+    p90: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Latency over rank of some layer sizes on one device, in milliseconds.
+
+    Attributes:
+        device: kind, name, arch and cores (threads) of the device.
+        versions: hardware.versions() when it was measured.
+        dtype: dtype name.
+        points: every measured time.
+        shapes: the sizes asked for, with the layers of the model that have them.
+    """
+
+    device: dict[str, Any]
+    versions: dict[str, Any]
+    dtype: str
+    points: tuple[Point, ...]
+    shapes: tuple[Shape, ...]
+
+    # --- questions -----------------------------------------------------------------------------
+
+    def latency(
+        self,
+        *,
+        N: int,
+        K: int,
+        rank: int | str | None,
+        M: int = 1,
+        strategy: str | None = None,
+        cache: str = "cold",
+        launch: str | None = None,
+    ) -> float:
+        """Milliseconds of one call of a layer.
+
+        A measured size is interpolated in rank (straight lines) and in M (on logarithmic axes);
+        another size gets the fitted model (`errors` says how far off it is). Rank 0 costs what the
+        smallest rank does.
+
+        Args:
+            N: out_features.
+            K: in_features.
+            rank: of the factors; None or "dense" is the dense layer.
+            M: rows of x.
+            strategy: as in `strategies`; None is what a layer runs: "ours", or "dense".
+            cache: "cold", as in a model whose other layers ran in between, or "warm".
+            launch: "eager" or "graph"; None is "graph" where it was measured.
+
+        Raises:
+            ValueError: a size below 1, or nothing measured for this strategy, cache or launch.
+        """
+        return self.estimate(
+            N=N, K=K, rank=rank, M=M, strategy=strategy, cache=cache, launch=launch
+        ).ms
+
+    def estimate(
+        self,
+        *,
+        N: int,
+        K: int,
+        rank: int | str | None,
+        M: int = 1,
+        strategy: str | None = None,
+        cache: str = "cold",
+        launch: str | None = None,
+    ) -> Estimate:
+        """`latency` with its source; the same arguments and errors."""
+        dense = rank is None or rank == "dense"
+        if not dense and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
+            raise ValueError(f"latency: rank: expected None, 'dense' or >= 0, got {rank!r}")
+        if min(N, K, M) < 1:
+            raise ValueError(f"latency: N, K, M: expected sizes >= 1, got {(N, K, M)}")
+        key = (strategy or (DENSE if dense else self.main), cache, launch or self.launch)
+        if key not in self._curves:
+            raise ValueError(
+                f"latency: strategy, cache, launch: expected one of {sorted(self._curves)}, "
+                f"got {key}"
+            )
+        r = 0 if dense else max(int(rank or 0), 1)
+        Ms = self.batch_sizes
+        known = (N, K) in self._curves[key]
+        if M in Ms:
+            return self._at(key, N, K, r, M)
+        source = "interpolated" if known else "fitted"
+        return Estimate(_over_rows(M, Ms, lambda m: self._at(key, N, K, r, m).ms), source)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The measured M."""
+        return tuple(sorted({p.M for p in self.points}))
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """What was timed, "dense" included."""
+        return tuple(dict.fromkeys(p.strategy for p in self.points))
+
+    @cached_property
+    def launch(self) -> str:
+        """The launch mode that counts: device time where it was measured."""
+        return "graph" if any(p.launch == "graph" for p in self.points) else "eager"
+
+    @cached_property
+    def main(self) -> str:
+        """The low-rank strategy that counts: what auto runs."""
+        return AUTO if any(p.strategy == AUTO for p in self.points) else TWO
+
+    def curve(
+        self,
+        *,
+        N: int,
+        K: int,
+        M: int,
+        strategy: str | None = None,
+        cache: str = "cold",
+        launch: str | None = None,
+    ) -> dict[int, staircase.Knot]:
+        """Rank -> measured time of one size, without the probe of an odd rank."""
+        key = (strategy or self.main, cache, launch or self.launch)
+        points = self._curves.get(key, {}).get((N, K), {}).get(M, [])
+        return staircase.curve_of(points)
+
+    def break_even(self, *, N: int, K: int, M: int, cache: str = "cold") -> float | None:
+        """The rank up to which low rank is faster than the dense layer, as measured.
+
+        None where it never is, infinite where it is at every measured rank. NK / (N + K) is where
+        the two do the same number of operations.
+        """
+        curve = self.curve(N=N, K=K, M=M, cache=cache)
+        return staircase.break_even(curve, self.latency(N=N, K=K, rank="dense", M=M, cache=cache))
+
+    def steps(self, *, N: int, K: int, M: int, cache: str = "cold") -> list[staircase.Step]:
+        """Jumps of the curve; `.rank` is just below each."""
+        return staircase.steps(self.curve(N=N, K=K, M=M, cache=cache))
+
+    def preferred(self, *, N: int, K: int, M: int, cache: str = "cold") -> list[int]:
+        """Measured ranks that are worth choosing: faster than dense and than every larger rank."""
+        dense = self.latency(N=N, K=K, rank="dense", M=M, cache=cache)
+        curve = self.curve(N=N, K=K, M=M, cache=cache)
+        return [r for r in staircase.preferred(curve) if curve[r].ms < dense]
+
+    def odd_penalty(self, *, N: int, K: int, M: int, cache: str = "cold") -> float:
+        """How many times as long a rank off the grid of 8 takes; 1 where none was measured."""
+        key = (self.main, cache, self.launch)
+        return staircase.odd_penalty(self._curves.get(key, {}).get((N, K), {}).get(M, []))
+
+    @cached_property
+    def errors(self) -> dict[str, Errors]:
+        """Held-out errors: "interpolation" (a rank left out), "fit" (a whole size left out).
+
+        "fit" is missing with fewer than three sizes.
+        """
+        rank_errors: list[float] = []
+        size_errors: list[float] = []
+        for strategy in (DENSE, self.main):
+            key = (strategy, "cold", self.launch)
+            for M in self.batch_sizes:
+                samples = self._samples(key, M)
+                size_errors += latency_model.left_out_shapes(samples)
+                for by_M in self._curves.get(key, {}).values():
+                    rank_errors += staircase.left_out(staircase.curve_of(by_M.get(M, [])))
+        found = {"interpolation": rank_errors, "fit": size_errors}
+        return {
+            name: Errors(float(np.median(e)), float(np.quantile(e, 0.9)), len(e))
+            for name, e in found.items()
+            if e
+        }
+
+    # --- how a time comes about ----------------------------------------------------------------
+
+    @cached_property
+    def _curves(self) -> dict[Key, dict[tuple[int, int], dict[int, list[Point]]]]:
+        """(strategy, cache, launch) -> (N, K) -> M -> points."""
+        found: dict[Key, dict[tuple[int, int], dict[int, list[Point]]]] = {}
+        for p in self.points:
+            sizes = found.setdefault((p.strategy, p.cache, p.launch), {})
+            sizes.setdefault((p.N, p.K), {}).setdefault(p.M, []).append(p)
+        return found
+
+    @cached_property
+    def _fits(self) -> dict[tuple[Key, int], latency_model.Fit | None]:
+        return {}
+
+    def _samples(self, key: Key, M: int) -> list[latency_model.Sample]:
+        sizes = self._curves.get(key, {})
+        return [(p.N, p.K, p.rank, p.p50) for by_M in sizes.values() for p in by_M.get(M, [])]
+
+    def _at(self, key: Key, N: int, K: int, rank: int, M: int) -> Estimate:
+        """At an M that was measured."""
+        points = self._curves[key].get((N, K), {}).get(M)
+        if not points:
+            return Estimate(self._fitted(key, M).ms(N, K, rank), "fitted")
+        for p in points:
+            if p.rank == rank:
+                return Estimate(p.p50, "measured")
+        curve = staircase.curve_of(points)
+        ms = staircase.interpolate(curve, rank)
+        if rank % staircase.GRID:
+            ms *= staircase.odd_penalty(points)
+        return Estimate(ms, "interpolated")
+
+    def _fitted(self, key: Key, M: int) -> latency_model.Fit:
+        if (key, M) not in self._fits:
+            self._fits[key, M] = latency_model.fit(self._samples(key, M))
+        model = self._fits[key, M]
+        if model is None:
+            raise ValueError(f"latency: strategy: expected one measured at M {M}, got {key[0]!r}")
+        return model
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON: complete, or not at all."""
+        head = {
+            "schema": SCHEMA,
+            "device": self.device,
+            "versions": self.versions,
+            "dtype": self.dtype,
+            "shapes": [asdict(shape) for shape in self.shapes],
+        }
+        lines = [json.dumps(asdict(p)) for p in self.points]
+        text = json.dumps(head, ensure_ascii=False)[:-1]
+        write_text(Path(path), text + ', "points": [\n' + ",\n".join(lines) + "\n]}\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read and check a saved profile.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no profile of this schema; says what was expected and what came.
+        """
+        where = f"Profile.load: {Path(path).name}"
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where}: expected a JSON profile, got {error}") from None
+        expected = {"schema", "device", "versions", "dtype", "shapes", "points"}
+        got = sorted(record) if isinstance(record, dict) else type(record).__name__
+        if not isinstance(record, dict) or record.keys() != expected:
+            raise ValueError(f"{where}: expected the fields {sorted(expected)}, got {got}")
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"{where}: schema: expected {SCHEMA}, got {record['schema']!r}")
+        try:
+            points = tuple(point_from(p) for p in record["points"])
+            shapes = tuple(
+                Shape(s["N"], s["K"], s["bias"], tuple(s["names"])) for s in record["shapes"]
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: expected points and shapes, got {error}") from None
+        if not points:
+            raise ValueError(f"{where}: points: expected at least one, got none")
+        return cls(record["device"], record["versions"], record["dtype"], points, shapes)
+
+    def __str__(self) -> str:
+        lines = [f"{self.device['name']}, {self.device['num_cores']} cores, {self.dtype}"]
+        for shape in self.shapes:
+            for M in self.batch_sizes:
+                N, K = shape.N, shape.K
+                dense = self.latency(N=N, K=K, rank="dense", M=M)
+                limit = break_even_text(self.break_even(N=N, K=K, M=M))
+                curve = self.curve(N=N, K=K, M=M)
+                times = ", ".join(f"{rank}: {knot.ms:.4g}" for rank, knot in curve.items())
+                lines.append(
+                    f"{M} · {shape.K}→r→{shape.N}: dense {dense:.4g} ms, break-even {limit}; "
+                    f"rank: ms {times}"
+                )
+        return "\n".join(lines)
+
+
+def break_even_text(rank: float | None) -> str:
+    """A measured break-even rank in words."""
+    if rank is None:
+        return "never"
+    return "beyond all ranks" if math.isinf(rank) else f"rank {rank:.0f}"
+
+
+def _over_rows(M: int, Ms: Sequence[int], ms: Callable[[int], float]) -> float:
+    """Between measured M on logarithmic axes; beyond them a call costs in proportion, at most.
+
+    Below the smallest M a call costs what it does there: it reads the same weights.
+    """
+    if Ms[0] >= M:
+        return ms(Ms[0])
+    if Ms[-1] <= M:
+        return ms(Ms[-1]) * M / Ms[-1]
+    high = next(i for i, m in enumerate(Ms) if m > M)
+    a, b = Ms[high - 1], Ms[high]
+    t = math.log(M / a) / math.log(b / a)
+    return math.exp((1 - t) * math.log(ms(a)) + t * math.log(ms(b)))

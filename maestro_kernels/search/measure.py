@@ -1,0 +1,203 @@
+"""Timing one layer size over ranks: every rank and strategy takes turns in one interleaved run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from maestro_kernels import hardware
+from maestro_kernels.benchmark.cases import Case, Layer
+from maestro_kernels.benchmark.providers import Inputs, Provider, Unavailable, default_providers
+from maestro_kernels.benchmark.run import Options, Rings, checked, walk
+from maestro_kernels.benchmark.timing import interleave
+from maestro_kernels.testing import make_inputs
+
+__all__ = ["AUTO", "DENSE", "TWO", "Point", "Sweep"]
+
+DENSE, TWO, AUTO = "dense", "two matmuls", "ours"
+# Walking through this many times the private caches leaves nothing in them.
+_CACHES = 4
+_MIN_RING, _MAX_RING = 32 << 20, 512 << 20
+# Seconds of samples for one candidate: about ten of a millisecond, each with an untimed call.
+_SECONDS = 0.025
+
+
+@dataclass(frozen=True)
+class Point:
+    """One time: a strategy at a rank.
+
+    Attributes:
+        N: out_features.
+        K: in_features.
+        M: rows of x.
+        bias: whether the layer adds one.
+        rank: of the factors; 0 stands for the dense layer.
+        strategy: "dense", "two matmuls", "ours" (what auto runs), or one backend or form of ours.
+        cache: "warm" repeats one set of tensors, "cold" walks through copies.
+        launch: "eager" or "graph" (CUDA graph).
+        p20: milliseconds per call, 20th percentile.
+        p50: median.
+        p80: 80th percentile.
+    """
+
+    N: int
+    K: int
+    M: int
+    bias: bool
+    rank: int
+    strategy: str
+    cache: str
+    launch: str
+    p20: float
+    p50: float
+    p80: float
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the percentiles over the median: what noise can be."""
+        return (self.p80 - self.p20) / (2 * self.p50)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One layer size at one M, to be measured at ranks that are decided as one goes.
+
+    Attributes:
+        N: out_features.
+        K: in_features.
+        M: rows of x.
+        bias: whether the layer adds one.
+        dtype: dtype of everything.
+        device: where.
+        seconds: of samples per candidate, cache state and launch mode.
+    """
+
+    N: int
+    K: int
+    M: int
+    bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    seconds: float = _SECONDS
+
+    def case(self, rank: int) -> Case:
+        """The benchmark's description of one rank."""
+        name = str(self.dtype).removeprefix("torch.")
+        layer = Layer(self.N, self.K, rank, rank)
+        return Case("profile", self.M, (layer,), name, bias=self.bias)
+
+    def measure(
+        self,
+        ranks: Sequence[int],
+        providers: Callable[[Case], Sequence[Provider]] = default_providers,
+    ) -> list[Point]:
+        """Time the dense layer and every strategy at every rank against each other.
+
+        What cannot run, or is less accurate than two matmuls allow, gives no point.
+        """
+        inputs, admitted = {}, {}
+        with torch.no_grad():
+            for rank in (0, *ranks):
+                case = self.case(max(rank, 1))
+                inputs[rank] = self._inputs(rank)
+                admitted[rank] = self._admit(case, providers(case), inputs[rank], rank)
+            points: list[Point] = []
+            for cache in ("warm", "cold"):
+                ring = self._ring_bytes() if cache == "cold" else 0
+                calls = {}
+                for rank, chosen in admitted.items():
+                    rings = Rings(inputs[rank], ring)
+                    case = self.case(max(rank, 1))
+                    for provider in chosen:
+                        bound = provider.bound(case, rings[provider.family])
+                        calls[f"{rank} {provider.name}"] = walk(bound)
+                points += self._time(calls, cache)
+        return points
+
+    def _inputs(self, rank: int) -> Inputs:
+        """Factors of one rank; for 0 the dense weight instead, which is no product of any."""
+        R = rank or self.N
+        outs = self.N if rank else 1
+        x, u, v, b = make_inputs(
+            self.M, outs, self.K, R, dtype=self.dtype, device=self.device, bias=False, seed=rank
+        )
+        if self.bias:
+            b = make_inputs(1, self.N, 1, 1, dtype=self.dtype, device=self.device)[3]
+        if rank:
+            return Inputs(x, (u,), (v,), (b,), (), (rank,))
+        return Inputs(x, (), (), (b,), (), (1,), dense=(v,))
+
+    def _admit(
+        self, case: Case, providers: Sequence[Provider], inputs: Inputs, rank: int
+    ) -> list[Provider]:
+        """The providers of a rank that run and pass the accuracy gate.
+
+        Dense and two matmuls are the gate's own yardstick.
+        """
+        if rank == 0:
+            return [p for p in providers if p.name == DENSE]
+        admitted = []
+        for provider in providers:
+            if provider.name == TWO:
+                admitted.append(provider)
+            if provider.family != "ours":
+                continue
+            try:
+                _, problem = checked(case, provider, inputs)
+            except (Unavailable, RuntimeError):
+                continue
+            if problem is None:
+                admitted.append(provider)
+        return admitted
+
+    def _ring_bytes(self) -> int:
+        private = hardware.current_device(self.device).l2_bytes or 0
+        return min(max(_CACHES * private, _MIN_RING), _MAX_RING)
+
+    def _time(self, calls: dict[str, Callable[[], object]], cache: str) -> list[Point]:
+        points = []
+        for launch, clock in Options(device=str(self.device)).launches.items():
+            timer, fit = clock(), {}
+            for name, call in calls.items():
+                try:
+                    timer.prepare(name, call)
+                except RuntimeError:  # cannot be captured
+                    continue
+                fit[name] = call
+            stats = interleave(
+                fit,
+                seconds=self.seconds * len(fit),
+                min_rounds=5,
+                max_rounds=40,
+                prime=cache == "warm",
+                clock=timer,
+            )
+            for name, s in stats.items():
+                rank, _, strategy = name.partition(" ")
+                times = (1e3 * s.p20, 1e3 * s.p50, 1e3 * s.p80)
+                where = (self.N, self.K, self.M, self.bias, int(rank), strategy, cache, launch)
+                points.append(Point(*where, *times))
+        return points
+
+
+def point_from(record: dict[str, Any]) -> Point:
+    """A Point from its dictionary.
+
+    Raises:
+        ValueError: fields are missing or of another kind.
+    """
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(Point)}
+    if record.keys() != kinds.keys():
+        raise ValueError(f"expected the fields {sorted(kinds)}, got {sorted(record)}")
+    for name, value in record.items():
+        kind = kinds[name]
+        fits = isinstance(value, int | float) if kind == "float" else type(value).__name__ == kind
+        if not fits or (kind == "float" and isinstance(value, bool)):
+            raise ValueError(f"{name}: expected {kinds[name]}, got {value!r}")
+    if not 0 < record["p20"] <= record["p50"] <= record["p80"]:
+        raise ValueError(f"p50: expected 0 < p20 <= p50 <= p80, got {record}")
+    return Point(**record)

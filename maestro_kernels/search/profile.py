@@ -1,0 +1,218 @@
+"""How fast a layer is at each rank on this machine: measured, interpolated, and fitted."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from maestro_kernels import hardware, tables
+from maestro_kernels.backends import native
+from maestro_kernels.search import staircase
+from maestro_kernels.search.journal import Journal
+from maestro_kernels.search.latencies import Profile
+from maestro_kernels.search.measure import AUTO, DENSE, Point, Sweep
+from maestro_kernels.search.targets import default_device, default_dtype, shapes_of
+
+__all__ = ["Profile", "profile"]
+
+# Rounds of refinement after the coarse ranks; each adds at most four ranks where the curve bends.
+_ROUNDS = 2
+Advance = Callable[[str, int, int], None]
+
+
+def profile(
+    target: Any,
+    ranks: Sequence[int] | None = None,
+    batch_sizes: Sequence[int] = (1, 64),
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    cache: bool = True,
+    seconds: float = 0.025,
+    progress: bool | Advance | None = None,
+) -> Profile:
+    """Measure latency over rank: ms(N, K, rank, M) for dense, two matmuls and every strategy.
+
+    Each layer size is timed at a few ranks first, then where the curve bends, where it crosses the
+    dense layer and just above the ranks where tiles of kernels end. All candidates of a round take
+    turns, with warm and with cold caches, on a GPU as eager launches and as a CUDA graph. A
+    strategy of ours is timed only where it passes the accuracy gate.
+
+    Points are kept in the user's cache folder (MAESTRO_KERNELS_CACHE) per device, threads, dtype,
+    versions and tuning table, so that a second call costs nothing and an interrupted one goes on.
+
+    Args:
+        target: a layer, a model (its linear layers), (N, K), or a list of (N, K).
+        ranks: measure exactly these, as far as they are at most min(N, K); None chooses them.
+        batch_sizes: values of M, the rows of x after flattening: batch times tokens.
+        dtype: of everything; None is the target's own, or float32.
+        device: where; None is the target's own, or the CPU.
+        cache: read and keep points in the user's cache folder.
+        seconds: of samples per candidate, cache state and launch mode.
+        progress: show a bar; None does so on a terminal. A function gets (text, done, total).
+
+    Raises:
+        TypeError: target, ranks, batch_sizes or dtype of the wrong type.
+        ValueError: sizes below 1, no linear layer, an unknown device.
+    """
+    shapes = shapes_of(target)
+    ranks = None if ranks is None else _positive("ranks", ranks)
+    batch_sizes = _positive("batch_sizes", batch_sizes)
+    dtype = default_dtype(target) if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"profile: dtype: expected a torch.dtype, got {type(dtype).__name__}")
+    place = torch.device(default_device(target) if device is None else device)
+    record = hardware.current_device(place)
+    journal = Journal(_identity(record, dtype)) if cache else None
+    points: list[Point] = []
+    work = [(shape, M) for shape in shapes for M in batch_sizes]
+    with _progress(progress) as advance:
+        for i, (shape, M) in enumerate(work):
+            advance(f"{M} · {shape.K}→r→{shape.N}", i, len(work))
+            sweep = Sweep(shape.N, shape.K, M, shape.bias, dtype, place, seconds)
+            points += _curve(sweep, ranks, journal)
+        advance("done", len(work), len(work))
+    return Profile(
+        device=tables.identity(record),
+        versions=hardware.versions(),
+        dtype=str(dtype).removeprefix("torch."),
+        points=tuple(points),
+        shapes=tuple(shapes),
+    )
+
+
+def _positive(name: str, values: Any) -> list[int]:
+    if isinstance(values, int | str) or not isinstance(values, Sequence):
+        got = type(values).__name__
+        raise TypeError(f"profile: {name}: expected a sequence of integers, got {got}")
+    for value in values:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"profile: {name}: expected integers, got {value!r}")
+        if value < 1:
+            raise ValueError(f"profile: {name}: expected integers >= 1, got {value}")
+    if not values:
+        raise ValueError(f"profile: {name}: expected at least one, got none")
+    return sorted(set(values))
+
+
+def _identity(record: hardware.Device, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything a time depends on beside size and strategy."""
+    library = native.LIBRARY.read_bytes() if native.LIBRARY.exists() else b""
+    return {
+        "device": tables.identity(record),
+        "dtype": tables.dtype_key(dtype),
+        "libraries": hardware.libraries(),
+        "commit": hardware.versions()["commit"],
+        "native": hashlib.sha256(library).hexdigest()[:16],
+        "table": tables.fingerprint(record),
+    }
+
+
+def _curve(sweep: Sweep, ranks: Sequence[int] | None, journal: Journal | None) -> list[Point]:
+    """All points of one sweep: from the journal as far as it goes, the rest measured."""
+    top = min(sweep.N, sweep.K)
+    wanted = None if ranks is None else [r for r in ranks if r <= top] or [top]
+    size = (sweep.N, sweep.K, sweep.M, sweep.bias)
+    name = f"{size} ranks={wanted}"
+    kept = [] if journal is None else journal.points
+    known = [p for p in kept if (p.N, p.K, p.M, p.bias) == size]
+    if journal is not None and name in journal.done:
+        return known
+    for proposal in _proposals(sweep, wanted):
+        missing = [r for r in proposal(known) if r not in {p.rank for p in known}]
+        if not missing:
+            continue
+        found = _anchored(sweep.measure(missing), known)
+        known = [*known, *found]
+        if journal is not None:
+            journal.add(found)
+    if journal is not None:
+        journal.finish(name)
+    return known
+
+
+def _proposals(
+    sweep: Sweep, wanted: Sequence[int] | None
+) -> Iterator[Callable[[list[Point]], list[int]]]:
+    """Functions of the points so far, each giving the ranks of one round."""
+    if wanted is not None:
+        yield lambda known: list(wanted)
+        return
+    coarse = staircase.coarse_ranks(sweep.N, sweep.K)
+    middle = coarse[len(coarse) // 2]
+    # One rank off the grid beside one on it shows what odd ranks cost.
+    odd = [middle - 1] if middle > staircase.GRID and middle % staircase.GRID == 0 else []
+    yield lambda known: [*coarse, *odd]
+
+    def bends(known: list[Point]) -> list[int]:
+        curve, dense = _main_curve(known)
+        return staircase.refine(curve, dense)
+
+    for _ in range(_ROUNDS):
+        yield bends
+    edges = [r for r in staircase.edges(coarse) if r < min(sweep.N, sweep.K)]
+    yield lambda known: edges[len(edges) // 2 :][:1]
+
+    def more_edges(known: list[Point]) -> list[int]:
+        # A step at one tile edge suggests steps at the others.
+        return edges if staircase.steps(_main_curve(known)[0]) else []
+
+    yield more_edges
+
+
+def _main_curve(points: list[Point]) -> tuple[dict[int, staircase.Knot], float | None]:
+    """The curve that is refined, of what auto runs with cold caches, and the dense layer's time."""
+    launch = "graph" if any(p.launch == "graph" for p in points) else "eager"
+    here = [p for p in points if p.cache == "cold" and p.launch == launch]
+    strategy = AUTO if any(p.strategy == AUTO for p in here) else "two matmuls"
+    dense = next((p.p50 for p in here if p.strategy == DENSE), None)
+    return staircase.curve_of([p for p in here if p.strategy == strategy]), dense
+
+
+def _anchored(found: list[Point], known: list[Point]) -> list[Point]:
+    """A later round's points as if measured in the first: its dense layer tells the drift."""
+    first = {(p.cache, p.launch): p.p50 for p in known if p.strategy == DENSE}
+    if not first:
+        return found
+    again = {(p.cache, p.launch): p.p50 for p in found if p.strategy == DENSE}
+    scaled = []
+    for p in found:
+        where = (p.cache, p.launch)
+        if p.strategy == DENSE or where not in first:
+            continue
+        drift = first[where] / again[where] if where in again else 1.0
+        drift = min(max(drift, 0.5), 2.0)
+        scaled.append(replace(p, p20=p.p20 * drift, p50=p.p50 * drift, p80=p.p80 * drift))
+    return scaled
+
+
+@contextmanager
+def _progress(wanted: bool | Advance | None) -> Iterator[Advance]:
+    if callable(wanted):
+        yield wanted
+        return
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda text, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("profile", total=1)
+
+        def advance(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield advance

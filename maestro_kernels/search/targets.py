@@ -1,0 +1,106 @@
+"""What a profile is asked about: sizes (N, K), one layer, or every linear layer of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from maestro_kernels.nn.candidates import classify
+
+__all__ = ["Shape", "shapes_of"]
+
+_LINEAR = ("linear", "hf_conv1d", "lod_linear")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer size.
+
+    Attributes:
+        N: out_features.
+        K: in_features.
+        bias: whether a layer of this size adds one.
+        names: dotted names of the model's layers of this size; empty for a bare size.
+    """
+
+    N: int
+    K: int
+    bias: bool = False
+    names: tuple[str, ...] = ()
+
+
+def shapes_of(target: Any, *, fn: str = "profile") -> list[Shape]:
+    """The different sizes in a target, largest first.
+
+    Args:
+        target: (N, K), a sequence of them, a layer or a model (linear layers only).
+        fn: the public function that errors name.
+
+    Raises:
+        TypeError: none of these.
+        ValueError: sizes below 1, or no linear layer.
+    """
+    if isinstance(target, nn.Module):
+        found = _of_module(target, fn)
+    else:
+        found = [Shape(*pair) for pair in _pairs(target, fn)]
+    unique: dict[tuple[int, int], Shape] = {}
+    for shape in found:
+        known = unique.get((shape.N, shape.K), replace(shape, names=()))
+        unique[shape.N, shape.K] = replace(
+            known, bias=known.bias or shape.bias, names=(*known.names, *shape.names)
+        )
+    return sorted(unique.values(), key=lambda s: (-s.N * s.K, -s.N))
+
+
+def _of_module(module: nn.Module, fn: str) -> list[Shape]:
+    modules = dict(module.named_modules())
+    found = []
+    for name, c in classify(module, fn=fn).items():
+        if c.kind in _LINEAR and min(c.N, c.K) > 1:
+            bias = getattr(modules[name], "bias", None) is not None
+            found.append(Shape(c.N, c.K, bias, (name,)))
+    if not found:
+        raise ValueError(f"{fn}: target: expected a model with linear layers, got none in it")
+    return found
+
+
+def _pairs(target: Any, fn: str) -> list[tuple[int, int]]:
+    if not isinstance(target, Sequence) or isinstance(target, str):
+        raise TypeError(
+            f"{fn}: target: expected (N, K), a list of them, a layer or a model, "
+            f"got {type(target).__name__}"
+        )
+    pairs = [target] if target and isinstance(target[0], int) else list(target)
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise TypeError(f"{fn}: target: expected (N, K), got {pair!r}")
+        if not all(isinstance(size, int) and not isinstance(size, bool) for size in pair):
+            raise TypeError(f"{fn}: target: expected (N, K) as integers, got {pair!r}")
+        if min(pair) < 2:
+            raise ValueError(f"{fn}: target: expected N, K >= 2, got {tuple(pair)}")
+    if not pairs:
+        raise ValueError(f"{fn}: target: expected at least one (N, K), got none")
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def default_dtype(target: Any) -> torch.dtype:
+    """The dtype of a module's first floating-point parameter; float32 for bare sizes."""
+    if isinstance(target, nn.Module):
+        for parameter in target.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.float32
+
+
+def default_device(target: Any) -> torch.device:
+    """Where a module lives; the CPU for bare sizes and for the meta device."""
+    if isinstance(target, nn.Module):
+        for parameter in target.parameters():
+            if parameter.device.type != "meta":
+                return parameter.device
+    return torch.device("cpu")
