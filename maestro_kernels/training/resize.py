@@ -153,6 +153,6 @@ def _living(layer: LoDLayer) -> int:
     if layer.u.is_meta:
         return layer.max_rank
     with torch.no_grad():
-        v = layer.v.reshape(layer.groups, layer.max_rank, -1)
-        used = (layer.u != 0).any(0) | (v != 0).flatten(2).any(2).any(0)
+        v = layer.v.flatten(1).unflatten(0, (layer.groups, layer.max_rank))
+        used = (layer.u != 0).any(0) | (v != 0).any(2).any(0)
         return int(used.nonzero().amax()) + 1 if bool(used.any()) else 0
