@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
-__all__ = ["cache_folder", "config_folder", "write_text"]
+__all__ = ["cache_folder", "config_folder", "write_durably", "write_text"]
 
 
 def cache_folder() -> Path:
@@ -32,3 +34,25 @@ def write_text(path: Path, text: str) -> None:
     # A temporary file is for its owner alone; these hold no secret.
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+
+
+def write_durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill a file that is on disk before it takes the place of an earlier one.
+
+    For large files with one writer. One fixed temporary name: what a killed process left is
+    overwritten, not collected.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    if hasattr(os, "O_DIRECTORY"):
+        # Without this the rename itself may be lost with the power.
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -12,7 +12,7 @@ def commands():
     return group.choices
 
 
-@pytest.mark.parametrize("name", ["info", "bench", "compress"])
+@pytest.mark.parametrize("name", ["info", "bench", "compress", "train"])
 def test_every_command_has_help_with_an_example_and_json(name, capsys):
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
@@ -23,7 +23,7 @@ def test_every_command_has_help_with_an_example_and_json(name, capsys):
 
 
 def test_commands_that_do_not_exist_yet_are_not_offered():
-    assert set(commands()) == {"info", "bench", "compress"}
+    assert set(commands()) == {"info", "bench", "compress", "train"}
 
 
 def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):

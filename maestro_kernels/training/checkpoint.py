@@ -1,0 +1,203 @@
+"""Checkpoints of a training run: written atomically, read without unpickling code.
+
+A file is whole or it is the previous one, whatever happens meanwhile; it holds everything a run
+needs to go on bit for bit, random states included.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maestro_kernels.files import write_durably
+from maestro_kernels.nn.ranks import lod_layers
+from maestro_kernels.training.layers import set_full_rank
+from maestro_kernels.training.loop import Maestro, NonFiniteLoss, first_non_finite
+from maestro_kernels.training.resize import load_shrunken
+
+__all__ = [
+    "load_checkpoint",
+    "resize_on_load",
+    "restore_random_state",
+    "save_checkpoint",
+]
+
+_FORMAT, _VERSION = "maestro_kernels.training", 1
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    maestro: Maestro | None = None,
+    **extra: Any,
+) -> Path:
+    """Write a run's state: model, optimizer, sampler, random states and what else is given.
+
+    Args:
+        path: file to write; the one that is there stays until the new one is whole and on disk.
+        model: factorised or not.
+        optimizer: over its parameters.
+        maestro: see Maestro.
+        extra: tensors and plain values (numbers, strings, lists, dicts), given back by
+            `load_checkpoint`: the epoch, a scheduler's state_dict, ...
+
+    Raises:
+        NonFiniteLoss: a parameter or buffer is not finite; the earlier checkpoint stays.
+    """
+    where = first_non_finite(model)
+    if where is not None:
+        raise NonFiniteLoss(
+            f"save_checkpoint: model: expected finite values, got a non-finite {where}; "
+            f"{str(path)!r} was not written"
+        )
+    state = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "maestro": None if maestro is None else maestro.state_dict(),
+        "random": _random_state(),
+        "extra": extra,
+    }
+    path = Path(path)
+    write_durably(path, lambda file: torch.save(state, file))
+    return path
+
+
+def load_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    maestro: Maestro | None = None,
+    *,
+    random_state: bool = True,
+) -> dict[str, Any]:
+    """Put a run back to where `save_checkpoint` left it; layers take the ranks of the checkpoint.
+
+    Args:
+        path: a file written by `save_checkpoint`.
+        model: of the same architecture and converted alike, at any rank.
+        optimizer: over its parameters; follows the resized ones.
+        maestro: around the same model and optimizer.
+        random_state: also restore the global random states of torch, Python and NumPy.
+
+    Returns:
+        What was given as `extra`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, a damaged one, or a checkpoint of another architecture.
+            Nothing is changed then.
+    """
+    fn = "load_checkpoint"
+    state = _read(fn, Path(path))
+    if maestro is not None and state["maestro"] is None:
+        raise ValueError(f"{fn}: maestro: expected a checkpoint with its state, got one without")
+    _check_groups(fn, optimizer, state["optimizer"])
+    load_shrunken(model, state["model"], optimizer)
+    optimizer.load_state_dict(state["optimizer"])
+    if maestro is not None:
+        maestro.load_state_dict(state["maestro"])
+    if random_state:
+        restore_random_state(state["random"])
+    extra: dict[str, Any] = state["extra"]
+    return extra
+
+
+def resize_on_load(model: nn.Module) -> Any:
+    """Let `model.load_state_dict` take the ranks of what it loads; returns a removable handle.
+
+    For trainers that load checkpoints by themselves, before they make the optimizer.
+    """
+
+    def hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, layer in lod_layers(module).items():
+            u = state_dict.get(f"{prefix}{name}.u" if name else f"{prefix}u")
+            fits = isinstance(u, Tensor) and u.dim() == 2 and u.shape[0] == layer.u.shape[0]
+            if u is None or not fits or not 0 < u.shape[1] <= min(layer.matrix_shape):
+                # Whatever is wrong with it, load_state_dict itself will say so.
+                continue
+            if u.shape[1] != layer.max_rank:
+                width = u.shape[1]
+                layer.u = _resized(layer.u, (layer.u.shape[0], width))
+                layer.v = _resized(layer.v, (width * layer.groups, *layer.v.shape[1:]))
+                set_full_rank(layer, width)
+
+    return model.register_load_state_dict_pre_hook(hook)
+
+
+def _read(fn: str, path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{fn}: path: expected a checkpoint, got no file {str(path)!r}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{fn}: path: expected a whole checkpoint, got {path.name!r}: {text}"
+        ) from error
+    except Exception as error:
+        # torch.load names its refusals UnpicklingError, which is no ValueError.
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise ValueError(
+            f"{fn}: path: expected a checkpoint of maestro_kernels.training, "
+            f"got {path.name!r}, another kind of file"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(
+            f"{fn}: path: expected a checkpoint of maestro_kernels.training, "
+            f"got {path.name!r}, another kind of file"
+        )
+    if state.get("version") != _VERSION:
+        raise ValueError(
+            f"{fn}: path: expected format version {_VERSION}, got {state.get('version')!r}"
+        )
+    return state
+
+
+def _check_groups(fn: str, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    mine = [len(group["params"]) for group in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in state["param_groups"]]
+    if mine != theirs:
+        raise ValueError(
+            f"{fn}: optimizer: expected groups of {theirs} parameters as saved, got {mine}"
+        )
+
+
+def _resized(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().new_zeros(shape), requires_grad=parameter.requires_grad)
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        name, keys, *rest = numpy.random.get_state()
+        state["numpy"] = [str(name), torch.from_numpy(keys.astype("int64")), *map(float, rest)]
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Set the global random states that a checkpoint keeps, of libraries that are in use."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state:
+        import numpy
+
+        name, keys, pos, has_gauss, cached = state["numpy"]
+        numpy.random.set_state(
+            (name, keys.numpy().astype("uint32"), int(pos), int(has_gauss), cached)
+        )
