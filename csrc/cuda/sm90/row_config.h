@@ -1,0 +1,151 @@
+// Row kernel for sm_90a: tile sizes, shared memory, what it can serve and which tiles it takes. Plain C++17 without a
+// CUDA header: device code, the launcher and host tests read the same functions.
+//
+//   y = act(x v[:r]^T u[:, :r]^T + bias)      x (M, K), v (R, K), u (N, R), y (M, N), bf16 or fp16
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../launch.h"
+
+#ifdef __CUDACC__
+#define MK_HD __host__ __device__ __forceinline__
+#else
+#define MK_HD inline
+#endif
+
+namespace mk::cuda::sm90 {
+
+constexpr int kSwizzleBytes = 128;         // a row of a tile in shared memory: 64 elements of 2 bytes
+constexpr int kChunk = kSwizzleBytes / 2;  // columns of such a tile, also BLOCK_K of the shrink
+constexpr int kGroupRows = 64;             // rows of one wgmma, hence of one consumer warpgroup
+constexpr int kMaxWidth = 256;             // float32 accumulator of H: 128 registers per thread
+constexpr int kMaxCluster = 4;
+constexpr int kMaxStages = 8;
+constexpr int kSharedPerBlock = 227 * 1024;  // cc 9.0; 228 KiB per SM, 1 KiB of it reserved per block
+
+MK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sizes that follow from the columns of H kept in registers (the rank, rounded up) and the consumer warpgroups.
+struct Tile {
+  int width, groups, block_m, block_n, stages, blocks_per_sm;
+  int x_bytes, v_bytes, u_bytes, slot_bytes;  // a ring slot holds (x, v) tiles in the shrink, a u tile in the expand
+  int out_offset, out_bytes;                  // staging of y and H, out_bytes per consumer warpgroup
+  int barrier_offset, smem_bytes;
+};
+
+MK_HD constexpr Tile make_tile(int width, int groups) {
+  Tile t{};
+  t.width = width;
+  t.groups = groups;
+  t.block_m = kGroupRows * groups;
+  // Wider tiles of y halve the barriers per byte where a tile of u still fits a slot that the shrink fills anyway.
+  t.block_n = width == 64 || (width == 128 && groups == 2) ? 128 : 64;
+  // One warpgroup alone cannot hide its epilogue; a second block on the SM can, where both fit.
+  t.blocks_per_sm = groups == 1 && width <= 128 ? 2 : 1;
+  t.x_bytes = t.block_m * kSwizzleBytes;
+  t.v_bytes = width * kSwizzleBytes;
+  t.u_bytes = t.block_n * width * 2;
+  t.slot_bytes = t.x_bytes + t.v_bytes > t.u_bytes ? t.x_bytes + t.v_bytes : t.u_bytes;
+  t.out_bytes = kGroupRows * t.block_n * 2;
+  const int barrier_bytes = 2 * kMaxStages * 8;
+  const int budget = t.blocks_per_sm == 2 ? (228 * 1024) / 2 - 1024 : kSharedPerBlock;
+  const int fit = (budget - groups * t.out_bytes - barrier_bytes) / t.slot_bytes;
+  t.stages = fit < kMaxStages ? fit : kMaxStages;
+  t.out_offset = t.stages * t.slot_bytes;
+  t.barrier_offset = t.out_offset + groups * t.out_bytes;
+  t.smem_bytes = t.barrier_offset + barrier_bytes;
+  return t;
+}
+
+struct Config {
+  int32_t width;     // 64, 128, 192, 256
+  int32_t groups;    // consumer warpgroups: 1 or 2, so 64 or 128 rows per block
+  int32_t cluster;   // blocks that share the tiles of u and v: 1, 2 or 4
+  int32_t clusters;  // grid = clusters * cluster; each walks over row groups
+};
+
+MK_HD constexpr int64_t row_groups(int64_t M, const Config& c) {
+  return ceil_div(M, int64_t{kGroupRows} * c.groups * c.cluster);
+}
+
+// The rank that sizes are made for.
+inline int64_t bound(const Layer& layer) { return layer.rank_ptr ? layer.R : layer.rank; }
+
+// Tiles for a layer that unsupported() has passed. A cost model, not a measurement:
+// - Row blocks all take the same time, so the time is (waves) x (rows per block); 64-row blocks where they need fewer.
+// - A block reads all of u and v per row block. Sharing them over a cluster divides that; 64 rows with a wide H are
+//   limited by the feed from L2 until four blocks share (kernels.md 3.3), the others with two.
+inline Config choose(const Layer& layer, const Device& device) {
+  Config c{};
+  c.width = static_cast<int32_t>(ceil_div(bound(layer), kChunk) * kChunk);
+  const int64_t sms = device.sm_count;
+  const int64_t rows_128 = ceil_div(ceil_div(layer.M, 128), sms) * 128;
+  const int64_t rows_64 = ceil_div(ceil_div(layer.M, 64), sms) * 64;
+  c.groups = rows_64 < rows_128 ? 1 : 2;
+  const int64_t blocks = ceil_div(layer.M, kGroupRows * c.groups);
+  c.cluster = c.groups == 1 && c.width >= 192 ? 4 : 2;
+  while (c.cluster > blocks) c.cluster /= 2;
+  const int64_t resident = sms * make_tile(c.width, c.groups).blocks_per_sm / c.cluster;
+  const int64_t wanted = row_groups(layer.M, c);
+  c.clusters = static_cast<int32_t>(wanted < resident ? wanted : (resident > 0 ? resident : 1));
+  return c;
+}
+
+// Null where launch() takes the configuration for the layer, else a literal that says why not.
+inline const char* invalid(const Config& c, const Layer& layer) {
+  if (c.width < kChunk || c.width > kMaxWidth || c.width % kChunk) return "config: width must be 64, 128, 192 or 256";
+  if (c.width < bound(layer)) return "config: width is less than the rank";
+  if (c.groups != 1 && c.groups != 2) return "config: groups must be 1 or 2";
+  if (c.cluster != 1 && c.cluster != 2 && c.cluster != 4) return "config: cluster must be 1, 2 or 4";
+  if (c.clusters < 1 || c.clusters > row_groups(layer.M, c)) return "config: clusters must be 1 .. row groups";
+  return nullptr;
+}
+
+// "64-row blocks, clusters of 4, ..." for explain.
+inline std::string describe(const Config& c) {
+  const Tile t = make_tile(c.width, c.groups);
+  return "H " + std::to_string(c.width) + " wide in registers, " + std::to_string(c.clusters) + " clusters of " +
+         std::to_string(c.cluster) + " blocks of " + std::to_string(t.block_m) + " rows, tiles of " +
+         std::to_string(t.block_n) + " columns, " + std::to_string(t.stages) + " stages, " +
+         std::to_string(t.smem_bytes) + " bytes shared";
+}
+
+// Null where the kernel can serve the layer, else a literal that says why not. Reads no device memory; a null pointer
+// counts as aligned.
+inline const char* unsupported(const Layer& a, DType dtype, const Device& device) {
+  constexpr int64_t kLimit = int64_t{1} << 30;  // TMA coordinates are int32 and run past the end by a tile
+  if (device.cc != 90) return "needs compute capability 9.0";
+  if (device.shared_per_block < kSharedPerBlock) return "needs 227 KiB of shared memory per block";
+  if (dtype != DType::bf16 && dtype != DType::f16) return "needs bfloat16 or float16";
+  if (bound(a) < 1) return "needs a rank of at least 1";
+  if (bound(a) > kMaxWidth) return "H stays in registers, so the rank must be at most 256";
+  if (a.M < kGroupRows) return "needs at least 64 rows";
+  if (a.N < 1 || a.K < 1) return "needs N >= 1 and K >= 1";
+  if (a.M > kLimit || a.N > kLimit || a.K > kLimit) return "M, N and K must be at most 2^30";
+  if (reinterpret_cast<uintptr_t>(a.bias) % 4) return "bias must start on 4 bytes";
+  const struct {
+    const void* data;
+    int64_t stride, columns;
+    const char *unaligned, *unfit;
+  } matrices[] = {
+      {a.x, a.stride_xm, a.K, "rows of x must start on 16 bytes (K % 8 == 0)",
+       "rows of x overlap or lie too far apart"},
+      {a.v, a.stride_vr, a.K, "rows of v must start on 16 bytes (K % 8 == 0)",
+       "rows of v overlap or lie too far apart"},
+      {a.u, a.stride_un, bound(a), "rows of u must start on 16 bytes (R % 8 == 0)",
+       "rows of u overlap or lie too far apart"},
+      {a.y, a.stride_ym, a.N, "rows of y must start on 16 bytes (N % 8 == 0)",
+       "rows of y overlap or lie too far apart"},
+      {a.h, a.h ? a.stride_hm : bound(a) * 8, bound(a), "rows of H must start on 16 bytes",
+       "rows of H overlap or lie too far apart"},
+  };
+  for (const auto& m : matrices) {
+    if (m.stride % 8 || reinterpret_cast<uintptr_t>(m.data) % 16) return m.unaligned;
+    if (m.stride < m.columns || m.stride >= (int64_t{1} << 39)) return m.unfit;  // 40 bits of bytes in a descriptor
+  }
+  return nullptr;
+}
+
+}  // namespace mk::cuda::sm90
