@@ -1,0 +1,359 @@
+"""What each layer's rank costs in accuracy: error as a function of rank, per layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from maestro_kernels.nn.candidates import Selector
+from maestro_kernels.nn.factorize import factorize
+from maestro_kernels.nn.layer import LoDLayer, check_int
+from maestro_kernels.nn.moments import calibrating, check_batches, input_moments
+from maestro_kernels.search.layers import Layer, at_full_rank, considered, count_rows
+from maestro_kernels.search.spectra import singular_values, tail_shares, truncation_shares
+from maestro_kernels.search.whole_model import LossFn, OutputError, at_rank, with_weight
+
+__all__ = ["LayerSensitivity", "Sensitivity", "sensitivity"]
+
+_UNITS = {
+    "svd": "share of ||W||^2",
+    "data": "share of the layer's output energy",
+    "loss": "loss",
+    "importance": "share of importance squared",
+}
+_FN = "sensitivity"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One layer's error at each rank.
+
+    Attributes:
+        layer: what it is.
+        errors: (max_rank + 1,): errors[r] is what running at rank r adds to the error, against
+            full rank, whose entry is 0.
+        values: (max_rank,), non-increasing: singular values, whitened ones, or importance.
+        rows: rows of x in each call for the first batch; empty where there was no batch.
+        measured: (rank, increase of the loss) where method="loss" measured it.
+    """
+
+    layer: Layer
+    errors: NDArray[np.float64]
+    values: NDArray[np.float64]
+    rows: tuple[int, ...] = ()
+    measured: tuple[tuple[int, float], ...] = ()
+
+    def error(self, rank: int | str) -> float:
+        """What this rank adds to the error; "dense" adds nothing."""
+        if isinstance(rank, str):
+            return 0.0
+        name = self.layer.name
+        return float(self.errors[check_int(_FN, name, rank, 0, self.layer.max_rank)])
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The error of a model's layers as a function of their ranks, taken to be additive.
+
+    Attributes:
+        method: how it was found.
+        unit: of the errors.
+        layers: in module order.
+    """
+
+    method: str
+    unit: str
+    layers: dict[str, LayerSensitivity]
+
+    def error(self, ranks: Mapping[str, int | str]) -> float:
+        """The predicted error of these ranks: the sum over the layers; others stay as they are.
+
+        Raises:
+            ValueError: a name that is not among the layers, or a rank outside 0..max_rank.
+        """
+        for name in ranks:
+            if name not in self.layers:
+                some = ", ".join(repr(n) for n in list(self.layers)[:4])
+                raise ValueError(f"{_FN}: ranks: expected names of layers ({some}), got {name!r}")
+        return sum(self.layers[name].error(rank) for name, rank in ranks.items())
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON that `load` reads."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        layers = [
+            {
+                "layer": asdict(s.layer),
+                "errors": s.errors.tolist(),
+                "values": s.values.tolist(),
+                "rows": s.rows,
+                "measured": s.measured,
+            }
+            for s in self.layers.values()
+        ]
+        return {"schema": 1, "method": self.method, "unit": self.unit, "layers": layers}
+
+    @staticmethod
+    def load(path: str | Path) -> Sensitivity:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is no sensitivity of this schema.
+        """
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.get("schema") != 1 or "layers" not in data:
+            raise ValueError(f"{_FN}: load: expected a sensitivity of schema 1, got {path}")
+        layers = {}
+        for entry in data["layers"]:
+            layer = Layer(**entry["layer"])
+            layers[layer.name] = LayerSensitivity(
+                layer,
+                np.array(entry["errors"]),
+                np.array(entry["values"]),
+                tuple(entry["rows"]),
+                tuple((int(r), float(e)) for r, e in entry["measured"]),
+            )
+        return Sensitivity(data["method"], data["unit"], layers)
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    method: str = "data",
+    *,
+    include: Selector = None,
+    exclude: Selector = None,
+    points: int = 4,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Each layer's error as a function of its rank, all other layers untouched.
+
+    - "svd": sum_{i >= r} s_i^2 / sum s_i^2 of the singular values of W: what the best factors lose
+      of the weight. Needs no data.
+    - "data": the same of the singular values of W S, S S^T the second moment of the layer's inputs:
+      what the best factors lose of the layer's output on the batches.
+    - "loss": the increase of the loss on the batches with this one layer at rank r, measured at
+      `points` ranks per layer (break-even, half of it, ...), and between them a piecewise linear
+      function of the "data" error, which the loss follows closely.
+    - "importance": (||u[:, r:]|| ||v[r:]||)^2 over that of r = 0, of factorised layers alone: a
+      bound on what the prefix loses of the weight.
+
+    Of a factorised layer the error is that of its own prefixes (||u[:, r:] v[r:] S||^2 in place of
+    the sums), against its full rank. The model is left as it was; it runs in eval mode.
+
+    Args:
+        model: dense, factorised or both.
+        batches: tensors (model(x)), tuples (model(*t)) or dicts (model(**d)); read once. "data" and
+            "loss" need them. With any method the first one tells the rows each layer sees.
+        loss_fn: (model, batch) -> scalar, for "loss"; None is the squared error of the model's
+            first output against its present one, relative to that output's squared norm.
+        method: "data", "svd", "loss" or "importance".
+        include: only these layers; as `classify`.
+        exclude: not these layers; as `classify`.
+        points: ranks per layer at which "loss" measures.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a value does not fit, no layer is left, a weight, an input or a loss is not
+            finite, or a layer is not reached by the batches.
+
+    Example:
+        >>> import torch
+        >>> from maestro_kernels import search
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> sens = search.sensitivity(model, [torch.randn(100, 64)])
+        >>> sens.layers["0"].errors.shape
+        (65,)
+
+    Source:
+        Whitening as in SVD-LLM (arXiv 2403.07378); importance from Maestro (arXiv 2308.14929).
+    """
+    _check_arguments(batches, loss_fn, method, points)
+    layers = considered(model, include, exclude, fn=_FN)
+    if method == "importance":
+        layers = {name: layer for name, layer in layers.items() if layer.factorised}
+        if not layers:
+            raise ValueError(
+                f"{_FN}: model: expected factorised layers with method='importance', got none"
+            )
+    modules = dict(model.named_modules())
+    chosen = {name: modules[name] for name in layers}
+    _check_weights(chosen)
+    data = None if batches is None else list(batches)
+    rows, moments = {}, {}
+    with at_full_rank(model, layers):
+        if data is not None:
+            if method in ("data", "loss"):
+                moments = input_moments(model, chosen, data, fn=_FN, argument="batches")
+            if data:
+                rows = count_rows(model, layers, data[0], fn=_FN)
+        found = {}
+        loss = None
+        if method == "loss":
+            loss = _Loss(model, data or [], loss_fn)
+        for i, (name, layer) in enumerate(layers.items()):
+            moment = moments.pop(name, None)
+            one = _from_weights(layer, modules[name], moment, method)
+            one = replace(one, rows=rows.get(name, ()))
+            if loss is not None:
+                one = loss.measure(one, modules[name], moment, points)
+            found[name] = one
+            if progress is not None:
+                progress(i + 1, len(layers))
+    unit = _UNITS[method]
+    if method == "loss":
+        unit = "loss" if loss_fn is not None else "relative squared error of the output"
+    return Sensitivity(method, unit, found)
+
+
+def _check_arguments(batches: Any, loss_fn: Any, method: str, points: Any) -> None:
+    if method not in _UNITS:
+        raise ValueError(f"{_FN}: method: expected one of {tuple(_UNITS)}, got {method!r}")
+    check_int(_FN, "points", points, 1)
+    if batches is not None:
+        check_batches(_FN, "batches", batches)
+    elif method in ("data", "loss"):
+        raise ValueError(f"{_FN}: batches: expected batches with method={method!r}, got None")
+    if loss_fn is not None and method != "loss":
+        raise ValueError(f"{_FN}: loss_fn: expected None with method={method!r}, got a function")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"{_FN}: loss_fn: expected a function, got {type(loss_fn).__name__}")
+
+
+def _check_weights(chosen: Mapping[str, nn.Module]) -> None:
+    for name, module in chosen.items():
+        parts = ("u", "v") if isinstance(module, LoDLayer) else ("weight",)
+        for part in parts:
+            value = getattr(module, part)
+            label = f"{name}.{part}" if name else part
+            if value.is_meta:
+                raise ValueError(
+                    f"{_FN}: model: expected weights in memory, got {label} on the meta device"
+                )
+            if not bool(value.detach().isfinite().all()):
+                raise ValueError(
+                    f"{_FN}: model: expected finite weights, got NaN or infinity in {label}"
+                )
+
+
+def matrices(layer: Layer, module: nn.Module) -> Tensor:
+    """The dense layer's matrices, (groups, N, K)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    dense = weight.detach().mT if layer.kind == "hf_conv1d" else weight.detach()
+    return dense.reshape(layer.groups, layer.N, layer.K)
+
+
+def _from_weights(
+    layer: Layer, module: nn.Module, moment: Tensor | None, method: str
+) -> LayerSensitivity:
+    """Errors and values from the weights and, where there is one, the inputs' moment."""
+    if isinstance(module, LoDLayer):
+        values = module.importance()
+        if method == "importance":
+            shares = truncation_of_importance(values)
+        else:
+            u = module.u.unflatten(0, (layer.groups, layer.N))
+            v = module.v.reshape(layer.groups, layer.max_rank, layer.K)
+            shares = tail_shares(u, v, moment)
+    else:
+        groups = [
+            singular_values(matrix, None if moment is None else moment[g])
+            for g, matrix in enumerate(matrices(layer, module))
+        ]
+        together = torch.stack(groups)
+        shares = truncation_shares(together)
+        values = torch.linalg.vector_norm(together, dim=0)
+    return LayerSensitivity(layer, shares.cpu().numpy(), values.cpu().numpy())
+
+
+def truncation_of_importance(importance: Tensor) -> Tensor:
+    """(importance(r) / importance(0))^2 for r = 0..R, (R + 1,)."""
+    squares = importance.square()
+    whole = squares[:1]
+    shares = squares / torch.where(whole > 0, whole, 1.0)
+    return torch.cat((shares, shares.new_zeros(1)))
+
+
+class _Loss:
+    """Measures what one layer's rank adds to the loss of the whole model."""
+
+    def __init__(self, model: nn.Module, data: list[Any], loss_fn: LossFn | None) -> None:
+        self.model, self.data = model, data
+        self.loss_fn = OutputError(model, data, fn=_FN) if loss_fn is None else loss_fn
+        self.base = self._mean("the model as it is")
+
+    def measure(
+        self, one: LayerSensitivity, module: nn.Module, moment: Tensor | None, points: int
+    ) -> LayerSensitivity:
+        layer = one.layer
+        top = min(layer.max_rank - 1, math.ceil(layer.N * layer.K / (layer.N + layer.K)))
+        ranks = sorted({max(top >> k, 1) for k in range(points)} & set(range(1, layer.max_rank)))
+        measured = []
+        for rank, change in self._changes(layer, module, moment, ranks):
+            with change:
+                measured.append((rank, self._mean(f"{layer.name} at rank {rank}") - self.base))
+        return replace(one, errors=_through(one.errors, measured), measured=tuple(measured))
+
+    def _changes(
+        self, layer: Layer, module: nn.Module, moment: Tensor | None, ranks: list[int]
+    ) -> Iterable[tuple[int, AbstractContextManager[None]]]:
+        if isinstance(module, LoDLayer):
+            for rank in ranks:
+                yield rank, at_rank(module, rank)
+            return
+        if not ranks:
+            return
+        pairs = [
+            factorize(matrix.double(), ranks[-1], None if moment is None else moment[g])
+            for g, matrix in enumerate(matrices(layer, module))
+        ]
+        for rank in ranks:
+            merged = torch.stack([u[:, :rank] @ v[:rank] for u, v in pairs])
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            shape = weight.mT.shape if layer.kind == "hf_conv1d" else weight.shape
+            value = merged.reshape(shape)
+            yield rank, with_weight(module, value.mT if layer.kind == "hf_conv1d" else value)
+
+    def _mean(self, what: str) -> float:
+        with calibrating(self.model):
+            losses = [float(self.loss_fn(self.model, batch)) for batch in self.data]
+        mean = sum(losses) / len(losses)
+        if not math.isfinite(mean):
+            raise ValueError(f"{_FN}: loss_fn: expected a finite loss, got {mean} with {what}")
+        return mean
+
+
+def _through(shares: NDArray, measured: list[tuple[int, float]]) -> NDArray[np.float64]:
+    """The loss at every rank: piecewise linear in the share lost, through the measured points.
+
+    Below the lowest rank measured the loss grows in proportion to the share.
+    """
+    if not measured:
+        return shares
+    x, y = [0.0], [0.0]
+    for rank, increase in sorted(measured, reverse=True):
+        # More loss at a higher rank is noise of the measurement.
+        x.append(max(float(shares[rank]), x[-1]))
+        y.append(max(increase, y[-1]))
+    if 0 < x[-1] < 1:
+        y.append(y[-1] / x[-1])
+        x.append(1.0)
+    errors: NDArray[np.float64] = np.interp(shares, x, y)
+    return errors

@@ -1,0 +1,183 @@
+"""What is measured rather than predicted: output error, latency, and changes undone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maestro_kernels.benchmark.timing import Clock, CpuClock, CudaClock, interleave
+from maestro_kernels.nn.layer import LoDLayer
+from maestro_kernels.nn.moments import calibrating, check_batches, run_batch
+from maestro_kernels.search.layers import considered, count_rows, first_tensor
+
+__all__ = [
+    "LossFn",
+    "Measurement",
+    "OutputError",
+    "at_rank",
+    "measure_model",
+    "measure_models",
+    "output_error",
+    "present",
+    "with_weight",
+]
+
+LossFn = Callable[[nn.Module, Any], Any]
+
+
+@contextmanager
+def at_rank(layer: LoDLayer, rank: int) -> Iterator[None]:
+    """Run a factorised layer at `rank`; its own comes back."""
+    before = layer.rank
+    layer.rank = rank
+    try:
+        yield
+    finally:
+        layer.rank = before
+
+
+@contextmanager
+def with_weight(module: nn.Module, value: Tensor) -> Iterator[None]:
+    """Run a dense layer with another weight; its own comes back, bit for bit."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        before = weight.detach().clone()
+        weight.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+class OutputError:
+    """loss_fn(model, batch) = ||f(batch) - f0(batch)||^2 / ||f0(batch)||^2, f0 the model given.
+
+    f is the first floating-point tensor of the model's output. Batches are known by identity, so
+    it serves exactly the batches it was made with.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], *, fn: str) -> None:
+        self._fn = fn
+        self._batches = list(batches)
+        with calibrating(model):
+            outputs = [self._output(model, batch) for batch in self._batches]
+        self._reference = {id(b): y for b, y in zip(self._batches, outputs, strict=True)}
+
+    def __call__(self, model: nn.Module, batch: Any) -> float:
+        """The relative squared error of one batch."""
+        reference = self._reference[id(batch)]
+        difference = self._output(model, batch) - reference
+        energy = float(reference.square().sum())
+        return float(difference.square().sum()) / (energy or 1.0)
+
+    def _output(self, model: nn.Module, batch: Any) -> Tensor:
+        try:
+            return first_tensor(run_batch(model, batch, fn=self._fn, argument="batches")).double()
+        except TypeError as error:
+            raise TypeError(f"{self._fn}: model: {error}") from None
+
+
+def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> float:
+    """Mean over batches of ||f(batch) - f0(batch)||^2 / ||f0(batch)||^2.
+
+    Args:
+        model: f; its first floating-point output counts.
+        reference: f0.
+        batches: tensors, tuples or dicts.
+
+    Raises:
+        TypeError: batches is no iterable of batches, or an output holds no tensor.
+        ValueError: there is no batch.
+    """
+    check_batches("output_error", "batches", batches)
+    data = list(batches)
+    if not data:
+        raise ValueError("output_error: batches: expected at least one batch, got none")
+    error = OutputError(reference, data, fn="output_error")
+    with calibrating(model):
+        return sum(error(model, batch) for batch in data) / len(data)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Latency of a whole model on one batch.
+
+    Attributes:
+        ms: median milliseconds of a forward pass.
+        p20: 20th percentile.
+        p80: 80th percentile.
+        rows: rows of x in each call of each layer whose rank can be chosen.
+        ranks: what those layers ran at.
+    """
+
+    ms: float
+    p20: float
+    p80: float
+    rows: dict[str, tuple[int, ...]]
+    ranks: dict[str, int | str]
+
+
+def measure_model(model: nn.Module, batch: Any, *, seconds: float = 2.0) -> Measurement:
+    """Time a model's forward pass on one batch, in eval mode without gradients.
+
+    Args:
+        model: on the CPU or a GPU.
+        batch: a tensor (model(x)), tuple (model(*t)) or dict (model(**d)).
+        seconds: time to spend; at least six passes.
+
+    Raises:
+        TypeError: model is no module, or batch is none of those.
+        ValueError: no layer's rank can be chosen.
+    """
+    return measure_models({"model": model}, batch, seconds=seconds)["model"]
+
+
+def measure_models(
+    models: Mapping[str, nn.Module], batch: Any, *, seconds: float = 4.0
+) -> dict[str, Measurement]:
+    """Time several models on one batch in turns, so that a busy machine is busy for all of them.
+
+    Args:
+        models: name -> model.
+        batch: as `measure_model`.
+        seconds: for all models together; at least six passes each.
+    """
+    fn = "measure_model"
+    layers = {name: considered(model, fn=fn) for name, model in models.items()}
+    rows = {name: count_rows(model, layers[name], batch, fn=fn) for name, model in models.items()}
+
+    def call(model: nn.Module) -> Callable[[], object]:
+        return lambda: run_batch(model, batch, fn=fn, argument="batch")
+
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(calibrating(model))
+        found = interleave(
+            {name: call(model) for name, model in models.items()},
+            seconds=seconds,
+            clock=_clock(models),
+        )
+    return {
+        name: Measurement(
+            s.p50 * 1e3, s.p20 * 1e3, s.p80 * 1e3, rows[name], present(models[name], layers[name])
+        )
+        for name, s in found.items()
+    }
+
+
+def present(model: nn.Module, names: Iterable[str]) -> dict[str, int | str]:
+    """What the named layers run at now: a rank, or "dense"."""
+    modules = dict(model.named_modules())
+    return {n: m.rank if isinstance(m := modules[n], LoDLayer) else "dense" for n in names}
+
+
+def _clock(models: Mapping[str, nn.Module]) -> Clock:
+    on_gpu = any(p.is_cuda for model in models.values() for p in model.parameters())
+    return CudaClock() if on_gpu else CpuClock()
