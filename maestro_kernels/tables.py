@@ -1,43 +1,34 @@
-"""Measured tables: which strategy beats two library matmuls where, on one device.
+"""Measured tables of one device: rows, the JSON file, and the rows around a call.
 
-A table is one JSON file per device, written by `maestro-kernels tune`. A user's own is preferred to
-the one that ships with the package; one of another device is refused. Reading happens on the first
-plan for a device, never at import.
+A table is written by `maestro-kernels tune`; tuned.py finds the one in use and chooses by it.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from importlib import resources
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from maestro_kernels import hardware
 from maestro_kernels.files import config_folder, write_text
 
-if TYPE_CHECKING:
-    from maestro_kernels.problem import LoDProblem
-
 __all__ = [
     "BASELINE",
-    "Choice",
     "Row",
     "Table",
-    "choose",
     "dtype_key",
-    "fingerprint",
-    "forget",
+    "file_name",
     "identity",
     "load",
+    "parse_row",
     "save",
     "user_path",
 ]
@@ -51,8 +42,11 @@ _REACH = 2.0
 _SHAPE_REACH = 4.0
 # Medians of one binary on a shared machine differ by this much between runs.
 _MARGIN = 0.05
+# What auto may lose against two matmuls in any one mode to gain in another.
+_TOLERATED = 0.02
 
 Times = tuple[float, float, float]
+Modes = dict[str, dict[str, Times]]
 
 
 @dataclass(frozen=True)
@@ -67,8 +61,10 @@ class Row:
         K: in_features.
         rank: active rank; in a group the mean weighted by N_i + K.
         aligned: 16-byte rows: every factor starts on 16 bytes, and R and K are multiples of 8.
-        us: strategy -> (p20, median, p80) in microseconds, forward.
-        training_us: the same of forward and backward; empty where it was not measured.
+            Always true on a CPU, where nothing depends on it.
+        us: mode -> strategy -> (p20, median, p80) in microseconds. A mode is "forward" or
+            "training" (forward and backward), "cold" or "warm", "eager" or "graph", in this order;
+            a strategy is a plan's "backend: strategy", or "packed: form" for a form of `prepack`.
     """
 
     dtype: str
@@ -78,25 +74,46 @@ class Row:
     K: int
     rank: int
     aligned: bool
-    us: dict[str, Times]
-    training_us: dict[str, Times] = field(default_factory=dict)
+    us: Modes
 
     @property
     def kind(self) -> tuple[str, int, bool]:
         """What a call and a row must share."""
         return self.dtype, self.layers, self.aligned
 
+    @property
+    def strategies(self) -> set[str]:
+        """What was timed in every mode: a path that cannot be captured or trained is no choice."""
+        return set.intersection(*(set(times) for times in self.us.values()))
+
     def speedup(self, strategy: str) -> float:
-        """Median of two matmuls over that of a strategy; 0 where it was not measured."""
-        return self.us[BASELINE][1] / self.us[strategy][1] if strategy in self.us else 0.0
+        """Median of two matmuls over that of a strategy, geometric mean over forward modes."""
+        ratios = [
+            times[BASELINE][1] / times[strategy][1]
+            for mode, times in self.us.items()
+            if mode.startswith("forward")
+        ]
+        return math.prod(ratios) ** (1 / len(ratios))
 
     def wins(self, strategy: str) -> bool:
-        """Faster than two matmuls beyond noise, and in training not slower beyond noise."""
-        if strategy not in self.us or not _faster(self.us[strategy], self.us[BASELINE]):
+        """Faster than two matmuls beyond noise in some mode, and slower in none."""
+        if strategy not in self.strategies:
             return False
-        if strategy not in self.training_us:
-            return not self.training_us
-        return not _faster(self.training_us[BASELINE], self.training_us[strategy])
+        pairs = [(times[strategy], times[BASELINE]) for times in self.us.values()]
+        loses = any(ours[1] > base[1] * (1 + _TOLERATED) for ours, base in pairs)
+        return not loses and any(_faster(ours, base) for ours, base in pairs)
+
+    @property
+    def fastest_form(self) -> str | None:
+        """The form of `prepack` with the least time in forward modes; None where none was timed."""
+        totals: dict[str, float] = {}
+        for strategy in self.strategies:
+            backend, _, form = strategy.partition(": ")
+            form = form if backend == "packed" else "unpacked"
+            gain = self.speedup(strategy)
+            if backend in ("packed", "matmul") and gain > totals.get(form, 0.0):
+                totals[form] = gain
+        return max(totals, key=lambda f: (totals[f], f)) if len(totals) > 1 else None
 
     def __str__(self) -> str:
         many = f"{self.layers} layers, " if self.layers > 1 else ""
@@ -108,7 +125,7 @@ class Table:
     """Rows of one device.
 
     Attributes:
-        device: kind, name, arch, num_cores of the device they were measured on.
+        device: `identity` of the device they were measured on.
         versions: hardware.versions() at that time.
         rows: the measurements.
         created: UTC time, ISO 8601.
@@ -165,8 +182,12 @@ _HEAD = ("device", "versions", "created", "command")
 
 
 def identity(device: hardware.Device) -> dict[str, Any]:
-    """What tells one device from another: kind, name, arch, and cores or threads."""
-    return {name: getattr(device, name) for name in ("kind", "name", "arch", "num_cores")}
+    """What tells one device from another: kind, name, arch, cores or threads, caches.
+
+    Virtual CPUs of different generations share one name: caches tell them apart.
+    """
+    names = ("kind", "name", "arch", "num_cores", "l2_bytes", "l3_bytes")
+    return {name: getattr(device, name) for name in names}
 
 
 def dtype_key(dtype: torch.dtype) -> str:
@@ -219,10 +240,11 @@ def user_path(device: hardware.Device) -> Path:
     override = os.environ.get("MAESTRO_KERNELS_TABLE", "")
     if override and override != "off":
         return Path(override)
-    return config_folder() / _file_name(device)
+    return config_folder() / file_name(device)
 
 
-def _file_name(device: hardware.Device) -> str:
+def file_name(device: hardware.Device) -> str:
+    """Name of a device's table."""
     text = f"{device.name} {device.arch} {device.num_cores}".lower()
     return re.sub(r"[^a-z0-9_.]+", "-", text).strip("-") + ".json"
 
@@ -259,14 +281,17 @@ def load(path: str | Path, device: hardware.Device | None = None) -> Table:
 
 
 def _described(device: dict[str, Any]) -> str:
-    return f"{device.get('name')} ({device.get('arch')}, {device.get('num_cores')} cores)"
+    caches = (f"{level} {device.get(f'{level}_bytes')}" for level in ("l2", "l3"))
+    facts = (device.get("arch"), f"{device.get('num_cores')} cores", *caches)
+    return f"{device.get('name')} ({', '.join(map(str, facts))})"
 
 
 def _record(row: Row) -> dict[str, Any]:
-    record = asdict(row)
-    for name in ("us", "training_us"):
-        record[name] = {k: [round(t, 3) for t in v] for k, v in record[name].items()}
-    return record
+    us = {
+        mode: {name: [round(t, 3) for t in times] for name, times in by_strategy.items()}
+        for mode, by_strategy in row.us.items()
+    }
+    return asdict(row) | {"us": us}
 
 
 _ROW_FIELDS = {f.name: str(f.type) for f in fields(Row)}
@@ -282,26 +307,36 @@ def _parse(record: Any, where: str) -> Table:
     for name, kind in (("device", dict), ("versions", dict), ("rows", list)):
         if not isinstance(record[name], kind):
             raise ValueError(f"{where}: {name}: expected a {kind.__name__}, got {record[name]!r}")
-    rows = tuple(_parse_row(r, f"{where}: row {i}") for i, r in enumerate(record["rows"]))
+    rows = tuple(parse_row(r, f"{where}: row {i}") for i, r in enumerate(record["rows"]))
     return Table(rows=rows, **{name: record[name] for name in _HEAD})
 
 
-def _parse_row(record: Any, where: str) -> Row:
+def parse_row(record: Any, where: str) -> Row:
+    """A row from its dictionary.
+
+    Raises:
+        ValueError: names `where`, the field, what was expected and what came.
+    """
     if not isinstance(record, dict) or record.keys() != _ROW_FIELDS.keys():
         got = sorted(record) if isinstance(record, dict) else record
         raise ValueError(f"{where}: expected the fields {sorted(_ROW_FIELDS)}, got {got!r}")
-    values = dict(record)
     for name, kind in _ROW_FIELDS.items():
-        value = values[name]
-        if kind.startswith("dict"):
-            values[name] = _parse_times(value, f"{where}: {name}", needed=name == "us")
-        elif type(value).__name__ != kind or (kind == "int" and value < 1):
+        value = record[name]
+        if name == "us":
+            continue
+        if type(value).__name__ != kind or (kind == "int" and value < 1):
             raise ValueError(f"{where}: {name}: expected {kind} (>= 1), got {value!r}")
-    return Row(**values)
+    return Row(**{**record, "us": _parse_modes(record["us"], f"{where}: us")})
 
 
-def _parse_times(value: Any, where: str, *, needed: bool) -> dict[str, Times]:
-    if not isinstance(value, dict) or ((needed or value) and BASELINE not in value):
+def _parse_modes(value: Any, where: str) -> Modes:
+    if not isinstance(value, dict) or not any(str(mode).startswith("forward ") for mode in value):
+        raise ValueError(f"{where}: expected times of a forward mode, got {value!r}")
+    return {mode: _parse_times(times, f"{where}: {mode}") for mode, times in value.items()}
+
+
+def _parse_times(value: Any, where: str) -> dict[str, Times]:
+    if not isinstance(value, dict) or BASELINE not in value:
         raise ValueError(f"{where}: expected times of {BASELINE!r} and others, got {value!r}")
     for name, times in value.items():
         good = isinstance(times, list | tuple) and len(times) == 3
@@ -312,121 +347,3 @@ def _parse_times(value: Any, where: str, *, needed: bool) -> dict[str, Times]:
                 f"got {name!r} -> {times!r}"
             )
     return {name: (t[0], t[1], t[2]) for name, t in value.items()}
-
-
-# --- choosing --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a table says about a call.
-
-    Attributes:
-        backend: name of the backend.
-        strategy: form of the computation inside it.
-        reason: table and row behind it.
-    """
-
-    backend: str
-    strategy: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The table of a device, if there is one, and what was refused on the way to it."""
-
-    table: Table | None
-    name: str
-    remarks: tuple[str, ...]
-
-
-def choose(
-    group: Sequence[LoDProblem],
-    backends: Sequence[str],
-    device: hardware.Device | None = None,
-) -> Choice | str:
-    """The strategy that won wherever the table measured around this call, or why there is none.
-
-    Two library matmuls stay unless one strategy beat them beyond noise in every measured corner of
-    the cell that the call lies in.
-
-    Args:
-        group: one layer, or the layers of a group that reads one x.
-        backends: the backends that can serve the call.
-        device: plan for this one; None is that of the tensors.
-    """
-    first = group[0]
-    if device is None:
-        device = hardware.current_device(first.device)
-    found = _find(device, os.environ.get("MAESTRO_KERNELS_TABLE", ""))
-    remarks = "".join(f" ({remark})" for remark in found.remarks)
-    if found.table is None:
-        return f"no measured table for this device, see maestro-kernels tune{remarks}"
-    rank, N = _mean_rank(group), sum(p.N for p in group)
-    aligned = all(p.aligned and p.R % 8 == 0 and p.K % 8 == 0 for p in group)
-    kind = (dtype_key(first.dtype), len(group), aligned)
-    degenerate = not (first.M and N and first.K and rank)
-    around = [] if degenerate else found.table.around(kind, first.M, N, first.K, rank)
-    name = f"table {found.name}"
-    if not around:
-        return Choice("matmul", "two matmuls", f"{name} has no row near this call{remarks}")
-    strategies = {s for row in around for s in row.us if s.partition(": ")[0] in backends}
-    winners = {s: math.prod(row.speedup(s) for row in around) for s in strategies}
-    winners = {s: gain for s, gain in winners.items() if all(row.wins(s) for row in around)}
-    if not winners:
-        nothing = f"nothing beats two matmuls in every row around {around[0]}"
-        return Choice("matmul", "two matmuls", f"{name}: {nothing}{remarks}")
-    best = max(winners, key=lambda s: (winners[s], s))
-    backend, _, strategy = best.partition(": ")
-    gain = f"{around[0].speedup(best):.2f} times as fast as two matmuls"
-    return Choice(backend, strategy, f"{name}, row {around[0]}: {gain}{remarks}")
-
-
-def _mean_rank(group: Sequence[LoDProblem]) -> int:
-    weights = [p.N + p.K for p in group]
-    total = sum(p.max_active_rank * w for p, w in zip(group, weights, strict=True))
-    return round(total / max(sum(weights), 1))
-
-
-@functools.cache
-def _find(device: hardware.Device, override: str) -> _Found:
-    """The user's table of a device, or the shipped one."""
-    remarks: list[str] = []
-    if override == "off":
-        return _Found(None, "", ("MAESTRO_KERNELS_TABLE=off",))
-    shipped = resources.files("maestro_kernels").joinpath("configs", _file_name(device))
-    for path in (user_path(device), Path(str(shipped))):
-        try:
-            table = load(path, device)
-        except FileNotFoundError:
-            if override and path == Path(override):
-                remarks.append(f"MAESTRO_KERNELS_TABLE: no file {path.name}")
-        except (OSError, ValueError) as error:
-            remarks.append(f"refused: {str(error).removeprefix('load: ')}")
-        else:
-            remarks += _other_versions(table)
-            return _Found(table, path.name, tuple(remarks))
-    return _Found(None, "", tuple(remarks))
-
-
-def _other_versions(table: Table) -> list[str]:
-    changed = [
-        f"{name} {table.versions.get(name)}, here {version}"
-        for name, version in hardware.libraries().items()
-        if table.versions.get(name) != version
-    ]
-    return [f"made with other versions: {'; '.join(changed)}"] if changed else []
-
-
-def fingerprint(device: hardware.Device) -> str:
-    """What changes whenever the table in use for a device does; empty without a table."""
-    found = _find(device, os.environ.get("MAESTRO_KERNELS_TABLE", ""))
-    if found.table is None:
-        return ""
-    return hashlib.sha256(found.table.to_json().encode()).hexdigest()[:16]
-
-
-def forget() -> None:
-    """Read tables again at the next plan."""
-    _find.cache_clear()

@@ -1,4 +1,4 @@
-"""The file behind a profile while it is measured: points are appended, so that a run can go on.
+"""The file behind a long measurement: results are appended, so that an interrupted run goes on.
 
 One file per device, dtype and software; whatever of these changes, another file is meant.
 """
@@ -7,51 +7,58 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from maestro_kernels.files import cache_folder, write_text
-from maestro_kernels.search.measure import Point, point_from
 
 __all__ = ["Journal"]
 
+T = TypeVar("T")
 
-class Journal:
-    """Points measured so far under one identity.
+
+class Journal(Generic[T]):
+    """Results measured so far under one identity, as dataclass instances.
 
     Args:
-        identity: everything that a time depends on beside size and strategy.
-        path: the file; None for the user's cache folder, with the identity's hash for a name.
+        folder: name of the folder in the user's cache folder.
+        identity: everything a result depends on beside what it says itself; its hash is the name
+            of the file.
+        parse: a result from its dictionary; raises ValueError for anything else.
+
+    Attributes:
+        items: the results, oldest first.
+        done: names of finished parts.
     """
 
-    def __init__(self, identity: dict[str, Any], path: Path | None = None) -> None:
+    def __init__(self, folder: str, identity: dict[str, Any], parse: Callable[[Any], T]) -> None:
         self._header = json.dumps({"identity": identity}, sort_keys=True)
         name = hashlib.sha256(self._header.encode()).hexdigest()[:16]
-        self.path = path or cache_folder() / "profiles" / f"{name}.jsonl"
-        self.points: list[Point] = []
+        self.path = cache_folder() / folder / f"{name}.jsonl"
+        self.items: list[T] = []
         self.done: set[str] = set()
-        if not self._read():
+        if not self._read(parse):
+            self.items, self.done = [], set()
             write_text(self.path, self._header + "\n")
 
-    def add(self, points: Iterable[Point]) -> None:
-        """Keep points, on disk too."""
-        points = list(points)
-        self.points += points
-        self._append([json.dumps({"point": asdict(p)}) for p in points])
+    def add(self, items: Iterable[T]) -> None:
+        """Keep results, on disk too."""
+        items = list(items)
+        self.items += items
+        self._append([json.dumps({"item": asdict(item)}) for item in items])  # type: ignore[call-overload]
 
-    def finish(self, sweep: str) -> None:
-        """Note that nothing is missing of a sweep."""
-        self.done.add(sweep)
-        self._append([json.dumps({"done": sweep})])
+    def finish(self, part: str) -> None:
+        """Note that nothing is missing of a part."""
+        self.done.add(part)
+        self._append([json.dumps({"done": part})])
 
     def _append(self, lines: list[str]) -> None:
         # One write: two processes that share the file do not mix their lines.
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(line + "\n" for line in lines))
 
-    def _read(self) -> bool:
+    def _read(self, parse: Callable[[Any], T]) -> bool:
         """Read what an earlier run left; False where there is nothing that can be used."""
         try:
             text = self.path.read_text(encoding="utf-8")
@@ -65,12 +72,11 @@ class Journal:
         try:
             for line in lines.splitlines():
                 record = json.loads(line)
-                if "point" in record:
-                    self.points.append(point_from(record["point"]))
+                if "item" in record:
+                    self.items.append(parse(record["item"]))
                 else:
                     self.done.add(str(record["done"]))
         except (KeyError, TypeError, ValueError, AttributeError):
-            self.points, self.done = [], set()
             return False
         if torn:
             write_text(self.path, "".join(part + "\n" for part in (header, lines) if part))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 
 from maestro_kernels.files import write_text
 from maestro_kernels.search import latency_model, staircase
-from maestro_kernels.search.measure import AUTO, DENSE, TWO, Point, point_from
+from maestro_kernels.search.measure import Point, point_from
+from maestro_kernels.search.strategies import AUTO, DENSE, DENSE_PACKED, PACKED, PREPACKED, TWO
 from maestro_kernels.search.targets import Shape
 
 __all__ = ["Errors", "Estimate", "Profile"]
@@ -61,6 +63,7 @@ class Profile:
         dtype: dtype name.
         points: every measured time.
         shapes: the sizes asked for, with the layers of the model that have them.
+        chosen: the low-rank strategy that counts where none is named; see `using`.
     """
 
     device: dict[str, Any]
@@ -68,6 +71,19 @@ class Profile:
     dtype: str
     points: tuple[Point, ...]
     shapes: tuple[Shape, ...]
+    chosen: str = AUTO
+
+    def using(self, strategy: str) -> Profile:
+        """The same measurements seen by someone who runs another strategy, say "prepacked".
+
+        Raises:
+            ValueError: it was not measured.
+        """
+        if strategy not in self.strategies:
+            raise ValueError(
+                f"using: strategy: expected one of {self.strategies}, got {strategy!r}"
+            )
+        return replace(self, chosen=strategy)
 
     # --- questions -----------------------------------------------------------------------------
 
@@ -93,7 +109,8 @@ class Profile:
             K: in_features.
             rank: of the factors; None or "dense" is the dense layer.
             M: rows of x.
-            strategy: as in `strategies`; None is what a layer runs: "ours", or "dense".
+            strategy: as in `strategies`; None is what a layer runs: "ours" (see `using`), or
+                "dense".
             cache: "cold", as in a model whose other layers ran in between, or "warm".
             launch: "eager" or "graph"; None is "graph" where it was measured.
 
@@ -142,8 +159,8 @@ class Profile:
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """What was timed, "dense" included."""
-        return tuple(dict.fromkeys(p.strategy for p in self.points))
+        """What has times, "dense" included; "prepacked" is the fastest form of `prepack`."""
+        return tuple(dict.fromkeys(strategy for strategy, _, _ in self._curves))
 
     @cached_property
     def launch(self) -> str:
@@ -152,8 +169,8 @@ class Profile:
 
     @cached_property
     def main(self) -> str:
-        """The low-rank strategy that counts: what auto runs."""
-        return AUTO if any(p.strategy == AUTO for p in self.points) else TWO
+        """The low-rank strategy that counts: what auto runs, unless another was chosen."""
+        return self.chosen if self.chosen in self.strategies else TWO
 
     def curve(
         self,
@@ -222,7 +239,7 @@ class Profile:
     def _curves(self) -> dict[Key, dict[tuple[int, int], dict[int, list[Point]]]]:
         """(strategy, cache, launch) -> (N, K) -> M -> points."""
         found: dict[Key, dict[tuple[int, int], dict[int, list[Point]]]] = {}
-        for p in self.points:
+        for p in (*self.points, *_prepacked(self.points)):
             sizes = found.setdefault((p.strategy, p.cache, p.launch), {})
             sizes.setdefault((p.N, p.K), {}).setdefault(p.M, []).append(p)
         return found
@@ -316,6 +333,29 @@ class Profile:
                     f"rank: ms {times}"
                 )
         return "\n".join(lines)
+
+
+def _prepacked(points: Sequence[Point]) -> list[Point]:
+    """The fastest of what `prepack` chooses from: packed forms, factors as they are, merged.
+
+    The merged matrix is considered from half the break-even rank on, as `prepack` does.
+    """
+    merged, others = {}, defaultdict(list)
+    for p in points:
+        where = (p.N, p.K, p.M, p.bias, p.cache, p.launch)
+        if p.strategy == DENSE_PACKED:
+            merged[where] = p
+        elif p.strategy == AUTO or p.strategy.startswith(PACKED):
+            others[where, p.rank].append(p)
+    found = []
+    for (where, rank), forms in others.items():
+        if len(forms) < 2:
+            continue
+        if where in merged and 2 * rank * (where[0] + where[1]) >= where[0] * where[1]:
+            forms.append(merged[where])
+        best = min(forms, key=lambda p: p.p50)
+        found.append(replace(best, rank=rank, strategy=PREPACKED))
+    return found
 
 
 def break_even_text(rank: float | None) -> str:

@@ -11,14 +11,14 @@ import torch
 
 from maestro_kernels import hardware
 from maestro_kernels.benchmark.cases import Case, Layer
-from maestro_kernels.benchmark.providers import Inputs, Provider, Unavailable, default_providers
+from maestro_kernels.benchmark.providers import Inputs, Provider, Unavailable
 from maestro_kernels.benchmark.run import Options, Rings, checked, walk
 from maestro_kernels.benchmark.timing import interleave
+from maestro_kernels.search.strategies import DENSE, TWO, for_profile
 from maestro_kernels.testing import make_inputs
 
-__all__ = ["AUTO", "DENSE", "TWO", "Point", "Sweep"]
+__all__ = ["Point", "Sweep", "point_from"]
 
-DENSE, TWO, AUTO = "dense", "two matmuls", "ours"
 # Walking through this many times the private caches leaves nothing in them.
 _CACHES = 4
 _MIN_RING, _MAX_RING = 32 << 20, 512 << 20
@@ -36,7 +36,7 @@ class Point:
         M: rows of x.
         bias: whether the layer adds one.
         rank: of the factors; 0 stands for the dense layer.
-        strategy: "dense", "two matmuls", "ours" (what auto runs), or one backend or form of ours.
+        strategy: as strategies.py names it: "dense", "two matmuls", "ours", "native: fused", ...
         cache: "warm" repeats one set of tensors, "cold" walks through copies.
         launch: "eager" or "graph" (CUDA graph).
         p20: milliseconds per call, 20th percentile.
@@ -93,7 +93,7 @@ class Sweep:
     def measure(
         self,
         ranks: Sequence[int],
-        providers: Callable[[Case], Sequence[Provider]] = default_providers,
+        providers: Callable[[Case], Sequence[Provider]] = for_profile,
     ) -> list[Point]:
         """Time the dense layer and every strategy at every rank against each other.
 
@@ -138,13 +138,12 @@ class Sweep:
 
         Dense and two matmuls are the gate's own yardstick.
         """
-        if rank == 0:
-            return [p for p in providers if p.name == DENSE]
         admitted = []
         for provider in providers:
-            if provider.name == TWO:
+            if (provider.family == "dense") != (rank == 0):
+                continue
+            if provider.name in (DENSE, TWO):
                 admitted.append(provider)
-            if provider.family != "ours":
                 continue
             try:
                 _, problem = checked(case, provider, inputs)

@@ -11,18 +11,22 @@ from typing import Any
 
 import torch
 
-from maestro_kernels import hardware, tables
+from maestro_kernels import hardware, tables, tuned
 from maestro_kernels.backends import native
 from maestro_kernels.search import staircase
 from maestro_kernels.search.journal import Journal
 from maestro_kernels.search.latencies import Profile
-from maestro_kernels.search.measure import AUTO, DENSE, Point, Sweep
+from maestro_kernels.search.measure import Point, Sweep, point_from
+from maestro_kernels.search.strategies import AUTO, DENSE, TWO
 from maestro_kernels.search.targets import default_device, default_dtype, shapes_of
 
 __all__ = ["Profile", "profile"]
 
 # Rounds of refinement after the coarse ranks; each adds at most four ranks where the curve bends.
 _ROUNDS = 2
+# A round whose dense layer is this much slower or faster than before was disturbed.
+_DISTURBED = 1.4
+_TRIES = 3
 Advance = Callable[[str, int, int], None]
 
 
@@ -69,7 +73,7 @@ def profile(
         raise TypeError(f"profile: dtype: expected a torch.dtype, got {type(dtype).__name__}")
     place = torch.device(default_device(target) if device is None else device)
     record = hardware.current_device(place)
-    journal = Journal(_identity(record, dtype)) if cache else None
+    journal = _journal(record, dtype) if cache else None
     points: list[Point] = []
     work = [(shape, M) for shape in shapes for M in batch_sizes]
     with _progress(progress) as advance:
@@ -101,26 +105,32 @@ def _positive(name: str, values: Any) -> list[int]:
     return sorted(set(values))
 
 
-def _identity(record: hardware.Device, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything a time depends on beside size and strategy."""
+def software(record: hardware.Device) -> dict[str, Any]:
+    """The device and the software that a time depends on."""
     library = native.LIBRARY.read_bytes() if native.LIBRARY.exists() else b""
     return {
         "device": tables.identity(record),
-        "dtype": tables.dtype_key(dtype),
         "libraries": hardware.libraries(),
         "commit": hardware.versions()["commit"],
         "native": hashlib.sha256(library).hexdigest()[:16],
-        "table": tables.fingerprint(record),
     }
 
 
-def _curve(sweep: Sweep, ranks: Sequence[int] | None, journal: Journal | None) -> list[Point]:
+def _journal(record: hardware.Device, dtype: torch.dtype) -> Journal[Point]:
+    table = tuned.fingerprint(record)
+    identity = {**software(record), "dtype": tables.dtype_key(dtype), "table": table}
+    return Journal("profiles", identity, point_from)
+
+
+def _curve(
+    sweep: Sweep, ranks: Sequence[int] | None, journal: Journal[Point] | None
+) -> list[Point]:
     """All points of one sweep: from the journal as far as it goes, the rest measured."""
     top = min(sweep.N, sweep.K)
     wanted = None if ranks is None else [r for r in ranks if r <= top] or [top]
     size = (sweep.N, sweep.K, sweep.M, sweep.bias)
     name = f"{size} ranks={wanted}"
-    kept = [] if journal is None else journal.points
+    kept = [] if journal is None else journal.items
     known = [p for p in kept if (p.N, p.K, p.M, p.bias) == size]
     if journal is not None and name in journal.done:
         return known
@@ -128,7 +138,7 @@ def _curve(sweep: Sweep, ranks: Sequence[int] | None, journal: Journal | None) -
         missing = [r for r in proposal(known) if r not in {p.rank for p in known}]
         if not missing:
             continue
-        found = _anchored(sweep.measure(missing), known)
+        found = _undisturbed(sweep, missing, known)
         known = [*known, *found]
         if journal is not None:
             journal.add(found)
@@ -170,25 +180,29 @@ def _main_curve(points: list[Point]) -> tuple[dict[int, staircase.Knot], float |
     """The curve that is refined, of what auto runs with cold caches, and the dense layer's time."""
     launch = "graph" if any(p.launch == "graph" for p in points) else "eager"
     here = [p for p in points if p.cache == "cold" and p.launch == launch]
-    strategy = AUTO if any(p.strategy == AUTO for p in here) else "two matmuls"
+    strategy = AUTO if any(p.strategy == AUTO for p in here) else TWO
     dense = next((p.p50 for p in here if p.strategy == DENSE), None)
     return staircase.curve_of([p for p in here if p.strategy == strategy]), dense
 
 
-def _anchored(found: list[Point], known: list[Point]) -> list[Point]:
-    """A later round's points as if measured in the first: its dense layer tells the drift."""
+def _undisturbed(sweep: Sweep, ranks: Sequence[int], known: list[Point]) -> list[Point]:
+    """The points of a later round, measured again while something else keeps the machine busy.
+
+    The dense layer is part of every round: how its time changed tells how busy the machine is.
+    What little is left of that after the last try is divided out.
+    """
     first = {(p.cache, p.launch): p.p50 for p in known if p.strategy == DENSE}
-    if not first:
-        return found
-    again = {(p.cache, p.launch): p.p50 for p in found if p.strategy == DENSE}
+    for _ in range(_TRIES):
+        found = sweep.measure(ranks)
+        again = {(p.cache, p.launch): p.p50 for p in found if p.strategy == DENSE}
+        drifts = {where: first[where] / again[where] for where in first.keys() & again.keys()}
+        if all(1 / _DISTURBED < drift < _DISTURBED for drift in drifts.values()):
+            break
     scaled = []
     for p in found:
-        where = (p.cache, p.launch)
-        if p.strategy == DENSE or where not in first:
-            continue
-        drift = first[where] / again[where] if where in again else 1.0
-        drift = min(max(drift, 0.5), 2.0)
-        scaled.append(replace(p, p20=p.p20 * drift, p50=p.p50 * drift, p80=p.p80 * drift))
+        drift = min(max(drifts.get((p.cache, p.launch), 1.0), 0.5), 2.0)
+        if p.rank or not first:
+            scaled.append(replace(p, p20=p.p20 * drift, p50=p.p50 * drift, p80=p.p80 * drift))
     return scaled
 
 
