@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.problem import DTYPES
 
 __all__ = ["Candidate", "Selector", "Slots", "classify", "find_slots", "matches", "selector"]
@@ -26,7 +27,7 @@ class Candidate:
     Attributes:
         name: dotted name in the model, "" for the model itself.
         kind: "linear", "hf_conv1d" (Hugging Face's transposed linear), "conv2d", "lod_linear",
-            "lod_conv2d", or the class name of anything else that owns a matrix.
+            "lod_conv2d", "pivoted_linear", or the class name of anything else that owns a matrix.
         N: rows of the matrix, per group.
         K: columns of the matrix, per group; in_channels / groups * k_h * k_w of a convolution.
         groups: matrices of this size.
@@ -182,6 +183,9 @@ def _describe(name: str, module: nn.Module, context: _Context) -> Candidate:
         kind = "lod_linear" if isinstance(module, LoDLinear) else "lod_conv2d"
         reason = f"already factorised, rank {module.rank} of {module.max_rank}"
         return Candidate(name, kind, N, K, module.groups, reason)
+    if isinstance(module, PivotedLinear):
+        reason = f"already factorised, pivoted at rank {module.rank}"
+        return Candidate(name, "pivoted_linear", *module.matrix_shape, 1, reason)
     hf_conv1d = _hf_conv1d(module)
     base: type | None = hf_conv1d
     kind, groups = "hf_conv1d", 1

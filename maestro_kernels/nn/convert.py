@@ -29,6 +29,7 @@ __all__ = [
     "conversion_report",
     "convert",
     "dense_form",
+    "in_place_of",
     "swap_layers",
     "to_dense",
 ]
@@ -137,7 +138,7 @@ def convert(
     layers: dict[nn.Module, nn.Module] = {}
     for name, module in chosen.items():
         layer = _factorised(module, candidates[name], ranks[name], init, moments.pop(name, None))
-        layers[module] = _in_place_of(module, layer, share=inplace)
+        layers[module] = in_place_of(module, layer, share=inplace)
     converted = swap_layers(model, layers, inplace=inplace)
     setattr(converted, _REPORT, report)
     return converted
@@ -180,7 +181,7 @@ def dense_form(layer: LoDLayer, *, share: bool) -> nn.Module:
     """
     assert isinstance(layer, LoDLinear | LoDConv2d)
     dense = layer.to_linear() if isinstance(layer, LoDLinear) else layer.to_conv()
-    return _in_place_of(layer, dense, share=share)
+    return in_place_of(layer, dense, share=share)
 
 
 def _choose_ranks(
@@ -328,7 +329,7 @@ _HOOKS = (
 )
 
 
-def _in_place_of(old: nn.Module, new: nn.Module, *, share: bool) -> nn.Module:
+def in_place_of(old: nn.Module, new: nn.Module, *, share: bool) -> nn.Module:
     """Give `new` the mode, bias and call hooks of `old`; hooks on state dicts know other keys."""
     new.train(old.training)
     if old.bias is not None:

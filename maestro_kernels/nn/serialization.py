@@ -21,6 +21,7 @@ from maestro_kernels.nn.convert import swap_layers
 from maestro_kernels.nn.grouping import group, groups
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.nn.ranks import lod_layers
 
 __all__ = ["load_pretrained", "save_pretrained"]
@@ -46,7 +47,8 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
     from safetensors.torch import save_file
 
     fn = "save_pretrained"
-    layers = lod_layers(model, fn)
+    lod_layers(model, fn)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoDLayer | PivotedLinear)}
     target = Path(directory)
     if target.is_file() or (
         target.is_dir() and any(target.iterdir()) and not (target / _STRUCTURE).is_file()
@@ -148,11 +150,12 @@ def _tensors(fn: str, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, ties
 
 
-def _describe(layer: LoDLayer) -> dict[str, Any]:
+def _describe(layer: LoDLayer | PivotedLinear) -> dict[str, Any]:
     record: dict[str, Any] = {"max_rank": layer.max_rank, "rank": layer.rank}
     record["bias"] = layer.bias is not None
-    if isinstance(layer, LoDLinear):
-        return {"kind": "lod_linear", "activation": layer.activation, **record}
+    if isinstance(layer, LoDLinear | PivotedLinear):
+        kind = "lod_linear" if isinstance(layer, LoDLinear) else "pivoted_linear"
+        return {"kind": kind, "activation": layer.activation, **record}
     return {"kind": "lod_conv2d", **record}
 
 
@@ -205,7 +208,9 @@ def _read_tensors(fn: str, source: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _layer(fn: str, name: str, record: Any, old: nn.Module, tensors: dict[str, Tensor]) -> LoDLayer:
+def _layer(
+    fn: str, name: str, record: Any, old: nn.Module, tensors: dict[str, Tensor]
+) -> LoDLayer | PivotedLinear:
     """The factorised layer for one place, on the meta device; load_state_dict fills it."""
     fields = {"kind": str, "max_rank": int, "rank": int, "bias": bool}
     if not isinstance(record, dict) or any(
@@ -215,20 +220,26 @@ def _layer(fn: str, name: str, record: Any, old: nn.Module, tensors: dict[str, T
             f"{fn}: {_STRUCTURE}: expected {', '.join(fields)} for layer {name!r}, got {record!r}"
         )
     prefix = f"{name}." if name else ""
-    missing = [key for key in ("u", "v") if prefix + key not in tensors]
+    pivoted = record["kind"] == "pivoted_linear"
+    missing = [k for k in ("u", "v", *["order"] * pivoted) if prefix + k not in tensors]
     if missing:
         raise ValueError(f"{fn}: {_TENSORS}: expected {prefix + missing[0]!r}, got no such tensor")
     u, v = (torch.empty_like(tensors[prefix + key], device="meta") for key in ("u", "v"))
-    bias = torch.empty(u.shape[0], dtype=u.dtype, device="meta") if record["bias"] else None
-    if record["kind"] == "lod_linear":
+    N = u.shape[0] + (v.shape[0] if pivoted else 0)
+    bias = torch.empty(N, dtype=u.dtype, device="meta") if record["bias"] else None
+    layer: LoDLayer | PivotedLinear
+    if pivoted or record["kind"] == "lod_linear":
         expected = _linear_size(old)
-        if expected is None or (u.shape[0], v.shape[-1]) != expected or v.dim() != 2:
-            got = f"{u.shape[0]} x {v.shape[-1]}"
+        if expected is None or (N, v.shape[-1]) != expected or v.dim() != 2:
             raise ValueError(
-                f"{fn}: dense_model: expected a linear layer of {got} at {name!r}, got "
-                f"{_kind(old)}" + (f" of {expected[0]} x {expected[1]}" if expected else "")
+                f"{fn}: dense_model: expected a linear layer of {N} x {v.shape[-1]} at {name!r}, "
+                f"got {_kind(old)}" + (f" of {expected[0]} x {expected[1]}" if expected else "")
             )
-        layer: LoDLayer = LoDLinear.from_factors(u, v, bias, record.get("activation"))
+        if pivoted:
+            order = _permutation(fn, f"{prefix}order", tensors[f"{prefix}order"], N)
+            layer = PivotedLinear(u, v, order, bias, record.get("activation"))
+        else:
+            layer = LoDLinear.from_factors(u, v, bias, record.get("activation"))
     elif record["kind"] == "lod_conv2d" and isinstance(old, nn.Conv2d | LoDConv2d):
         try:
             layer = LoDConv2d.from_factors(old, u, v, bias)  # type: ignore[arg-type]
@@ -242,18 +253,36 @@ def _layer(fn: str, name: str, record: Any, old: nn.Module, tensors: dict[str, T
             f"{fn}: dense_model: expected a layer for {record['kind']!r} at {name!r}, "
             f"got {_kind(old)}"
         )
-    if layer.max_rank != record["max_rank"] or not 0 <= record["rank"] <= layer.max_rank:
-        raise ValueError(
-            f"{fn}: {_STRUCTURE}: expected max_rank {layer.max_rank} and 0 <= rank <= max_rank for "
-            f"{name!r}, got max_rank {record['max_rank']} and rank {record['rank']}"
-        )
-    layer.rank = record["rank"]
+    _take_rank(fn, name, record, layer)
     return layer
+
+
+def _take_rank(fn: str, name: str, record: dict[str, Any], layer: LoDLayer | PivotedLinear) -> None:
+    """Set the saved active rank; a pivoted layer has one rank only."""
+    lowest = layer.max_rank if isinstance(layer, PivotedLinear) else 0
+    if layer.max_rank != record["max_rank"] or not lowest <= record["rank"] <= layer.max_rank:
+        raise ValueError(
+            f"{fn}: {_STRUCTURE}: expected max_rank {layer.max_rank} and {lowest} <= rank <= "
+            f"max_rank for {name!r}, got max_rank {record['max_rank']} and rank {record['rank']}"
+        )
+    if isinstance(layer, LoDLayer):
+        layer.rank = record["rank"]
+
+
+def _permutation(fn: str, key: str, order: Tensor, size: int) -> Tensor:
+    """`order` on the meta device, after a check that it sends outputs to each place once."""
+    expected = torch.arange(size, dtype=torch.int32)
+    if order.dtype is not torch.int32 or not torch.equal(order.cpu().sort().values, expected):
+        raise ValueError(
+            f"{fn}: {_TENSORS}: expected a permutation of 0..{size - 1} in int32 as {key!r}, "
+            f"got {order.dtype} {tuple(order.shape)}"
+        )
+    return torch.empty_like(order, device="meta")
 
 
 def _linear_size(module: nn.Module) -> tuple[int, int] | None:
     """(N, K) of a dense or factorised linear layer, also Hugging Face's Conv1D."""
-    if isinstance(module, nn.Linear | LoDLinear):
+    if isinstance(module, nn.Linear | LoDLinear | PivotedLinear):
         return module.out_features, module.in_features
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):

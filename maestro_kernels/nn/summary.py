@@ -12,13 +12,14 @@ from maestro_kernels import dispatch
 from maestro_kernels.nn.candidates import Candidate, classify
 from maestro_kernels.nn.convert import conversion_report
 from maestro_kernels.nn.layer import LoDLayer
+from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.problem import LoDProblem
 
 __all__ = ["LayerSummary", "ModelSummary", "summary"]
 
 
 # Kinds whose matrix multiplies x. A table that is looked up (an embedding) is listed, not counted.
-_PRODUCTS = ("linear", "hf_conv1d", "conv2d", "lod_linear", "lod_conv2d")
+_PRODUCTS = ("linear", "hf_conv1d", "conv2d", "lod_linear", "lod_conv2d", "pivoted_linear")
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ def summary(model: nn.Module, *, rows: int = 1) -> ModelSummary:
         module = modules[name]
         if isinstance(module, LoDLayer):
             layers.append(_factorised(candidate, module, rows))
+        elif isinstance(module, PivotedLinear):
+            layers.append(_pivoted(candidate, module))
         else:
             layers.append(_dense(candidate, kept.get(name) or candidate.reason or ""))
     return ModelSummary(tuple(layers), sum(p.numel() for p in model.parameters()))
@@ -186,7 +189,33 @@ def _factorised(candidate: Candidate, layer: LoDLayer, rows: int) -> LayerSummar
         dense_parameters=layer.groups * N * K,
         parameters=layer.u.numel() + layer.v.numel(),
         macs=layer.groups * layer.rank * (N + K),
-        backend="convolutions" if library else dispatch.select(problem).backend,
+        backend="convolutions" if library else _backend(layer, problem),
+        note="",
+    )
+
+
+def _backend(layer: LoDLayer, problem: LoDProblem) -> str:
+    prepacked = getattr(layer, "packed", None)
+    if prepacked is None:
+        return dispatch.select(problem).backend
+    chosen = prepacked.choices.get(problem.M)
+    return f"prepacked: {chosen}" if chosen else "prepacked: chosen at the first call"
+
+
+def _pivoted(candidate: Candidate, layer: PivotedLinear) -> LayerSummary:
+    weights = layer.u.numel() + layer.v.numel()
+    return LayerSummary(
+        name=candidate.name,
+        kind=candidate.kind,
+        N=candidate.N,
+        K=candidate.K,
+        rank=layer.rank,
+        max_rank=layer.max_rank,
+        break_even_rank=candidate.break_even_rank,
+        dense_parameters=candidate.dense_weights,
+        parameters=weights,
+        macs=weights,
+        backend="two matmuls and a permutation",
         note="",
     )
 
