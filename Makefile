@@ -15,38 +15,53 @@ else
   READY := $(VENV)/installed
 endif
 
-.PHONY: help bench test lint format aot-report existing-environment clean
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+CLANG_FORMAT = $(dir $(RUN))clang-format
+NATIVE := maestro_kernels/_native.so
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.[ch]*' -o -name CMakeLists.txt)
+
+.PHONY: help bench test native lint format aot-report existing-environment clean
 
 help:
 	@echo "make bench       factorise a real sentence encoder, measure it, write $(OUT)/report.html"
 	@echo "make test        run the tests"
-	@echo "make lint        ruff, ruff format, mypy"
+	@echo "make native      build the compiled kernels only (CPU, and CUDA where nvcc is found)"
+	@echo "make lint        ruff, ruff format, mypy, clang-format"
 	@echo "make aot-report  compile every Triton configuration for sm_80 and sm_90, print the table"
 	@echo "PYTHON=... or VENV=... uses an existing environment and installs nothing"
 
-bench: $(READY)
+bench: $(READY) native
 	$(RUN) -m bench.sentence_encoder --out $(OUT)
 
-test: $(READY)
+test: $(READY) native
 	$(RUN) -m pytest tests -q
+
+# Without a compiler this says so and the package stays pure Python.
+native: $(READY) $(NATIVE)
+
+$(NATIVE): $(NATIVE_SOURCES) | $(READY)
+	$(RUN) setup.py --quiet build_ext --inplace
 
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+	$(CLANG_FORMAT) -i $(CPP)
 
 aot-report: $(READY)
 	$(RUN) -m maestro_kernels.backends.triton.aot
 
-# The stamp follows the pins, so that a changed requirement reinstalls.
-$(VENV)/installed: requirements-dev.txt pyproject.toml setup.py
+# The stamp follows the pins, so that a changed requirement reinstalls. The library is built by its
+# own rule, where a failure shows.
+$(VENV)/installed: requirements-dev.txt pyproject.toml
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	MK_NATIVE=0 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 existing-environment:
@@ -55,4 +70,4 @@ existing-environment:
 	sys.exit('$(RUN) lacks ' + ', '.join(missing) + ': install requirements-dev.txt there' if missing else 0)"
 
 clean:
-	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OUT) $(NATIVE) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,18 +14,18 @@ enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
 // One layer of a call. Strides are in elements; the last dimension of every matrix has stride 1.
 struct Layer {
   int64_t M, N, K, R;
-  int64_t rank;               // 0..R; R where rank_ptr is given
-  const int32_t* rank_ptr;    // rank in the memory of the device, clamped to 0..R by the kernel; or null
+  int64_t rank;             // 0..R; R where rank_ptr is given
+  const int32_t* rank_ptr;  // rank in the memory of the device, clamped to 0..R by the kernel; or null
   const void* x;
   int64_t stride_xm;
   const void* u;
   int64_t stride_un;
   const void* v;
   int64_t stride_vr;
-  const void* bias;           // (N,) or null
+  const void* bias;  // (N,) or null
   void* y;
   int64_t stride_ym;
-  void* h;                    // H (M, rank) in the layer's dtype, zero beyond rank; null where nobody wants it
+  void* h;  // H (M, rank) in the layer's dtype, zero beyond rank; null where nobody wants it
   int64_t stride_hm;
   Activation activation;
 };

@@ -29,6 +29,7 @@ _MODULES = {
     "reference": "maestro_kernels.backends.reference",
     "matmul": "maestro_kernels.backends.matmul",
     "triton": "maestro_kernels.backends.triton",
+    "native": "maestro_kernels.backends.native",
 }
 
 
@@ -156,8 +157,6 @@ def backend_module(name: str) -> ModuleType:
 
 def unsupported(name: str, problem: LoDProblem) -> str | None:
     """Why backend `name` cannot serve the problem, or None when it can."""
-    if name == "native":
-        return "this build of the package has no compiled library"
     reason: str | None = backend_module(name).unsupported(problem)
     return reason
 
@@ -188,7 +187,7 @@ def select(
             f"{fn}: backend: expected one that can serve this call, got {forced!r}: "
             f"{reasons[forced]}"
         )
-    chosen = forced or "matmul"
+    chosen, why_auto = (forced, "forced") if forced else _choose(group, reasons)
     others = {
         name: why or ("not forced" if forced else _NO_TABLE)
         for name, why in reasons.items()
@@ -197,21 +196,27 @@ def select(
     if all(problem.degenerate for problem in group):
         what = "the result is empty or act(bias): no kernel is needed"
         return Plan(fn, group, chosen, "degenerate", what, others, shared_x)
-    if chosen == "triton":
-        strategy, why = backend_module("triton").choose_strategy(group)
-        return Plan(fn, group, chosen, strategy, f"forced; {why}", others, shared_x)
+    if chosen in ("triton", "native"):
+        strategy, why = backend_module(chosen).choose_strategy(group)
+        return Plan(fn, group, chosen, strategy, f"{why_auto}; {why}", others, shared_x)
     strategy = "formula" if chosen == "reference" else "two matmuls"
-    reason = "forced" if forced else _auto_reason(group[0])
-    return Plan(fn, group, chosen, strategy, reason, others, shared_x)
+    return Plan(fn, group, chosen, strategy, why_auto, others, shared_x)
 
 
 _NO_TABLE = "can serve, but nothing was measured on this device: force it with backend="
 
+# Below this much work two library calls take longer to be made than to compute: one call of the
+# native library is then faster on any CPU, so that no table is needed to choose it.
+_SMALL_FLOP = 1 << 16
 
-def _auto_reason(problem: LoDProblem) -> str:
-    if problem.device.type == "cpu":
-        return "no kernel of ours serves CPU tensors; two library matmuls are the best there is"
-    return "no measured table for this device, so nothing is known to beat two library matmuls"
+
+def _choose(group: tuple[LoDProblem, ...], reasons: dict[str, str | None]) -> tuple[str, str]:
+    """(backend, reason) where the caller leaves it to us."""
+    if group[0].device.type == "cpu" and reasons["native"] is None:
+        flop = sum(2 * p.M * p.max_active_rank * (p.K + p.N) for p in group)
+        if flop <= _SMALL_FLOP:
+            return "native", "the work is smaller than the cost of two library calls"
+    return "matmul", "no measured table for this device, so nothing is known to beat two matmuls"
 
 
 def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
@@ -219,6 +224,21 @@ def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
         reason = unsupported(name, problem)
         if reason is not None:
             return reason
+    return None
+
+
+# Plans of the native library by what decides them. It checks the rest of a call itself, so that a
+# small one builds no larger key than this.
+_native_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def native_plan(
+    x: Tensor, u: Tensor, rank: int | Tensor | None, activation: str | None
+) -> Plan | None:
+    """The plan of an eager CPU call that the native library served before, or None."""
+    # True is equal to 1 as a key, but is no rank.
+    if x.is_cpu and (rank is None or type(rank) is int):
+        return _native_plans.get((x.shape, u.shape, x.dtype, rank, activation))
     return None
 
 
@@ -255,7 +275,7 @@ def plan_linear(
             rank if rank is None else _rank_key(rank),
             activation,
             backend,
-            None if x.is_cpu and backend != "triton" else _layout(x, u, v),
+            (u.stride(), v.stride()) if x.is_cpu and backend != "triton" else _layout(x, u, v),
         )
         plan = _linear_plans.get(key)
     except (AttributeError, TypeError):  # not tensors, or unhashable: the check below says which
@@ -268,6 +288,10 @@ def plan_linear(
             if len(_linear_plans) >= _MAX_PLANS:
                 _linear_plans.clear()
             _linear_plans[key] = plan
+        if plan.strategy == "fused" and backend is None and plan.problems[0].rank is not None:
+            if len(_native_plans) >= _MAX_PLANS:
+                _native_plans.clear()
+            _native_plans[x.shape, u.shape, x.dtype, rank, activation] = plan
     return plan
 
 
@@ -286,8 +310,8 @@ def plan_grouped(
     try:
         key = (
             tuple([_tensor_key(x, plain) for x in xs]),
-            tuple([_tensor_key(u, plain) for u in us]),
-            tuple([_tensor_key(v, plain) for v in vs]),
+            tuple([(_tensor_key(u, plain), u.stride()) for u in us]),
+            tuple([(_tensor_key(v, plain), v.stride()) for v in vs]),
             tuple([None if b is None else _tensor_key(b, plain) for b in biases]),
             _rank_key(ranks)
             if isinstance(ranks, Tensor)

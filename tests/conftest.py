@@ -9,12 +9,28 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import pytest
 import torch
 
+from maestro_kernels import dispatch
+from maestro_kernels.backends import native
+
 SUPPORT = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_library(monkeypatch, tmp_path):
+    """The package as it is where no C++ compiler built its library."""
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+    monkeypatch.setattr(dispatch, "_linear_plans", {})
+    monkeypatch.setattr(dispatch, "_grouped_plans", {})
+    monkeypatch.setattr(dispatch, "_native_plans", {})
+    native._load.cache_clear()
+    yield
+    monkeypatch.undo()
+    native._load.cache_clear()
 
 
 def pytest_collection_modifyitems(items):

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from maestro_kernels.backends import native
 from maestro_kernels.cli import main, parser
 
 
@@ -26,16 +28,26 @@ def test_commands_that_do_not_exist_yet_are_not_offered():
     assert set(commands()) == {"info", "bench", "compress", "train"}
 
 
-def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):
+def test_info_says_why_a_backend_is_missing(capsys, monkeypatch, no_library):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert "matmul     available" in text
-    assert "native     not here: this build of the package has no compiled library" in text
+    assert "native     not here: this installation has no compiled library" in text
     assert main(["info", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["devices"][0]["backends"]["reference"] is None
     assert record["devices"][0]["auto"] == "matmul"
+
+
+@pytest.mark.skipif(native.load_error() is not None, reason="no compiled library")
+def test_info_names_the_instruction_set_of_each_dtype(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"native     available: float32 on {native.isa(torch.float32)}, bfloat16 on" in text
+    assert main(["info", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["native_isa"]["float16"] == native.isa(torch.float16)
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(capsys):

@@ -52,7 +52,7 @@ def test_explain_of_a_group_names_every_layer():
     assert "(64, 7)" in text
 
 
-def test_explain_raises_the_errors_of_the_call():
+def test_explain_raises_the_errors_of_the_call(no_library):
     with pytest.raises(ValueError, match="lod_linear: rank"):
         mk.explain(X, U, V, rank=33)
     with pytest.raises(NotImplementedError, match="native"):

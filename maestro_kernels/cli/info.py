@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from maestro_kernels import dispatch, hardware
+from maestro_kernels.backends import native
 from maestro_kernels.problem import LoDProblem
 
 
@@ -47,7 +48,9 @@ def collect() -> dict[str, Any]:
                 "auto_reason": dispatch.select(probe).reason,
             }
         )
-    return {"versions": hardware.versions(), "devices": records}
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if native.load_error() is None else ()
+    isa = {str(dtype).removeprefix("torch."): native.isa(dtype) for dtype in dtypes}
+    return {"versions": hardware.versions(), "native_isa": isa, "devices": records}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
     for device in record["devices"]:
         print(f"\n{device['device']}: {device['name']}, {device['arch']}, {device['cores']} cores")
         for name, why in device["backends"].items():
-            print(f"  {name:<10} {'available' if why is None else f'not here: {why}'}")
+            isa = record["native_isa"] if name == "native" and device["device"] == "cpu" else {}
+            how = ", ".join(f"{dtype} on {isa[dtype]}" for dtype in isa)
+            here = f"available: {how}" if how else "available"
+            print(f"  {name:<10} {here if why is None else f'not here: {why}'}")
         print(f"  auto runs on {device['auto']}: {device['auto_reason']}")
     return 0

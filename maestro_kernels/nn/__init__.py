@@ -6,6 +6,7 @@ from maestro_kernels.nn.convert import ConversionReport, conversion_report, conv
 from maestro_kernels.nn.grouping import group, groups, ungroup
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.prepack import prepack, unpack
 from maestro_kernels.nn.ranks import lod_layers, ranks, set_ranks, truncate
 from maestro_kernels.nn.serialization import load_pretrained, save_pretrained
 from maestro_kernels.nn.summary import LayerSummary, ModelSummary, summary
@@ -25,6 +26,7 @@ __all__ = [
     "groups",
     "load_pretrained",
     "lod_layers",
+    "prepack",
     "ranks",
     "save_pretrained",
     "set_ranks",
@@ -32,4 +34,5 @@ __all__ = [
     "to_dense",
     "truncate",
     "ungroup",
+    "unpack",
 ]

@@ -8,13 +8,16 @@ are called with the same tensor, under the same conditions. Anything else runs o
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from maestro_kernels.functional import lod_linear_grouped
 from maestro_kernels.nn.linear import LoDLinear
+
+if TYPE_CHECKING:
+    from maestro_kernels.nn.prepack import PackedGroup
 
 __all__ = ["LayerGroup", "group", "groups", "ungroup"]
 
@@ -41,11 +44,13 @@ class LayerGroup:
     Attributes:
         layers: the members, in the order in which the grouped call takes them.
         active: False once siblings were called with different tensors several times in a row.
+        packed: set by `prepack`, asked first.
     """
 
     def __init__(self, layers: list[LoDLinear]) -> None:
         self.layers = layers
         self.active = True
+        self.packed: PackedGroup | None = None
         self._misses = 0
         # (x, what else must not have changed, outputs nobody has asked for yet)
         self._pending: tuple[Tensor, Any, list[Tensor | None]] | None = None
@@ -57,10 +62,11 @@ class LayerGroup:
         memo[id(self)] = twin
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.active = self.active
+        twin.packed = copy.deepcopy(self.packed, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "active": self.active, "_misses": 0, "_pending": None}
+        return {**self.__dict__, "_misses": 0, "_pending": None}
 
     def __call__(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
         """The output of one member for x, or None when it has to run on its own."""
@@ -90,6 +96,10 @@ class LayerGroup:
 
     def _compute(self, x: Tensor) -> list[Tensor]:
         layers = self.layers
+        if self.packed is not None:
+            outputs = self.packed(layers, x)
+            if outputs is not None:
+                return outputs
         return lod_linear_grouped(
             x,
             [layer.u for layer in layers],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.nn.weight import MergedWeight
 from maestro_kernels.problem import DTYPES
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["LoDLayer", "check_int"]
 
@@ -60,6 +63,8 @@ class LoDLayer(nn.Module):
     active_rank: Tensor
     groups: int = 1
     _rank: int
+    # Counts what may have changed the factors without a new version: see nn.prepack.
+    _epoch: int = 0
 
     def _install(self, u: Tensor, v: Tensor, bias: Tensor | None) -> None:
         """Take the factors, without a copy, and start at full rank."""
@@ -154,6 +159,14 @@ class LoDLayer(nn.Module):
         v = _sliced(self.v, lambda t: self._rows(t, width))
         self.u, self.v = u, v
         self.rank = min(self._rank, keep)
+        self._epoch += 1
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; packed copies of the factors made so far are not used again."""
+        if mode:
+            self._epoch += 1
+        super().train(mode)
+        return self
 
     def _rows(self, v: Tensor, rank: int) -> Tensor:
         """The first `rank` components of v: a view, but a copy where groups lie between them."""
@@ -180,6 +193,7 @@ class LoDLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoDLayer:
         super()._apply(fn, recurse)
+        self._epoch += 1
         # to_empty() and the move away from the meta device leave the buffer without a value.
         with torch.no_grad():
             self.active_rank.fill_(self._rank)
@@ -203,6 +217,7 @@ class LoDLayer(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._rank = rank
+        self._epoch += 1
         if local_metadata.get("assign_to_params_buffers", False):
             # The checkpoint's own tensor may be int64, elsewhere, or shared with a second model.
             self.active_rank = self._new_rank_buffer()

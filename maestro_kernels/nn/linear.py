@@ -14,6 +14,7 @@ from maestro_kernels.problem import check_choices
 
 if TYPE_CHECKING:
     from maestro_kernels.nn.grouping import LayerGroup
+    from maestro_kernels.nn.prepack import PackedLinear
 
 __all__ = ["LoDLinear"]
 
@@ -34,6 +35,7 @@ class LoDLinear(LoDLayer):
         u: (N, R). v: (R, K). bias: (N,) or None.
         backend: passed to `lod_linear`; None chooses.
         group: set by `group`, asked first: the output, or None when the layer is to run alone.
+        packed: set by `prepack`; `packed.choices` says which form runs at which M.
 
     The factors start with the variance that makes u @ v vary like nn.Linear's weight. A new layer
     runs at r = R.
@@ -70,6 +72,8 @@ class LoDLinear(LoDLayer):
         self.backend: str | None = None
         # Set by nn.group: the siblings that may compute this layer's output with their own.
         self.group: LayerGroup | None = None
+        # Set by nn.prepack: asked next, the output, or None where the factors have to serve.
+        self.packed: PackedLinear | None = None
         self._install(
             torch.empty(N, R, device=device, dtype=dtype),
             torch.empty(R, K, device=device, dtype=dtype),
@@ -90,6 +94,10 @@ class LoDLinear(LoDLayer):
         """Y (..., N) for x (..., K)."""
         if self.group is not None:
             y = self.group(self, x)
+            if y is not None:
+                return y
+        if self.packed is not None:
+            y = self.packed(self, x)
             if y is not None:
                 return y
         return lod_linear(

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maestro_kernels.backends import reference
-from maestro_kernels.dispatch import Plan, plan_linear, select
+from maestro_kernels.backends.native import ACTIVATION_CODES
+from maestro_kernels.dispatch import Plan, native_plan, plan_linear, select
 from maestro_kernels.ops import eager
 from maestro_kernels.problem import check_choices, check_linear, describe
 
@@ -36,6 +37,7 @@ library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _ops = torch.ops.maestro_kernels
+_native = torch.ops.maestro_native
 
 
 def lod_linear(
@@ -53,29 +55,62 @@ def lod_linear(
     if dtype is not None:
         x, u, v, bias = (eager.cast(t, dtype) for t in (x, u, v, bias))
     if eager.is_plain(x, u, v, bias):
+        wants_grad = torch.is_grad_enabled() and any_requires_grad(x, u, v, bias)
+        if backend is None:
+            y = native_linear(x, u, v, bias, rank, activation, wants_grad, save_h)
+            if y is not None:
+                return y
         plan = plan_linear(x, u, v, bias, rank, activation, backend)
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or u.requires_grad
-            or v.requires_grad
-            or (bias is not None and bias.requires_grad)
-        ):
-            if save_h and plan.autograd_serves:
-                return run_forward(plan, x, u, v, bias, rank, True)[0]
-            return EagerLoDLinear.apply(x, u, v, bias, (plan, rank, save_h))
-        return run_forward(plan, x, u, v, bias, rank, False)[0]
+        if not wants_grad:
+            return run_forward(plan, x, u, v, bias, rank, False)[0]
+        if save_h and plan.autograd_serves:
+            return run_forward(plan, x, u, v, bias, rank, True)[0]
+        return apply_eager(x, u, v, bias, (plan, rank, save_h))
     check_choices("lod_linear", activation, backend)
     check_linear("lod_linear", x, u, v, bias, rank)
     eager.refuse_forward_ad("lod_linear", (x, u, v, bias))
     args = (x, u, v, bias, *split_rank(rank), activation, backend)
     if eager.transforms_active():
         return TransformedLoDLinear.apply(*args)[0]
-    wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, u, v, bias)
-    )
-    if wants_grad and save_h:
+    if torch.is_grad_enabled() and save_h and any_requires_grad(x, u, v, bias):
         return _ops.lod_linear_train(*args)[0]
     return _ops.lod_linear(*args)
+
+
+def any_requires_grad(x: Any, u: Any, v: Any, bias: Any) -> bool:
+    """Whether a gradient is asked of an argument; what is no tensor asks for none."""
+    try:
+        return bool(
+            x.requires_grad
+            or u.requires_grad
+            or v.requires_grad
+            or (bias is not None and bias.requires_grad)
+        )
+    except AttributeError:  # the validator says which argument is no tensor
+        return False
+
+
+def native_linear(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rank: Rank,
+    activation: str | None,
+    wants_grad: bool,
+    save_h: bool,
+) -> Tensor | None:
+    """A CPU call straight to the library, or None where the plan has to be asked."""
+    try:
+        plan = native_plan(x, u, rank, activation)
+        if plan is None:
+            return None
+        if wants_grad:
+            return apply_eager(x, u, v, bias, (plan, rank, save_h))
+        code = ACTIVATION_CODES[activation]
+        return _native.linear.default(x, u, v, bias, -1 if rank is None else rank, None, code, None)
+    except (AttributeError, TypeError, RuntimeError):  # the validator has the words for it
+        return None
 
 
 def split_rank(rank: Rank) -> tuple[int | None, Tensor | None]:
@@ -179,6 +214,10 @@ class EagerLoDLinear(torch.autograd.Function):
         rank = ctx.rank if rank_tensor is None else rank_tensor
         needs = ctx.needs_input_grad[:4]
         return (*run_backward(ctx.plan, dy, x, u, v, bias, h, y, rank, needs), None)
+
+
+# Function.apply looks for functorch on every call; the callers here have done that already.
+apply_eager = super(torch.autograd.Function, EagerLoDLinear).apply
 
 
 class TransformedLoDLinear(torch.autograd.Function):

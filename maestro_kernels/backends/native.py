@@ -1,0 +1,178 @@
+"""The compiled library (csrc/): fused kernels for CPU tensors, and CUDA kernels where it has them.
+
+The library is loaded on first use. It checks shapes, dtypes and strides itself and refuses with a
+RuntimeError what does not fit; problem.py has then the better words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from maestro_kernels.backends import reference
+from maestro_kernels.problem import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from maestro_kernels.problem import LoDProblem
+
+__all__ = ["ACTIVATION_CODES", "isa", "load_error", "pack", "unsupported"]
+
+Ranks = Sequence[int] | Tensor
+LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
+# The order of mk::DType and mk::Activation in csrc/layer.h.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """(library, why there is none)."""
+    if not LIBRARY.exists():
+        return None, "this installation has no compiled library (no C++ compiler when it was built)"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        # The loader names the library by its path, which says nothing here.
+        return None, f"the compiled library does not load: {str(error).replace(str(LIBRARY), '')}"
+    library.mk_cpu_isa.restype = ctypes.c_char_p
+    return library, ""
+
+
+def load_error() -> str | None:
+    """Why the compiled library is not there, in the loader's words; None when it is."""
+    library, reason = _load()
+    return None if library is not None else reason
+
+
+def isa(dtype: torch.dtype) -> str:
+    """Instruction set that the CPU kernels of a dtype use on this machine."""
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"isa: {reason}")
+    name: bytes = library.mk_cpu_isa(_DTYPES.index(dtype))
+    return name.decode()
+
+
+def ops() -> Any:
+    """The library's op namespace; load_error() must be None."""
+    _load()
+    return torch.ops.maestro_native
+
+
+def pack(u: Tensor, v: Tensor) -> Tensor:
+    """The factors in the order the CPU kernels read them, as bytes; any rank 0..R runs on it."""
+    packed: Tensor = ops().pack(u.detach(), v.detach())
+    return packed
+
+
+def unsupported(problem: LoDProblem) -> str | None:
+    """Why the library cannot serve the problem, or None when it can."""
+    reason = load_error()
+    if reason is not None:
+        return reason
+    if problem.device.type != "cpu":
+        return f"the library has no kernel for tensors on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"native kernels take float32, bfloat16 and float16, not {problem.dtype}"
+    if not (problem.M and problem.N and problem.K):
+        return "a layer without rows, inputs or outputs is left to torch"
+    for name, stride, size in (
+        ("u", problem.u_stride, problem.R),
+        ("v", problem.v_stride, problem.K),
+    ):
+        if stride and stride[-1] != 1 and size > 1:
+            return f"native kernels read {name} with last stride 1, not {stride[-1]}"
+    return None
+
+
+def choose_strategy(problems: Sequence[LoDProblem]) -> tuple[str, str]:
+    """(strategy, reason) for one layer or a group."""
+    many = f"; one parallel region for {len(problems)} layers" if len(problems) > 1 else ""
+    return "fused", f"{isa(problems[0].dtype)} kernels on the factors as they are{many}"
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def forward(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rank: int | Tensor,
+    activation: str | None,
+    *,
+    save_h: bool,
+    strategy: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Y = act(x @ v[:r].T @ u[:, :r].T + bias), and H (M, r), or (M, R) for a tensor rank."""
+    is_tensor = isinstance(rank, Tensor)
+    arguments = (
+        _rows(x),
+        u,
+        v,
+        None if bias is None else bias.contiguous(),
+        -1 if is_tensor else rank,
+        rank if is_tensor else None,
+        ACTIVATION_CODES[activation],
+        None,
+    )
+    if save_h:
+        return torch.ops.maestro_native.linear_h.default(*arguments)
+    return torch.ops.maestro_native.linear.default(*arguments), None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    y: Tensor | None,
+    rank: int | Tensor,
+    activation: str | None,
+    *,
+    needs: tuple[bool, bool, bool, bool],
+    strategy: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, du, dv, dbias) by library matmuls: factors change every step, so nothing is packed."""
+    return reference.backward(
+        dy, x, u, v, bias, h, y, rank, activation, needs=needs, strategy=strategy
+    )
+
+
+def grouped_forward(
+    xs: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ranks: Ranks,
+    activations: Sequence[str | None],
+    *,
+    save_h: bool,
+    packed: Sequence[Tensor] = (),
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """`forward` of several layers in one parallel region; xs has one shared entry or one each."""
+    n, is_tensor = len(us), isinstance(ranks, Tensor)
+    outputs = torch.ops.maestro_native.grouped.default(
+        [_rows(x) for x in xs],
+        list(us),
+        list(vs),
+        [b.contiguous() for b in biases if b is not None],
+        [int(b is not None) for b in biases],
+        [-1] * n if is_tensor else list(ranks),
+        ranks if is_tensor else None,
+        [ACTIVATION_CODES[a] for a in activations],
+        list(packed),
+        save_h,
+    )
+    return outputs[:n], outputs[n:] if save_h else None

@@ -1,0 +1,279 @@
+"""prepack: inference on CPUs with factors packed once, in the form that is fastest for each M.
+
+A packed copy belongs to the values it was made of. It is made again when the factors are other
+tensors, lie elsewhere, have another version, or when something happened that torch does not count
+as a version: train(), load_state_dict, truncate, or a step of any optimizer (fused ones write
+without telling). Values written through `.data` are not noticed: call prepack again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from maestro_kernels.backends import packed
+from maestro_kernels.functional import lod_linear
+from maestro_kernels.nn.layer import check_int
+from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.ops import eager
+
+__all__ = ["PackedGroup", "PackedLinear", "prepack", "unpack"]
+
+_steps = 0
+_hooked = False
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+def _signature(layers: Sequence[LoDLinear]) -> tuple[Any, ...]:
+    """What a packed copy of the layers' factors depends on."""
+    parts: list[Any] = [_steps]
+    for layer in layers:
+        parts += (layer._epoch, layer._rank, layer.activation)
+        for factor in (layer.u, layer.v):
+            # The tensor itself is kept, so that its address cannot come back as another one's.
+            version = -1 if factor.is_inference() else factor._version
+            parts += (id(factor), factor.data_ptr(), version)
+    return tuple(parts)
+
+
+class _Packed:
+    """Packed copies for one layer or one group, by the number of rows they were chosen for.
+
+    Attributes:
+        choices: M -> name of the form that runs there, for M seen so far.
+    """
+
+    def __init__(self, form: str | None = None) -> None:
+        self.form = form
+        self.choices: dict[int, str] = {}
+        self._signature: tuple[Any, ...] | None = None
+        self._forms: dict[tuple[str, int], Any] = {}
+        self._by_rows: dict[int, Any] = {}
+        self._keep: tuple[Tensor, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
+        return type(self)(self.form)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Packed bytes are of this machine; the values they come from are saved with the layer.
+        return type(self), (self.form,)
+
+    def _fresh(self, layers: Sequence[LoDLinear]) -> None:
+        """Forget what was made of other values."""
+        signature = _signature(layers)
+        if signature != self._signature:
+            self._signature = signature
+            self._forms, self._by_rows, self.choices = {}, {}, {}
+            self._keep = tuple(t for layer in layers for t in (layer.u, layer.v))
+
+    def _keep_chosen(self) -> None:
+        """Free the forms that lost everywhere."""
+        chosen = {id(form) for form in self._by_rows.values()}
+        self._forms = {key: form for key, form in self._forms.items() if id(form) in chosen}
+
+
+class PackedLinear(_Packed):
+    """The packed forms of one layer."""
+
+    def __call__(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
+        """The layer's output, or None where the call has to run unpacked."""
+        if not servable(x, (layer,)):
+            return None
+        self._fresh((layer,))
+        K = layer.in_features
+        if x.shape[-1] != K or x.numel() == 0:
+            return None
+        rows = x.numel() // K
+        form = self._by_rows.get(rows)
+        if form is None:
+            if rows in self._by_rows:
+                return None
+            form = self._choose(layer, x.reshape(rows, K).contiguous(), rows)
+            if form is None:
+                return None
+        if x.dim() == 2:
+            return form(x if x.stride(1) == 1 else x.contiguous(), layer.bias)
+        y: Tensor = form(x.reshape(rows, K), layer.bias)
+        return y.view(*x.shape[:-1], layer.out_features)
+
+    def _choose(self, layer: LoDLinear, x: Tensor, rows: int) -> Any:
+        names: tuple[str, ...] = packed.FORMS if self.form is None else (self.form,)
+        if self.form is None and 2 * layer.rank < layer.break_even_rank:
+            # The merged matrix costs more than twice what the factors do: not worth its memory.
+            names = tuple(name for name in names if name != "merged dense")
+        forms = {name: form for name in names if (form := self._make(layer, name, rows))}
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(form, x, layer.bias) for name, form in forms.items()
+        }
+        if self.form is None:
+            calls["unpacked"] = partial(_unpacked, layer, x)
+        size = (layer.out_features, layer.in_features, layer.max_rank, layer.rank, rows)
+        key = (*size, layer.u.dtype, layer.bias is not None, layer.activation)
+        name = next(iter(calls), "unpacked") if len(calls) < 2 else packed.fastest(key, calls)
+        self.choices[rows] = name
+        self._by_rows[rows] = forms.get(name)
+        self._keep_chosen()
+        return forms.get(name)
+
+    def _make(self, layer: LoDLinear, name: str, rows: int) -> Any:
+        # oneDNN lays weights out for a size of batch; the other forms fit every one.
+        key = (name, 0 if name == "fused" else 1 << (rows - 1).bit_length())
+        if key not in self._forms:
+            self._forms[key] = packed.make_form(
+                name, layer.u, layer.v, layer.rank, layer.activation, key[1]
+            )
+        return self._forms[key]
+
+
+class PackedGroup(_Packed):
+    """The packed form of layers that read one x: one parallel region, or each layer by itself."""
+
+    def __call__(self, layers: Sequence[LoDLinear], x: Tensor) -> list[Tensor] | None:
+        """The outputs of all layers, or None where the group has to run unpacked."""
+        K = layers[0].in_features
+        if not servable(x, layers) or x.shape[-1] != K or x.numel() == 0:
+            return None
+        self._fresh(layers)
+        rows = x.numel() // K
+        if rows not in self._by_rows:
+            self._by_rows[rows] = self._choose(layers, x.reshape(rows, K).contiguous(), rows)
+        run = self._by_rows[rows]
+        if run is None:
+            return None
+        flat = x if x.dim() == 2 else x.reshape(rows, K)
+        ys = run(flat if flat.stride(1) == 1 else flat.contiguous(), [m.bias for m in layers])
+        return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+    def _choose(self, layers: Sequence[LoDLinear], x: Tensor, rows: int) -> Any:
+        grouped = self._forms.get(("fused", 0)) or packed.make_group_form(
+            [m.u for m in layers],
+            [m.v for m in layers],
+            [m.rank for m in layers],
+            [m.activation for m in layers],
+        )
+        singles = [m.packed or PackedLinear(self.form) for m in layers]
+
+        def one_by_one(flat: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+            pairs = zip(singles, layers, strict=True)
+            outputs = [(single(layer, flat), layer) for single, layer in pairs]
+            return [_unpacked(layer, flat) if y is None else y for y, layer in outputs]
+
+        biases = [m.bias for m in layers]
+        runs: dict[str, Any] = {"one by one": one_by_one}
+        if grouped is not None and self.form in (None, "fused"):
+            runs["fused"] = grouped
+        one_by_one(x, biases)
+        key = tuple(
+            (m.out_features, m.in_features, m.max_rank, m.rank, rows, m.u.dtype, m.activation)
+            for m in layers
+        )
+        if self.form == "fused" and grouped is not None:
+            name = "fused"
+        else:
+            calls = {name: partial(run, x, biases) for name, run in runs.items()}
+            name = packed.fastest(key, calls)
+        self.choices[rows] = name
+        self._forms = {("fused", 0): grouped} if "fused" in self.choices.values() else {}
+        return runs[name]
+
+
+def _unpacked(layer: LoDLinear, x: Tensor) -> Tensor:
+    return lod_linear(x, layer.u, layer.v, layer.bias, rank=layer.rank, activation=layer.activation)
+
+
+def servable(x: Tensor, layers: Sequence[LoDLinear]) -> bool:
+    """Whether a call may use packed weights: plain CPU tensors of one dtype, no gradient wanted."""
+    if not eager.is_plain(x) or not x.is_cpu or eager.autocast_dtype(x) is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    if grad and x.requires_grad:
+        return False
+    for m in layers:
+        if (
+            m.backend is not None
+            or m.u.dtype != x.dtype
+            or m.v.dtype != x.dtype
+            or not (m.u.is_cpu and m.v.is_cpu)
+        ):
+            return False
+        if grad and (m.u.requires_grad or m.v.requires_grad or _wants(m.bias)):
+            return False
+    return True
+
+
+def _wants(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
+
+
+def prepack(
+    module: nn.Module, *, rows: int | Sequence[int] = (), form: str | None = None
+) -> nn.Module:
+    """Compute every LoDLinear's y = act(x @ v[:r].T @ u[:, :r].T + bias) from packed weights.
+
+    For CPU inference: weights are packed once, in the form a short measurement finds fastest at the
+    M (rows of x) of the call: the fused native kernel, two oneDNN linears, one oneDNN linear on
+    the merged matrix, or unpacked factors as before. The first call at each M measures; layers of
+    one size share the result. `summary` and `layer.packed.choices` say which was taken. Packed
+    copies need memory beside the factors, are not saved, and are made again after the factors
+    changed. A call that wants gradients, runs under autocast or is compiled uses the factors.
+
+    Args:
+        module: any module, changed in place; on CUDA nothing is done and a warning says so.
+        rows: M to measure now rather than at the first call.
+        form: one of "fused", "two oneDNN linears", "merged dense", "unpacked" to skip measuring.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: module is no module, or rows no int.
+        ValueError: an unknown form, or rows < 1.
+    """
+    global _hooked
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"prepack: module: expected an nn.Module, got {type(module).__name__}")
+    if form is not None and form not in packed.FORMS:
+        raise ValueError(f"prepack: form: expected one of {packed.FORMS}, got {form!r}")
+    sizes = [rows] if isinstance(rows, int) else list(rows)
+    sizes = [check_int("prepack", "rows", size, 1) for size in sizes]
+    layers = [m for m in module.modules() if isinstance(m, LoDLinear)]
+    elsewhere = {m.u.device.type for m in layers} - {"cpu"}
+    if elsewhere:
+        warnings.warn(
+            f"prepack: layers on {', '.join(sorted(elsewhere))} stay as they are: weights are "
+            "packed for CPU kernels only",
+            stacklevel=2,
+        )
+    if not _hooked:
+        register_optimizer_step_post_hook(_count_step)
+        _hooked = True
+    layers = [m for m in layers if m.u.is_cpu]
+    for layer in layers:
+        layer.packed = PackedLinear(form)
+    for shared in {id(m.group): m.group for m in layers if m.group is not None}.values():
+        shared.packed = PackedGroup(form)
+    with torch.no_grad():
+        for size, layer in itertools.product(sizes, layers):
+            layer(torch.zeros(size, layer.in_features, dtype=layer.u.dtype))
+    return module
+
+
+def unpack(module: nn.Module) -> nn.Module:
+    """Undo `prepack`: free the packed copies and run from the factors."""
+    for layer in module.modules():
+        if isinstance(layer, LoDLinear):
+            layer.packed = None
+            if layer.group is not None:
+                layer.group.packed = None
+    return module

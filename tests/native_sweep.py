@@ -1,0 +1,136 @@
+"""Shapes, ranks, dtypes, modes and layouts through the native CPU kernels, against float64.
+
+Run as a program it sweeps everything with the instruction set that MK_CPU_ISA allows.
+"""
+
+import itertools
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import maestro_kernels as mk
+from maestro_kernels.backends import native
+from maestro_kernels.backends.reference import ACTIVATIONS, lod_linear_ref
+from maestro_kernels.testing import accuracy_error, make_inputs, poison
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (M, N, K, R): off every tile, one row, one column, one component, several row blocks, wide.
+SHAPES = (
+    (1, 1, 1, 1),
+    (1, 33, 65, 17),
+    (2, 100, 40, 8),
+    (3, 31, 129, 33),
+    (5, 64, 64, 32),
+    (13, 97, 130, 31),
+    (37, 56, 72, 24),
+    (64, 160, 96, 48),
+    (129, 70, 257, 40),
+    (300, 130, 64, 64),
+    (517, 48, 33, 5),
+)
+
+
+def spoil(*shapes, dtype):
+    """Leave NaN in memory that the allocator is likely to hand out for the outputs."""
+    for shape in shapes:
+        poison(torch.empty(shape, dtype=dtype))
+
+
+def plain(x, u, v, bias, r, activation):
+    return ACTIVATIONS[activation](F.linear(F.linear(x, v[:r]), u[:, :r], bias))
+
+
+def run(x, u, v, bias, rank, activation, *, packed, save_h):
+    code = native.ACTIVATION_CODES[activation]
+    is_tensor = isinstance(rank, torch.Tensor)
+    panels = native.pack(u, v) if packed else None
+    op = native.ops().linear_h if save_h else native.ops().linear
+    spoil((*x.shape[:-1], u.shape[0]), dtype=x.dtype)
+    out = op(x, u, v, bias, -1 if is_tensor else rank, rank if is_tensor else None, code, panels)
+    return out if save_h else (out, None)
+
+
+def ranks_of(R):
+    return sorted({0, 1, R // 2, max(R - 1, 0), R})
+
+
+def check(shape, dtype, rank, activation, packed, *, bias=True, tensor_rank=False, save_h=False):
+    """Text of what is wrong, or None."""
+    M, N, K, R = shape
+    x, u, v, b = make_inputs(M, N, K, R, dtype=dtype, bias=bias, seed=M + N)
+    # What lies beyond the rank must never matter, as long as it is finite.
+    u[:, rank:] = 3e3
+    v[rank:] = -3e3
+    r = torch.tensor(rank, dtype=torch.int32) if tensor_rank else rank
+    y, h = run(x, u, v, b, r, activation, packed=packed, save_h=save_h)
+    again, _ = run(x, u, v, b, r, activation, packed=packed, save_h=save_h)
+    if not torch.equal(y, again):
+        return "two calls differ"
+    doubled = [None if t is None else t.double() for t in (x, u, v, b)]
+    exact = lod_linear_ref(*doubled, rank=rank, activation=activation)
+    problem = accuracy_error(y, plain(x, u, v, b, rank, activation), exact)
+    if problem is None and save_h:
+        width = R if tensor_rank else rank
+        exact_h = torch.zeros(M, width, dtype=torch.float64)
+        exact_h[:, :rank] = doubled[0] @ doubled[2][:rank].T
+        pair_h = torch.zeros(M, width, dtype=dtype)
+        pair_h[:, :rank] = F.linear(x, v[:rank])
+        problem = accuracy_error(h, pair_h, exact_h)
+        if problem is None and tensor_rank and h[:, rank:].abs().sum() != 0:
+            problem = "H is not zero beyond the rank"
+        problem = None if problem is None else f"H: {problem}"
+    return problem
+
+
+def check_group(dtype, packed, shared):
+    sizes = ((40, 24, 24), (7, 33, 5), (129, 16, 0), (64, 40, 17))
+    K, M = 72, 21
+    made = [make_inputs(M, N, K, R, dtype=dtype, seed=i) for i, (N, R, _) in enumerate(sizes)]
+    xs = [made[0][0]] if shared else [m[0] for m in made]
+    us, vs = [m[1] for m in made], [m[2] for m in made]
+    biases = [None if i == 1 else m[3] for i, m in enumerate(made)]
+    ranks = [r for _, _, r in sizes]
+    activations = [None, "gelu", "relu", "silu"]
+    panels = [native.pack(u, v) for u, v in zip(us, vs, strict=True)] if packed else []
+    ys, hs = native.grouped_forward(
+        xs, us, vs, biases, ranks, activations, save_h=True, packed=panels
+    )
+    for i, (y, h) in enumerate(zip(ys, hs, strict=True)):
+        x = xs[0 if shared else i]
+        doubled = [None if t is None else t.double() for t in (x, us[i], vs[i], biases[i])]
+        exact = lod_linear_ref(*doubled, rank=ranks[i], activation=activations[i])
+        pair = plain(x, us[i], vs[i], biases[i], ranks[i], activations[i])
+        problem = accuracy_error(y, pair, exact)
+        if problem or h.shape != (M, ranks[i]):
+            return f"layer {i}: {problem or h.shape}"
+    return None
+
+
+def sweep():
+    """Every failure of the whole grid, as text."""
+    failures = []
+    for shape, dtype, packed in itertools.product(SHAPES, DTYPES, (False, True)):
+        for i, rank in enumerate(ranks_of(shape[3])):
+            activation = tuple(ACTIVATIONS)[i % len(ACTIVATIONS)]
+            options = {"bias": i % 2 == 0, "tensor_rank": i % 3 == 1, "save_h": i % 2 == 1}
+            problem = check(shape, dtype, rank, activation, packed, **options)
+            if problem:
+                failures.append(
+                    f"{shape} {dtype} r{rank} {activation} {packed=} {options}: {problem}"
+                )
+    for dtype, packed, shared in itertools.product(DTYPES, (False, True), (False, True)):
+        problem = check_group(dtype, packed, shared)
+        if problem:
+            failures.append(f"group {dtype} {packed=} {shared=}: {problem}")
+    return failures
+
+
+if __name__ == "__main__":
+    threads = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    torch.set_num_threads(threads)
+    mk.lod_linear(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1), backend="native")
+    print("isa", *(native.isa(dtype) for dtype in DTYPES))
+    found = sweep()
+    print("\n".join(found[:40]))
+    sys.exit(1 if found else 0)

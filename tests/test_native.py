@@ -1,0 +1,254 @@
+"""The native backend: CPU kernels through the public op, on every instruction set found here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import native_sweep
+import pytest
+import torch
+import torch.nn.functional as F
+
+import maestro_kernels as mk
+from maestro_kernels import dispatch
+from maestro_kernels.backends import native
+from maestro_kernels.backends.reference import lod_linear_ref
+from maestro_kernels.testing import assert_accurate, make_inputs
+
+needs_library = pytest.mark.skipif(
+    native.load_error() is not None, reason=f"no native library: {native.load_error()}"
+)
+HERE = Path(__file__).parent
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", ""])
+def test_every_instruction_set_meets_the_tolerance(isa, threads):
+    environment = {**os.environ, "MK_CPU_ISA": isa, "OMP_NUM_THREADS": str(threads)}
+    if not isa:
+        environment.pop("MK_CPU_ISA")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "native_sweep.py"), str(threads)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if isa in ("portable", "avx2"):
+        assert done.stdout.split()[1] in ("portable", isa)
+
+
+@needs_library
+@pytest.mark.parametrize("packed", [False, True])
+def test_bodies_run_one_after_the_other_inside_a_parallel_region(packed):
+    # torch's pool does not nest: a body that waited for a later one would hang here.
+    x, u, v, b = make_inputs(64, 96, 128, 32)
+    panels = native.pack(u, v) if packed else None
+    expected = native.ops().linear(x, u, v, b, 32, None, 0, panels)
+    code = (
+        "import sys, torch; from maestro_kernels.backends import native;"
+        "from maestro_kernels.testing import make_inputs;"
+        "torch.set_num_threads(1); native.load_error();"
+        "x, u, v, b = make_inputs(64, 96, 128, 32);"
+        f"p = native.pack(u, v) if {packed} else None;"
+        "y = native.ops().linear(x, u, v, b, 32, None, 0, p); print(float(y.double().sum()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert float(done.stdout) == pytest.approx(float(expected.double().sum()), abs=1e-3)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [None, 13, "tensor"])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_values_and_gradients(dtype, rank, activation):
+    leaves = make_inputs(37, 56, 72, 24, dtype=dtype, requires_grad=True)
+    r = {"tensor": 13, None: 24}.get(rank, rank)
+    if rank == "tensor":
+        rank = torch.tensor(13, dtype=torch.int32)
+    y = mk.lod_linear(*leaves, rank=rank, activation=activation, backend="native")
+    exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
+    exact = lod_linear_ref(*exact_leaves, rank=r, activation=activation)
+    pair = native_sweep.plain(*leaves, r, activation)
+    assert_accurate("y", y, pair, exact)
+    dy = torch.randn(37, 56).to(dtype)
+    grads = (
+        torch.autograd.grad(y, leaves, dy),
+        torch.autograd.grad(pair, leaves, dy),
+        torch.autograd.grad(exact, exact_leaves, dy.double()),
+    )
+    for name, got, by_torch, ref in zip(("dx", "du", "dv", "db"), *grads, strict=True):
+        assert_accurate(name, got, by_torch, ref)
+
+
+@needs_library
+def test_leading_dimensions_strides_and_views_of_x():
+    x, u, v, b = make_inputs((3, 5, 4), 24, 40, 16)
+    plain = F.linear(F.linear(x, v), u, b)
+    exact = lod_linear_ref(x.double(), u.double(), v.double(), b.double())
+    wide = torch.randn(3, 5, 4, 48)
+    wide[..., 4:44] = x
+    forms = {
+        "view": wide[..., 4:44],
+        "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "columns": x.movedim(-1, 0).contiguous().movedim(0, -1),
+        "expanded": x[:1].expand(3, 5, 4, 40),
+    }
+    for name, form in forms.items():
+        y = mk.lod_linear(form, u, v, b, backend="native")
+        first = name == "expanded"
+        assert y.shape == (3, 5, 4, 24)
+        assert_accurate(
+            name,
+            y[:1] if first else y,
+            plain[:1] if first else plain,
+            exact[:1] if first else exact,
+        )
+
+
+@needs_library
+def test_row_views_of_factors_are_read_in_place():
+    x, u, v, b = make_inputs(9, 24, 40, 16)
+    tall_u, tall_v = torch.full((24, 50), 7.0), torch.full((16, 60), 7.0)
+    tall_u[:, 3:19], tall_v[:, 5:45] = u, v
+    got = mk.lod_linear(x, tall_u[:, 3:19], tall_v[:, 5:45], b, backend="native")
+    assert torch.equal(got, mk.lod_linear(x, u, v, b, backend="native"))
+
+
+@needs_library
+def test_what_it_cannot_read_is_refused_with_a_reason():
+    x, u, v, _ = make_inputs(4, 8, 16, 4)
+    with pytest.raises(NotImplementedError, match=r"'native': .*u with last stride 1, not 8"):
+        mk.lod_linear(x, u.T.contiguous().T, v, backend="native")
+    with pytest.raises(NotImplementedError, match=r"'native': .*float64"):
+        mk.lod_linear(x.double(), u.double(), v.double(), backend="native")
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: (a[0].double(), *a[1:]),
+        lambda a: (a[0], a[1].bfloat16(), *a[2:]),
+        lambda a: (a[0], a[1], a[2][:, :-1], a[3]),
+        lambda a: (a[0], a[1], a[2][:-1], a[3]),
+        lambda a: (a[0], a[1][:, 0], *a[2:]),
+        lambda a: (*a[:3], a[3][:-1]),
+        lambda a: (*a[:3], a[3].double()),
+    ],
+)
+def test_the_library_refuses_what_does_not_fit(change):
+    arguments = change(make_inputs(4, 8, 16, 4))
+    with pytest.raises(RuntimeError, match="maestro_native"):
+        native.ops().linear(*arguments, 4, None, 0, None)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("rank", "rank_tensor", "activation"),
+    [(5, None, 0), (4, None, 9), (-1, torch.tensor([1, 2], dtype=torch.int32), 0)],
+)
+def test_the_library_refuses_wrong_choices(rank, rank_tensor, activation):
+    with pytest.raises(RuntimeError, match="maestro_native"):
+        native.ops().linear(*make_inputs(4, 8, 16, 4), rank, rank_tensor, activation, None)
+
+
+@needs_library
+def test_packed_bytes_of_other_factors_are_refused():
+    x, u, v, b = make_inputs(4, 8, 16, 4)
+    other = native.pack(*make_inputs(4, 800, 160, 40)[1:3])
+    with pytest.raises(RuntimeError, match="packed"):
+        native.ops().linear(x, u, v, b, 4, None, 0, other)
+
+
+@needs_library
+@pytest.mark.parametrize("value", [-3, 0, 7, 24, 99])
+def test_a_tensor_rank_is_read_at_run_time_and_clamped(value):
+    x, u, v, b = make_inputs(6, 30, 40, 24)
+    rank = torch.tensor(value, dtype=torch.int32)
+    y = mk.lod_linear(x, u, v, b, rank=rank, backend="native")
+    r = min(max(value, 0), 24)
+    assert torch.equal(y, mk.lod_linear(x, u, v, b, rank=r, backend="native") if r else y)
+    exact = lod_linear_ref(x.double(), u.double(), v.double(), b.double(), rank=r)
+    assert_accurate("y", y, F.linear(F.linear(x, v[:r]), u[:, :r], b), exact)
+
+
+@needs_library
+def test_auto_takes_small_calls_and_says_so():
+    x, u, v, b = make_inputs(4, 8, 8, 4)
+    plan = mk.explain(x, u, v, b).plan
+    assert (plan.backend, plan.strategy) == ("native", "fused")
+    assert "smaller than the cost of two library calls" in plan.reason
+    assert torch.equal(mk.lod_linear(x, u, v, b), mk.lod_linear(x, u, v, b, backend="native"))
+
+
+@needs_library
+def test_a_remembered_plan_still_validates_every_call():
+    x, u, v, b = make_inputs(4, 8, 8, 4)
+    mk.lod_linear(x, u, v, b, rank=1)
+    assert dispatch.native_plan(x, u, 1, None) is not None
+    with pytest.raises(TypeError, match="rank: expected"):
+        mk.lod_linear(x, u, v, b, rank=True)
+    with pytest.raises(ValueError, match=r"lod_linear: v: expected shape \(R, 8\)"):
+        mk.lod_linear(x, u, v[:, :7], b, rank=1)
+    with pytest.raises(ValueError, match=r"lod_linear: bias: expected shape"):
+        mk.lod_linear(x, u, v, b[:3], rank=1)
+    with pytest.raises(TypeError, match=r"lod_linear: u: expected torch.float32"):
+        mk.lod_linear(x, u.double(), v, b, rank=1)
+    column_u = u.T.contiguous().T
+    exact = lod_linear_ref(x.double(), u.double(), v.double(), b.double(), rank=1)
+    y = mk.lod_linear(x, column_u, v, b, rank=1)
+    assert_accurate("column-major u", y, F.linear(F.linear(x, v[:1]), u[:, :1], b), exact)
+
+
+@needs_library
+def test_gradients_of_remembered_small_calls():
+    leaves = make_inputs(4, 8, 8, 4, requires_grad=True)
+    for _ in range(2):
+        y = mk.lod_linear(*leaves, rank=3)
+        grads = torch.autograd.grad(y.square().sum(), leaves)
+    pair = F.linear(F.linear(leaves[0], leaves[2][:3]), leaves[1][:, :3], leaves[3])
+    by_torch = torch.autograd.grad(pair.square().sum(), leaves)
+    doubled = [t.detach().double().requires_grad_() for t in leaves]
+    exact = torch.autograd.grad(lod_linear_ref(*doubled, rank=3).square().sum(), doubled)
+    for name, got, plain, ref in zip("xuvb", grads, by_torch, exact, strict=True):
+        assert_accurate(f"d{name}", got, plain, ref)
+    with torch.no_grad():
+        assert not mk.lod_linear(*leaves, rank=3).requires_grad
+
+
+@needs_library
+def test_the_compiled_op_follows_a_tensor_rank_without_recompiling():
+    layer = mk.LoDLinear(16, 24, max_rank=8)
+    layer.backend = "native"
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 16)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rank in (8, 3, 1):
+            layer.rank = rank
+            assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+
+
+def test_a_library_that_does_not_load_gives_the_loaders_words(tmp_path, monkeypatch):
+    broken = tmp_path / "_native.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(native, "LIBRARY", broken)
+    native._load.cache_clear()
+    try:
+        reason = native.load_error()
+        assert "does not load" in reason
+        assert str(tmp_path) not in reason
+        x, u, v, b = make_inputs(5, 9, 11, 3)
+        with pytest.raises(NotImplementedError, match="does not load"):
+            mk.lod_linear(x, u, v, b, backend="native")
+        monkeypatch.setattr(native, "LIBRARY", tmp_path / "missing.so")
+        native._load.cache_clear()
+        assert "no compiled library" in native.load_error()
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()

@@ -1,0 +1,282 @@
+"""prepack: right values in every form, and a changed factor is noticed however it changed."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import maestro_kernels as mk
+from maestro_kernels.backends import native, packed
+from maestro_kernels.backends.reference import ACTIVATIONS, lod_linear_ref
+from maestro_kernels.nn.prepack import unpack
+from maestro_kernels.testing import assert_accurate
+
+FORMS = [
+    pytest.param(
+        form,
+        marks=pytest.mark.skipif(
+            (form == "fused" and native.load_error() is not None)
+            or ("ne" in form and not torch.backends.mkldnn.is_available()),
+            reason="this build cannot",
+        ),
+    )
+    for form in packed.FORMS
+]
+
+
+def make(K=40, N=24, R=16, rank=None, activation=None, dtype=torch.float32, bias=True):
+    torch.manual_seed(3)
+    layer = mk.LoDLinear(K, N, max_rank=R, bias=bias, activation=activation, dtype=dtype)
+    layer.rank = R if rank is None else rank
+    return layer.eval()
+
+
+def check(layer, x, name="y"):
+    """The layer's output for x, in its packed form, against float64."""
+    with torch.no_grad():
+        y = layer(x)
+        r, act = layer.rank, layer.activation
+        pair = ACTIVATIONS[act](F.linear(F.linear(x, layer.v[:r]), layer.u[:, :r], layer.bias))
+        if layer.packed is not None and layer.packed.form == "merged dense":
+            # The library's result in the same dtype is then the dense layer's.
+            merged = (layer.u[:, :r].double() @ layer.v[:r].double()).to(x.dtype)
+            pair = ACTIVATIONS[act](F.linear(x, merged, layer.bias))
+        doubled = [None if t is None else t.double() for t in (x, layer.u, layer.v, layer.bias)]
+        assert_accurate(name, y, pair, lod_linear_ref(*doubled, rank=r, activation=act))
+    return y
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", None])
+def test_every_form_computes_the_layer(form, dtype, activation):
+    layer = make(activation=activation, dtype=dtype, bias=activation != "relu")
+    mk.prepack(layer, form=form)
+    for shape in ((1, 40), (37, 40), (2, 3, 40), (40,)):
+        check(layer, torch.randn(shape).to(dtype), str(shape))
+    for rank in (0, 1, 7, 16):
+        layer.rank = rank
+        check(layer, torch.randn(5, 40).to(dtype), f"rank {rank}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form_that_ran_is_the_form_that_was_asked_for(form):
+    layer = mk.prepack(make(), form=form)
+    check(layer, torch.randn(4, 40))
+    taken = set(layer.packed.choices.values())
+    assert taken == {form}
+
+
+def step_fused(layer):
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.5, fused=True)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def load(layer):
+    layer.load_state_dict(make(R=16).state_dict() | {"u": torch.randn(24, 16)})
+
+
+def write_in_place(layer):
+    with torch.no_grad():
+        layer.v.mul_(2)
+
+
+def replace(layer):
+    layer.u = nn.Parameter(torch.randn(24, 16))
+
+
+def train_and_write_data(layer):
+    layer.train()
+    layer.u.data.mul_(3)
+    layer.eval()
+
+
+CHANGES = [
+    step_fused,
+    load,
+    write_in_place,
+    replace,
+    train_and_write_data,
+    lambda layer: layer.truncate(5),
+    lambda layer: setattr(layer, "rank", 9),
+    lambda layer: layer.to(torch.bfloat16).to(torch.float32),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_factors_are_packed_again(form, change):
+    layer = mk.prepack(make(), form=form)
+    x = torch.randn(6, 40)
+    before = check(layer, x)
+    change(layer)
+    after = check(layer, x)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inference_mode_parameters(form):
+    with torch.inference_mode():
+        layer = make()
+    assert layer.u.is_inference()
+    mk.prepack(layer, form=form)
+    with torch.inference_mode():
+        check(layer, torch.randn(6, 40))
+        layer.load_state_dict(make().state_dict() | {"v": torch.randn(16, 40)})
+        check(layer, torch.randn(6, 40))
+
+
+def test_without_a_form_the_fastest_is_measured_once_per_size(monkeypatch):
+    measured = []
+    original = packed.fastest
+
+    def fastest(key, candidates):
+        measured.append((key, set(candidates)))
+        return original(key, candidates)
+
+    monkeypatch.setattr(packed, "fastest", fastest)
+    layer = mk.prepack(make(), rows=[1, 8])
+    assert set(layer.packed.choices) == {1, 8}
+    assert len(measured) == 2
+    assert all("unpacked" in names for _, names in measured)
+    check(layer, torch.randn(8, 40))
+    assert len(measured) == 2
+    check(layer, torch.randn(3, 40))
+    assert set(layer.packed.choices) == {1, 3, 8}
+    assert f"prepacked: {layer.packed.choices[1]}" in str(mk.summary(layer))
+
+
+def test_the_result_of_a_measurement_serves_layers_of_the_same_size(monkeypatch):
+    from maestro_kernels.benchmark import timing
+
+    calls = []
+    original = timing.interleave
+    monkeypatch.setattr(timing, "interleave", lambda *a, **k: calls.append(1) or original(*a, **k))
+    packed._fastest.clear()
+    model = nn.Sequential(make(32, 32, 8), make(32, 32, 8), make(32, 32, 8)).eval()
+    mk.prepack(model, rows=2)
+    assert len(calls) == 1
+
+
+def test_forms_that_lost_are_freed():
+    layer = mk.prepack(make(), rows=[1, 4, 64])
+    kept = set(map(id, layer.packed._forms.values()))
+    used = {id(form) for form in layer.packed._by_rows.values()}
+    assert kept <= used
+
+
+def test_calls_that_want_gradients_use_the_factors():
+    layer = mk.prepack(make())
+    x = torch.randn(4, 40)
+    y = layer(x)
+    y.sum().backward()
+    assert layer.u.grad is not None
+    assert layer.packed.choices == {}
+    x.requires_grad_(True)
+    for p in layer.parameters():
+        p.requires_grad_(False)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_autocast_compile_and_other_dtypes_use_the_factors():
+    layer = mk.prepack(make())
+    x = torch.randn(4, 40)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"lod_linear: .*expected"):
+            layer(x.bfloat16())
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+    layer.backend = "reference"
+    with torch.no_grad():
+        layer(x)
+    assert 4 in layer.packed.choices or layer.packed.choices == {}
+
+
+def test_empty_batches_and_wrong_widths_behave_as_before():
+    layer = mk.prepack(make())
+    with torch.no_grad():
+        assert layer(torch.randn(0, 40)).shape == (0, 24)
+        with pytest.raises(ValueError, match="lod_linear: v: expected shape"):
+            layer(torch.randn(4, 39))
+
+
+@pytest.mark.parametrize("form", [None, "fused"])
+def test_groups_run_packed(form):
+    if form == "fused" and native.load_error() is not None:
+        pytest.skip("no native library")
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (
+                make(40, 24),
+                make(40, 8, 8),
+                make(40, 16, 16, 5),
+            )
+
+        def forward(self, x):
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    block = Block().eval()
+    x = torch.randn(2, 5, 40)
+    with torch.no_grad():
+        mk.group(block)
+        expected = block(x)
+        mk.prepack(block, form=form)
+        for got, want in zip(block(x), expected, strict=True):
+            assert torch.allclose(got, want, atol=1e-5)
+        shared = block.q_proj.group.packed
+        assert set(shared.choices) == {10}
+        block.v_proj.u.mul_(2)
+        after = block(x)
+        assert torch.allclose(
+            after[2] - block.v_proj.bias, 2 * (expected[2] - block.v_proj.bias), atol=1e-5
+        )
+        unpack(block)
+        assert block.q_proj.group.packed is None
+        assert torch.allclose(block(x)[2], after[2], atol=1e-5)
+
+
+def test_copies_pickles_and_state_dicts_hold_no_packed_bytes():
+    layer = mk.prepack(make(), form="unpacked")
+    keys = set(layer.state_dict())
+    mk.prepack(layer, rows=4)
+    assert set(layer.state_dict()) == keys
+    twin = copy.deepcopy(layer)
+    again = pickle.loads(pickle.dumps(layer))
+    x = torch.randn(4, 40)
+    for other in (twin, again):
+        assert other.packed is not layer.packed
+        assert other.packed.choices == {}
+        with torch.no_grad():
+            other.u.mul_(-1)
+        check(other, x)
+    check(layer, x)
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match=r"prepack: module: expected an nn\.Module, got str"):
+        mk.prepack("model")
+    with pytest.raises(ValueError, match="prepack: form: expected one of"):
+        mk.prepack(make(), form="fast")
+    with pytest.raises(ValueError, match="prepack: rows: expected an int >= 1"):
+        mk.prepack(make(), rows=0)
+
+
+def test_layers_elsewhere_are_left_alone_with_a_warning():
+    layer = mk.LoDLinear(8, 8, device="meta")
+    with pytest.warns(UserWarning, match="prepack: layers on meta stay as they are"):
+        mk.prepack(layer)
+    assert layer.packed is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mk.prepack(make())
