@@ -12,6 +12,7 @@ from maestro_kernels.training.penalties import (
     hierarchical_group_lasso,
 )
 from maestro_kernels.training.resize import load_shrunken
+from maestro_kernels.training.rewrap import rewrap
 from maestro_kernels.training.samplers import (
     FixedSampler,
     FullSampler,
@@ -34,5 +35,6 @@ __all__ = [
     "hierarchical_group_lasso",
     "load_shrunken",
     "quantize_ranks",
+    "rewrap",
     "shrink",
 ]

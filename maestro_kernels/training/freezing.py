@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
+from maestro_kernels.nn import lod_layers
 from maestro_kernels.nn.layer import check_int
 from maestro_kernels.training.layers import require_layers
 
-__all__ = ["SequentialFreezing", "quantize_ranks"]
+__all__ = ["SequentialFreezing", "quantize_ranks", "thawed"]
+
+# The factor of a layer that is frozen for this phase only.
+_FROZEN = "_training_frozen"
 
 
 class SequentialFreezing:
@@ -69,14 +74,33 @@ class SequentialFreezing:
 
     def _set(self, frozen: str) -> None:
         layers = require_layers("SequentialFreezing", self._model)
-        for (name, key), trainable in self._trainable.items():
-            if name not in layers:
-                continue
-            factor = getattr(layers[name], key)
-            factor.requires_grad_(trainable and key != frozen)
-            if key == frozen:
-                # A gradient left over from the last phase would still move the factor.
-                factor.grad = None
+        for name, layer in layers.items():
+            for key in ("u", "v"):
+                factor, trainable = getattr(layer, key), self._trainable.get((name, key), False)
+                factor.requires_grad_(trainable and key != frozen)
+                if key == frozen:
+                    # A gradient left over from the last phase would still move the factor.
+                    factor.grad = None
+            vars(layer)[_FROZEN] = frozen if self._trainable.get((name, frozen)) else ""
+
+
+@contextmanager
+def thawed(model: nn.Module) -> Iterator[None]:
+    """Let factors that wait for their phase want gradients meanwhile.
+
+    DDP never synchronises a gradient that nobody wants at the time of wrapping.
+    """
+    waiting = [
+        (layer, key) for layer in lod_layers(model).values() if (key := vars(layer).get(_FROZEN))
+    ]
+    for layer, key in waiting:
+        getattr(layer, key).requires_grad_(True)
+    try:
+        yield
+    finally:
+        # Looked up again: fully_shard makes new parameters.
+        for layer, key in waiting:
+            getattr(layer, key).requires_grad_(False)
 
 
 def quantize_ranks(

@@ -153,12 +153,24 @@ class _SquaredNorms(torch.autograd.Function):
             slope = twice[i, :R].to(t.device)
             if i >= half:
                 slope = slope.repeat(count).reshape(-1, *(1,) * (t.dim() - 1))
-            grads.append((t * slope).to(t.dtype))
+            grads.append((t * _beside(slope, t)).to(t.dtype))
         return None, *grads
 
 
 def _norms(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(matrix, dim=dim, dtype=dtype).square()
+    norms = torch.linalg.vector_norm(matrix, dim=dim, dtype=dtype)
+    # FSDP2 spreads a factor over processes; its norms are small, and all of them need all.
+    return (norms.full_tensor() if hasattr(norms, "full_tensor") else norms).square()
+
+
+def _beside(value: Tensor, factor: Tensor) -> Tensor:
+    """`value`, known whole to every process, in a form that multiplies the factor."""
+    if not hasattr(factor, "device_mesh"):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = factor.device_mesh
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _group_sizes(layers: list[LoDLayer], like: Tensor, *, tail: bool) -> Tensor:

@@ -25,7 +25,7 @@ from maestro_kernels.training.optimizer_state import (
     replace_parameter,
 )
 
-__all__ = ["Report", "shrink"]
+__all__ = ["Report", "ShrinkOptions", "shrink", "shrink_plain"]
 
 Report = dict[str, tuple[int, int | str]]
 
@@ -88,13 +88,13 @@ def shrink(
     Source: Maestro (arXiv 2308.14929), whose code masks only.
     """
     fn = "shrink"
-    options = _Options(fn, threshold, min_rank, multiple_of, min_saving, dense)
+    options = ShrinkOptions(fn, threshold, min_rank, multiple_of, min_saving, dense)
     layers = require_layers(fn, model)
     refuse_wrapped(fn, model)
     return shrink_plain(fn, unwrapped(model), layers, check_optimizers(fn, optimizer), options)
 
 
-class _Options:
+class ShrinkOptions:
     """The checked options of `shrink`, which `rewrap` passes on."""
 
     def __init__(
@@ -120,7 +120,7 @@ def shrink_plain(
     model: nn.Module,
     layers: dict[str, LoDLayer],
     optimizers: list[Optimizer],
-    options: _Options,
+    options: ShrinkOptions,
     agree: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> Report:
     """`shrink` without wrappers; `agree` makes all processes keep the same counts."""
@@ -253,7 +253,7 @@ def _alive(
     return dict(zip(layers, counts, strict=True))
 
 
-def _choose(fn: str, plans: list[_Plan], alive: dict[str, int], options: _Options) -> None:
+def _choose(fn: str, plans: list[_Plan], alive: dict[str, int], options: ShrinkOptions) -> None:
     for plan in plans:
         R = plan.R
         plan.old = max(full_rank(layer) for layer in plan.layers.values())
