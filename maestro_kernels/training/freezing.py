@@ -11,7 +11,10 @@ from maestro_kernels.nn import lod_layers
 from maestro_kernels.nn.layer import check_int
 from maestro_kernels.training.layers import require_layers
 
-__all__ = ["SequentialFreezing", "quantize_ranks", "thawed"]
+__all__ = ["SequentialFreezing", "below_cliff", "quantize_ranks", "thawed"]
+
+# rule(N, K, rank) -> rank.
+Rule = Callable[[int, int, int], int]
 
 # The factor of a layer that is frozen for this phase only.
 _FROZEN = "_training_frozen"
@@ -103,40 +106,54 @@ def thawed(model: nn.Module) -> Iterator[None]:
             getattr(layer, key).requires_grad_(False)
 
 
-def quantize_ranks(
-    model: nn.Module,
-    multiple_of: int = 16,
-    latency: Callable[[int, int, int], float] | None = None,
-) -> dict[str, int]:
-    """{layer: active rank moved to a near rank that suits the hardware}, for `set_ranks`.
-
-    Without `latency`, the nearest multiple of `multiple_of` (the lower of two, at least one
-    multiple), within max_rank. With it, the rank of the least time per component among those less
-    than `multiple_of` away: just below a cliff in the time, not just above.
+def quantize_ranks(model: nn.Module, rule: int | Rule = 16) -> dict[str, int]:
+    """{layer: active rank moved to one that suits the hardware}, for `set_ranks`.
 
     Args:
-        model: holds LoD layers.
-        multiple_of: what ranks are rounded to, or how far they may move.
-        latency: seconds (or any unit) of a layer, latency(N, K, rank), for instance
-            `lambda N, K, rank: profile.latency(N=N, K=K, rank=rank, M=64)` of `search.profile`.
+        model: holds LoD layers. Layers at rank 0 stay there.
+        rule: a number for the nearest of its multiples (the lower of two, at least one multiple)
+            within max_rank, or rule(N, K, rank) -> rank; `below_cliff` makes one of latencies.
+
+    Raises:
+        TypeError: model or rule is of another kind, or a rule returns no int.
+        ValueError: no LoD layer, rule < 1, or a rule returns a rank outside 1..max_rank.
 
     Source: Hajimolahoseini et al., arXiv 2407.20266 and 2309.03824.
     """
     fn = "quantize_ranks"
-    step = check_int(fn, "multiple_of", multiple_of, 1)
+    step = 1 if callable(rule) else check_int(fn, "rule", rule, 1)
     ranks: dict[str, int] = {}
     for name, layer in require_layers(fn, model).items():
         rank, R = layer.rank, layer.max_rank
         if rank == 0:
             ranks[name] = 0
-        elif latency is None:
+        elif callable(rule):
+            N, K = layer.matrix_shape
+            ranks[name] = check_int(fn, f"rule({N}, {K}, {rank})", rule(N, K, rank), 1, R)
+        else:
             down = rank // step * step
             near = down if down and rank - down <= down + step - rank else down + step
             ranks[name] = min(near, R)
-        else:
-            N, K = layer.matrix_shape
-            near_ranks = range(max(1, rank - step + 1), min(R, rank + step - 1) + 1)
-            # Nearest first: min keeps the first of equals.
-            candidates = sorted(near_ranks, key=lambda r: (abs(r - rank), r))
-            ranks[name] = min(candidates, key=lambda r: latency(N, K, r) / r)
     return ranks
+
+
+def below_cliff(latency: Callable[[int, int, int], float], reach: int = 15) -> Rule:
+    """A rule for `quantize_ranks`: the rank near by that takes the least time per component.
+
+    Times rise in steps, so that is the last rank below a step, seldom the first above one.
+
+    Args:
+        latency: time of a layer in any unit, latency(N, K, rank), for instance
+            `lambda N, K, rank: profile.latency(N=N, K=K, rank=rank, M=64)` of `search.profile`.
+        reach: how far a rank may move, >= 0; never beyond 1..min(N, K).
+    """
+    reach = check_int("below_cliff", "reach", reach, 0)
+
+    def rule(N: int, K: int, rank: int) -> int:
+        near = range(max(1, rank - reach), min(N, K, rank + reach) + 1)
+        # Nearest first: min keeps the first of equals.
+        return min(
+            sorted(near, key=lambda r: (abs(r - rank), r)), key=lambda r: latency(N, K, r) / r
+        )
+
+    return rule
