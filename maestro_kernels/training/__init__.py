@@ -4,7 +4,7 @@ Importing this imports torch and nothing heavier; integrations import their fram
 Source: Horvath et al., Maestro, ICML 2024 (arXiv 2308.14929).
 """
 
-from maestro_kernels.training.freezing import SequentialFreezing, quantize_ranks
+from maestro_kernels.training.freezing import SequentialFreezing, below_cliff, quantize_ranks
 from maestro_kernels.training.penalties import (
     funnel,
     funnel_start,
@@ -29,6 +29,7 @@ __all__ = [
     "RankSampler",
     "SequentialFreezing",
     "SinglePairSampler",
+    "below_cliff",
     "funnel",
     "funnel_start",
     "group_lasso",
