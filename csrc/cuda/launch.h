@@ -17,46 +17,58 @@ struct Device {
   int32_t sm_count;
   int32_t shared_per_block;  // bytes a block may opt in to
   int32_t shared_per_sm;     // bytes
+  bool has_row = true;       // the library was built with the row kernel (sm_90a)
 };
 
 // How float32 factors are multiplied; other dtypes ignore it.
 enum class Precision : int32_t { tf32, ieee };
 
 enum class Strategy : int32_t {
-  none,    // Plan::reason says why neither kernel takes the call
-  decode,  // M <= 64: H whole in shared memory, each block's slice of u fetched while it waits for H
+  none,    // describe() says why no kernel takes the call
+  decode,  // M <= 64: H whole in shared memory, each block's slice of u on its way while H is computed
   rows,    // any M: tiles of 64 or 128 rows, a ready counter for each row block
+  row,     // sm_90a, one layer: H in registers, TMA and wgmma; sm90/row.h
 };
 
 struct Plan {
   Strategy strategy = Strategy::none;
   int32_t block_m = 0, block_r = 0, block_n = 0;  // tiles of H (block_m, block_r) and of y (block_m, block_n)
   int32_t blocks = 0, threads = 0;
-  int32_t split_target = 0;  // K is split while phase 1 has no more tiles than this
+  int32_t cluster = 1;       // row: blocks that share the tiles of u and v
+  int32_t split_target = 0;  // decode, rows: K is split while phase 1 has no more tiles than this
   bool sum_by_all = false;   // decode: every block sums the splits of H itself, instead of the last to arrive for all
   int64_t shared_bytes = 0;
-  int64_t workspace_bytes = 0;
-  std::string reason;  // why this strategy, and what each one before it in the list refused; never empty
+  int64_t scratch_bytes = 0;
+  // Why not, as a literal; null for the strategy that was chosen.
+  const char* decode_refused = nullptr;
+  const char* rows_refused = nullptr;
+  const char* row_refused = nullptr;
 };
 
 constexpr int64_t kMaxLayers = 16;
+constexpr int64_t kCounterBytes = 64 * 1024;
 
 // Pure function of its arguments; pointers are looked at for alignment only, null counts as aligned. The first of
-// decode and rows that takes the call, or `only` that one; `rank` of a layer with rank_ptr counts as R.
+// decode, rows and row that takes the call (row before rows where M > 4096), or `only` that one. `rank` of a layer with
+// rank_ptr counts as R.
 Plan plan(const Layer* layers, int64_t n, DType dtype, Precision precision, const Device& device,
           Strategy only = Strategy::none);
+
+// "decode: 132 blocks of 256 threads, ...; not rows: comes after decode; not row: needs at least 64 rows".
+std::string describe(const Plan& plan);
 
 // Both return an empty string, or what failed, with the kernel's name and the shape.
 std::string query_device(int32_t index, Device* device);
 
-// Enqueues one kernel on `stream` (a cudaStream_t) of the current device. The layers are those of plan(), but x, y, h,
-// bias, rank and pointers may differ as long as the plan's alignment holds.
+// Enqueues one kernel on `stream` (a cudaStream_t) of the current device, for the layers that `plan` was made for;
+// pointers, bias, activation and h may differ, and a rank may be lower. What no longer fits the plan is refused.
 //
-// workspace: plan.workspace_bytes at least, 256-byte aligned, zeroed once when allocated and never again: a launch
-// leaves its counters at zero, and what else is in it is of no interest to the next. One for each (device, stream), and
-// one for each captured graph that may be replayed beside others: launches that share it must follow one another.
+// counters: kCounterBytes, 16-byte aligned, zeroed once when allocated and never again: a launch leaves them at zero.
+// scratch: plan.scratch_bytes at least, 256-byte aligned, contents of no interest before or after.
+// One of each for every (device, stream), and for every captured graph that may be replayed beside others: launches
+// that share them must follow one another. The row kernel uses neither; null will do where scratch_bytes is 0.
 // Nothing is allocated, cleared or waited for, so a launch can be captured in a CUDA graph.
-std::string launch(const Plan& plan, const Layer* layers, int64_t n, DType dtype, Precision precision, void* workspace,
-                   int64_t workspace_bytes, void* stream);
+std::string launch(const Plan& plan, const Layer* layers, int64_t n, DType dtype, Precision precision, void* counters,
+                   void* scratch, int64_t scratch_bytes, void* stream);
 
 }  // namespace mk::cuda
