@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from training_support import batch, fade, full_ranks, linear_model, lod, mixed, train_step
 
 import maestro_kernels as mk
@@ -319,3 +320,40 @@ def test_compiled_models_follow():
     training.shrink(compiled)
     assert model[0].max_rank == 4
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_only_new_shapes_compile_again():
+    """Neither sampled ranks nor a tail zeroed but not cut; freezing twice, once per phase."""
+    torch._dynamo.reset()
+    model = linear_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    sampler = training.IndependentSampler(compiled)
+
+    def steps():
+        for i in range(4):
+            sampler.step()
+            x = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+            optimizer.zero_grad()
+            y = compiled(x)
+            torch.testing.assert_close(y, model(x))
+            loss = y.square().sum() + training.hierarchical_group_lasso(model)
+            loss.backward()
+            optimizer.step()
+        sampler.reset()
+        return counter.frame_count
+
+    assert steps() == 1
+    fade(model[0], 11)
+    assert training.shrink(compiled, optimizer)["0"] == (12, 11)
+    assert model[0].max_rank == 12
+    assert steps() == 1
+    fade(model[0], 6)
+    training.shrink(compiled, optimizer)
+    assert model[0].max_rank == 6
+    assert steps() == 2
+    freezer = training.SequentialFreezing(compiled)
+    for epoch, expected in enumerate((3, 4, 4, 4)):
+        freezer.epoch(epoch)
+        assert steps() == expected
