@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from maestro_kernels.benchmark.timing import Clock, CpuClock, CudaClock, interleave
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, check_batches, run_batch
+from maestro_kernels.search.heap import keeping_memory
 from maestro_kernels.search.layers import considered, count_rows, first_tensor
 
 __all__ = [
@@ -144,6 +145,9 @@ def measure_models(
 ) -> dict[str, Measurement]:
     """Time several models on one batch in turns, so that a busy machine is busy for all of them.
 
+    Memory that a pass frees stays in the process meanwhile, as with MALLOC_TRIM_THRESHOLD_: what
+    giving it back costs depends on the process's history.
+
     Args:
         models: name -> model.
         batch: as `measure_model`.
@@ -157,6 +161,7 @@ def measure_models(
         return lambda: run_batch(model, batch, fn=fn, argument="batch")
 
     with ExitStack() as stack:
+        stack.enter_context(keeping_memory())
         for model in models.values():
             stack.enter_context(calibrating(model))
         found = interleave(
