@@ -229,7 +229,8 @@ def error_ratio(layer: LoDLinear, pivoted: PivotedLinear, x: Tensor) -> float:
     """Error of the pivoted form over that of two matmuls on the factors, both against float64.
 
     The larger one of the ratios of RMS and of maximum error; one rounding of the largest output (of
-    the RMS output) is added to the denominator, so that exact results compare as equal.
+    the RMS output) is added to the denominator, so that exact results compare as equal. Layers in
+    float64, for which nothing is exact, are compared as rounded to float32.
 
     Args:
         layer: the factors, at their active rank.
@@ -237,13 +238,16 @@ def error_ratio(layer: LoDLinear, pivoted: PivotedLinear, x: Tensor) -> float:
         x: (..., K), inputs the layer meets, in its dtype.
     """
     r = layer.rank
+    narrow = torch.float32 if x.dtype is torch.float64 else x.dtype
     with torch.no_grad():
-        h64 = x.double() @ layer.v[:r].double().mT
-        exact = h64 @ layer.u[:, :r].double().mT
-        two = F.linear(F.linear(x, layer.v[:r]), layer.u[:, :r])
-        h = F.linear(x, pivoted.v)
-        ours = torch.cat((h, F.linear(h, pivoted.u)), -1).index_select(-1, pivoted.order)
-    eps = torch.finfo(x.dtype).eps
+        x = x.to(narrow)
+        factors = layer.v[:r], layer.u[:, :r]
+        exact = x.double() @ factors[0].double().mT @ factors[1].double().mT
+        two = F.linear(F.linear(x, factors[0].to(narrow)), factors[1].to(narrow))
+        h = F.linear(x, pivoted.v.to(narrow))
+        y = torch.cat((h, F.linear(h, pivoted.u.to(narrow))), -1)
+        ours = y.index_select(-1, pivoted.order)
+    eps = torch.finfo(narrow).eps
     ratios = []
     for order, floor in ((float("inf"), eps), (2.0, eps / 2)):
         norms = [torch.linalg.vector_norm(t, order) for t in (ours - exact, two - exact, exact)]

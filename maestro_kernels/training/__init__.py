@@ -4,6 +4,13 @@ Importing this imports torch and nothing heavier; integrations import their fram
 Source: Horvath et al., Maestro, ICML 2024 (arXiv 2308.14929).
 """
 
+from maestro_kernels.training.batchnorm import recalibrate_batchnorm
+from maestro_kernels.training.extract import (
+    Extraction,
+    ExtractionPath,
+    extract,
+    extraction_report,
+)
 from maestro_kernels.training.freezing import SequentialFreezing, below_cliff, quantize_ranks
 from maestro_kernels.training.penalties import (
     funnel,
@@ -23,6 +30,8 @@ from maestro_kernels.training.samplers import (
 from maestro_kernels.training.shrink import shrink
 
 __all__ = [
+    "Extraction",
+    "ExtractionPath",
     "FixedSampler",
     "FullSampler",
     "IndependentSampler",
@@ -30,12 +39,15 @@ __all__ = [
     "SequentialFreezing",
     "SinglePairSampler",
     "below_cliff",
+    "extract",
+    "extraction_report",
     "funnel",
     "funnel_start",
     "group_lasso",
     "hierarchical_group_lasso",
     "load_shrunken",
     "quantize_ranks",
+    "recalibrate_batchnorm",
     "rewrap",
     "shrink",
 ]
