@@ -1,6 +1,6 @@
 """The theory of LoD on exactly defined data: it finds the SVD, PCA, and follows the data's order.
 
-    python examples/theory.py [--out reports/theory] [--images docs/images] [--long]
+    python examples/theory.py [--seeds 5] [--rows reports/theory.jsonl] [--docs docs]
 
 One bias-free layer y = x v^T u^T, each factor with nn.Linear's own initialisation (no SVD), mean
 squared error, plain SGD, one sampled (layer, rank) pair a step. Source: Horvath et al., Maestro,
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +24,9 @@ from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import training
+from maestro_kernels.benchmark import plots
+from maestro_kernels.benchmark.plots import Point
+from maestro_kernels.benchmark.readme import replace_block
 
 
 @dataclass
@@ -30,6 +35,7 @@ class Trace:
 
     Attributes:
         name: "svd", "pca", "adaptivity" or "order".
+        seed: of the sampler.
         target: what the products should come to.
         iterations: when each row was taken.
         curves: norm(u[:, k]) * norm(v[k]) of every component k, one row per iteration logged.
@@ -37,6 +43,7 @@ class Trace:
     """
 
     name: str
+    seed: int
     target: list[float]
     iterations: list[int] = field(default_factory=list)
     curves: list[list[float]] = field(default_factory=list)
@@ -73,7 +80,7 @@ def svd_recovery(iterations: int = 2000, every: int = 20, seed: int = 0) -> Trac
     C = target_matrix()
     U, S, Vh = torch.linalg.svd(C, full_matrices=False)
     best = torch.stack([U[:, :k] * S[:k] @ Vh[:k] for k in range(1, 7)])
-    trace = Trace("svd", S[:3].tolist())
+    trace = Trace("svd", seed, S[:3].tolist())
     layer = linear_layer(9, 6)
 
     def log(i: int) -> None:
@@ -93,7 +100,7 @@ def order_follows_data(iterations: int = 10_000, every: int = 100, seed: int = 0
     scale = torch.ones(9)
     scale[:3] = torch.tensor([1.0, 2.0, 3.0]) / S[:3]
     X = scale[:, None] * U.T
-    trace = Trace("order", S[:3].flip(0).tolist())
+    trace = Trace("order", seed, S[:3].flip(0).tolist())
     layer = linear_layer(9, 6)
     _fit(layer, X, X @ C, 10.0, iterations, every, seed, lambda i: trace.log(i, products(layer)))
     return trace
@@ -109,7 +116,8 @@ def pca(
     """
     torch.manual_seed(12345)
     X = torch.randn(3, 10)
-    trace = Trace("pca" if two_samples_from is None else "adaptivity", [1.0, 1.0, 1.0])
+    name = "pca" if two_samples_from is None else "adaptivity"
+    trace = Trace(name, seed, [1.0, 1.0, 1.0])
     layer = linear_layer(10, 10)
     sampler = training.SinglePairSampler(layer, seed=seed)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -152,66 +160,133 @@ def _fit(
     log(iterations)
 
 
-def figures(trace: Trace) -> str:
-    """The last row, as text."""
-    return "  ".join(
-        f"{value:.3g}" if value < 0.1 else f"{value:.3f}" for value in trace.curves[-1]
-    )
+TITLES = {
+    "svd": "SVD: products reach the singular values",
+    "pca": "PCA: three samples, three components",
+    "adaptivity": "Two samples from iteration 1,200 on",
+    "order": "Order follows the data, not the SVD",
+}
+SWITCH = 1200
 
 
-def plot(traces: Sequence[Trace], folder: Path) -> list[Path]:
-    """One drawing per experiment: components over iterations, targets dashed."""
-    import matplotlib
+def experiments(seed: int) -> list[Trace]:
+    """All four, with one seed of the sampler."""
+    return [
+        svd_recovery(seed=seed),
+        pca(seed=seed),
+        pca(seed=seed, two_samples_from=SWITCH),
+        order_follows_data(seed=seed),
+    ]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    titles = {
-        "svd": "SVD: products reach the singular values",
-        "pca": "PCA: three samples, three components",
-        "adaptivity": "Two samples from iteration 1,200 on",
-        "order": "Order follows the data, not the SVD",
-    }
+def draw(traces: Sequence[Trace], folder: Path) -> list[Path]:
+    """One drawing per experiment: the products over time, targets dashed."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for trace in traces:
-        figure, axes = pyplot.subplots(figsize=(4.8, 3.3), dpi=110, layout="constrained")
-        for k, curve in enumerate(zip(*trace.curves, strict=True)):
-            axes.plot(trace.iterations, curve, linewidth=1.6, label=f"component {k + 1}")
-        for value in sorted(set(trace.target)):
-            axes.axhline(value, color="black", linewidth=0.8, linestyle="--", zorder=1)
-        axes.set(xlabel="iteration", ylabel="‖u[:, k]‖ · ‖v[k]‖ of component k")
-        axes.set_title(titles[trace.name], fontsize=11, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        paths.append(folder / f"theory-{trace.name}.png")
-        figure.savefig(paths[-1])
-        pyplot.close(figure)
+        series = {f"component {k}": [c[k - 1] for c in trace.curves] for k in (1, 2, 3)}
+        series["largest of the others"] = [max(c[3:]) for c in trace.curves]
+        drawing = plots.line_plot(
+            {
+                name: [Point(x, y) for x, y in zip(trace.iterations, values, strict=True)]
+                for name, values in series.items()
+            },
+            title=TITLES[trace.name],
+            xlabel="iteration",
+            ylabel="‖u[:, k]‖ · ‖v[k]‖",
+            log=False,
+            markers=False,
+            levels=sorted(set(trace.target)),
+        )
+        paths.append(folder / f"theory-{trace.name}.svg")
+        paths[-1].write_text(plots.standalone(drawing), encoding="utf-8")
     return paths
 
 
+def markdown(traces: Sequence[Trace]) -> str:
+    """The figures beside what is expected, over all seeds: the block of docs/examples.md."""
+    found = {name: [t for t in traces if t.name == name] for name in TITLES}
+
+    def ends(name: str, part: slice) -> list[list[float]]:
+        return [list(column) for column in zip(*(t.curves[-1] for t in found[name]), strict=True)][
+            part
+        ]
+
+    def means(name: str) -> str:
+        return ", ".join(f"{statistics.fmean(column):.3f}" for column in ends(name, slice(3)))
+
+    def rest(name: str) -> str:
+        return f"{max(map(max, ends(name, slice(3, None)))):.2g}"
+
+    def furthest(name: str) -> str:
+        target = found[name][0].target
+        gaps = [abs(v - t) for c, t in zip(ends(name, slice(3)), target, strict=True) for v in c]
+        return f"{max(gaps):.3f}"
+
+    distance = max(max(t.distances[-1]) for t in found["svd"])
+    fallen = [t.curves[t.iterations.index(SWITCH + 1000)][2] for t in found["adaptivity"]]
+    targets = {n: ", ".join(f"{v:.4g}" for v in t[0].target) for n, t in found.items()}
+    return "\n".join(
+        [
+            f"Means of the products over {len(found['svd'])} sampler seeds:",
+            "",
+            "| experiment | expected | found | furthest from it, any seed | largest of the rest |",
+            "|---|--:|--:|--:|--:|",
+            f"| SVD of C, uniform inputs | {targets['svd']} | {means('svd')} | {furthest('svd')} "
+            f"| {rest('svd')} |",
+            f"| PCA, three samples | {targets['pca']} | {means('pca')} | {furthest('pca')} "
+            f"| {rest('pca')} |",
+            f"| inputs that weigh the last direction most | {targets['order']} | {means('order')} "
+            f"| {furthest('order')} | {rest('order')} |",
+            "",
+            f"- SVD: after {found['svd'][0].iterations[-1]:,} iterations every prefix k is within "
+            f"{distance:.2g} (squared Frobenius norm) of the best rank-k matrix, on every seed.",
+            f"- Adaptivity: a third sample that stops coming at iteration {SWITCH:,} takes the "
+            f"third component with it: {statistics.fmean(fallen):.3f} after another 1,000 "
+            f"iterations, {max(ends('adaptivity', slice(2, 3))[0]):.1g} at the end.",
+            "",
+            *(f"![{TITLES[name]}](figures/theory-{name}.svg)" for name in TITLES),
+        ]
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all four, print the figures, write JSON and drawings."""
+    """Run all four, print the figures, write rows and drawings."""
     parser = argparse.ArgumentParser(description="LoD on exactly defined data")
-    parser.add_argument("--out", type=Path, default=Path("reports/theory"))
-    parser.add_argument("--images", type=Path, help="folder of the drawings; default: --out")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampler")
-    parser.add_argument("--long", action="store_true", help="SVD for 20,000 iterations instead")
+    parser.add_argument("--rows", type=Path, default=Path("reports/theory.jsonl"))
+    parser.add_argument("--docs", type=Path, help="write figures and the block of examples.md here")
+    parser.add_argument("--seeds", type=int, default=5, help="sampler seeds")
     args = parser.parse_args(argv)
-    svd = svd_recovery(20_000 if args.long else 2000, 200 if args.long else 20, args.seed)
-    order = order_follows_data(seed=args.seed)
-    plain, fewer = pca(seed=args.seed), pca(seed=args.seed, two_samples_from=1200)
-    worst = max(svd.distances[-1])
-    print(f"1  SVD         products     {figures(svd)}")
-    print(f"               squared distance of prefixes to the best: at most {worst:.2g}")
-    print(f"2  PCA         products     {figures(plain)}")
-    print(f"2b two samples products     {figures(fewer)}")
-    print(f"3  order       products     {figures(order)}")
-    traces = [svd, plain, fewer, order]
-    paths = plot(traces, args.images or args.out)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "theory.json").write_text(json.dumps([asdict(t) for t in traces]) + "\n")
-    print("\n".join(map(str, paths)))
+    traces = []
+    for seed in range(args.seeds):
+        traces += experiments(seed)
+        print(f"seed {seed} of {args.seeds} done", file=sys.stderr)
+    args.rows.parent.mkdir(parents=True, exist_ok=True)
+    args.rows.write_text("".join(json.dumps(_short(t)) + "\n" for t in traces), encoding="utf-8")
+    text = markdown(traces)
+    print(text)
+    folder = args.docs / "figures" if args.docs else args.rows.parent
+    print("\n".join(str(path) for path in draw(traces[:4], folder)), file=sys.stderr)
+    if args.docs:
+        page = args.docs / "examples.md"
+        marks = ("<!-- theory:begin, written by examples/theory.py -->", "<!-- theory:end -->")
+        page.write_text(replace_block(page.read_text("utf-8"), text, *marks), encoding="utf-8")
     return 0
+
+
+def _short(trace: Trace) -> dict[str, Any]:
+    """The first, every tenth and the last row, to five digits."""
+    kept = sorted({*range(0, len(trace.iterations), 10), len(trace.iterations) - 1})
+
+    def rounded(rows: list[list[float]]) -> list[list[float]]:
+        return [[float(f"{value:.5g}") for value in rows[i]] for i in kept] if rows else []
+
+    return {
+        **asdict(trace),
+        "iterations": [trace.iterations[i] for i in kept],
+        "curves": rounded(trace.curves),
+        "distances": rounded(trace.distances),
+    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from maestro_kernels.benchmark.html import Html
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Point", "Ratio", "line_plot", "ratio_plot", "roofline_plot", "svg"]
+__all__ = ["Point", "Ratio", "line_plot", "ratio_plot", "roofline_plot", "standalone", "svg"]
 
 # Placeholder -> CSS variable. The placeholders occur nowhere else in matplotlib's output.
 _COLOURS = {"#010a01": "--ink", "#020a02": "--soft", "#030a03": "--line", "#040a04": "--card"}
@@ -60,6 +61,7 @@ def line_plot(
     ylabel: str,
     log: bool = True,
     markers: bool = True,
+    levels: Sequence[float] = (),
     height: float = 3.9,
 ) -> Html:
     """Lines with markers and a band between low and high.
@@ -71,6 +73,7 @@ def line_plot(
         ylabel: label of the vertical axis.
         log: logarithmic axes, x to base 2.
         markers: whether points are marked; a curve of hundreds of points is clearer without.
+        levels: heights of dashed lines across, values to compare with.
         height: in inches at 96 pixels; the width is fixed.
     """
     figure, axes = _axes(title, xlabel, ylabel, height)
@@ -90,6 +93,8 @@ def line_plot(
         low = [p.y if p.low is None else p.low for p in points]
         high = [p.y if p.high is None else p.high for p in points]
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+    for level in levels:
+        axes.axhline(level, color=_SOFT, linewidth=1, linestyle="--", zorder=2)
     if log:
         axes.set_xscale("log", base=2)
         _plain_log(axes.yaxis)
@@ -228,6 +233,21 @@ def svg(figure: Figure, label: str) -> Html:
     for colour, variable in _COLOURS.items():
         text = text.replace(colour, f"var({variable})")
     return Html(text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1))
+
+
+def standalone(drawing: Html) -> str:
+    """A drawing as an SVG file of its own, in the light colours of the page."""
+    page = resources.files("maestro_kernels.benchmark").joinpath("page.html")
+    light = page.read_text(encoding="utf-8").partition("@media")[0]
+    colours = dict(re.findall(r"(--\w+): (#\w+);", light))
+    text = re.sub(r"var\((--\w+)\)", lambda match: colours[match[1]], drawing)
+    size = re.search(r'viewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"', text)
+    assert size is not None
+    frame = (
+        f'xmlns="http://www.w3.org/2000/svg" width="{size[1]}pt" height="{size[2]}pt" '
+        f'style="background: {colours["--card"]}"'
+    )
+    return text.replace("<svg", f"<svg {frame}", 1) + "\n"
 
 
 def _axes(title: str, xlabel: str, ylabel: str, height: float) -> tuple[Figure, Axes]:

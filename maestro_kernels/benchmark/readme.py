@@ -77,16 +77,16 @@ def markdown_table(rows: Sequence[Row], *, cache: str = "cold") -> str:
     return "\n".join(lines)
 
 
-def replace_block(text: str, block: str) -> str:
+def replace_block(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """Put a block between the two markers of a document.
 
     Raises:
         ValueError: the markers are not there exactly once, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"replace_block: text: expected {BEGIN!r} and then {END!r}, once each")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"replace_block: text: expected {begin!r} and then {end!r}, once each")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
