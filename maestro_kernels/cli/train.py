@@ -106,7 +106,7 @@ def _train(args: argparse.Namespace, config: TrainConfig, folder: Path) -> Resul
 
 
 def _note(row: dict[str, Any]) -> str:
-    figures = [f"{name} {value:.4g}" for name, value in row["metrics"].items()]
+    figures = [f"{name} {v:.4g}" for name, v in row["metrics"].items() if v is not None]
     return " ".join([*figures, f"weights {row['weights'] / row['dense_weights']:.0%}"])
 
 

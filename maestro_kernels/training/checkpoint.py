@@ -116,21 +116,22 @@ def resize_on_load(model: nn.Module) -> Any:
 
     For trainers that load checkpoints by themselves, before they make the optimizer.
     """
+    return model.register_load_state_dict_pre_hook(_resize_hook)
 
-    def hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name, layer in lod_layers(module).items():
-            u = state_dict.get(f"{prefix}{name}.u" if name else f"{prefix}u")
-            fits = isinstance(u, Tensor) and u.dim() == 2 and u.shape[0] == layer.u.shape[0]
-            if u is None or not fits or not 0 < u.shape[1] <= min(layer.matrix_shape):
-                # Whatever is wrong with it, load_state_dict itself will say so.
-                continue
-            if u.shape[1] != layer.max_rank:
-                width = u.shape[1]
-                layer.u = _resized(layer.u, (layer.u.shape[0], width))
-                layer.v = _resized(layer.v, (width * layer.groups, *layer.v.shape[1:]))
-                set_full_rank(layer, width)
 
-    return model.register_load_state_dict_pre_hook(hook)
+# A function of the module, not a closure: models with this hook can still be pickled.
+def _resize_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name, layer in lod_layers(module).items():
+        u = state_dict.get(f"{prefix}{name}.u" if name else f"{prefix}u")
+        fits = isinstance(u, Tensor) and u.dim() == 2 and u.shape[0] == layer.u.shape[0]
+        if u is None or not fits or not 0 < u.shape[1] <= min(layer.matrix_shape):
+            # Whatever is wrong with it, load_state_dict itself will say so.
+            continue
+        if u.shape[1] != layer.max_rank:
+            width = u.shape[1]
+            layer.u = _resized(layer.u, (layer.u.shape[0], width))
+            layer.v = _resized(layer.v, (width * layer.groups, *layer.v.shape[1:]))
+            set_full_rank(layer, width)
 
 
 def _read(fn: str, path: Path) -> dict[str, Any]:

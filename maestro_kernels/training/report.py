@@ -145,8 +145,10 @@ def _size_section(epochs: Sequence[dict[str, Any]]) -> Html:
     weights = [Point(row["epoch"], 100 * row["weights"] / row["dense_weights"]) for row in epochs]
     figures = [_curve({"weights": _thinned(weights)}, "Weights left", "epoch", "% of dense")]
     for name in epochs[-1]["metrics"]:
-        points = [Point(row["epoch"], row["metrics"][name]) for row in epochs]
-        figures.append(_curve({name: _thinned(points)}, f"Test {name}", "epoch", name))
+        values = [(row["epoch"], row["metrics"][name]) for row in epochs]
+        points = [Point(x, y) for x, y in values if y is not None]
+        if points:
+            figures.append(_curve({name: _thinned(points)}, f"Test {name}", "epoch", name))
     return html.section("Size and quality", html.grid(*figures))
 
 
@@ -232,5 +234,5 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _figure(value: float) -> str:
-    return f"{value:.4g}"
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

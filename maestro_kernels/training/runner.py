@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from maestro_kernels import hardware
 from maestro_kernels.nn import convert, save_pretrained, summary
 from maestro_kernels.nn.ranks import lod_layers
+from maestro_kernels.training.batchnorm import recalibrate_batchnorm
 from maestro_kernels.training.checkpoint import load_checkpoint, save_checkpoint
 from maestro_kernels.training.config import TrainConfig
 from maestro_kernels.training.loop import Maestro, NonFiniteLoss, check_loss, first_non_finite
 from maestro_kernels.training.metrics import SCHEMA, MetricsFile
 from maestro_kernels.training.tasks import Task, make_task
 
-__all__ = ["Result", "deployed_weights", "recalibrate_batchnorm", "train"]
+__all__ = ["Result", "deployed_weights", "learning_rate", "train"]
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -204,7 +204,7 @@ class _Run:
         count = self.config.maestro.recalibrate_batches
         if count:
             batches = (b for b, _ in zip(self._train_batches(start=0), range(count), strict=False))
-            recalibrate_batchnorm(self.model, batches, self.task.loss)
+            recalibrate_batchnorm(self.model, batches, run=self.task.loss)
 
     def _train_batches(self, start: int | None = None) -> Iterator[Any]:
         """Batches of this epoch from the current one on; their order depends on nothing else."""
@@ -224,7 +224,7 @@ class _Run:
             yield _to(batch, self.device)
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float | None]:
         test = self.task.test
         if test is None:
             return {}
@@ -237,7 +237,7 @@ class _Run:
         else:
             figures = self.task.evaluate(self.model, batches)
         self.model.train()
-        return {str(name): float(value) for name, value in figures.items()}
+        return {str(name): _number(value) for name, value in figures.items()}
 
     def _epoch_row(self) -> dict[str, Any]:
         layers = lod_layers(self.model)
@@ -335,55 +335,6 @@ def deployed_weights(model: nn.Module) -> tuple[int, int]:
     return report.weights - saved, report.dense_weights
 
 
-def recalibrate_batchnorm(
-    model: nn.Module,
-    batches: Iterable[Any],
-    forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch),
-) -> int:
-    """Replace BatchNorm's running statistics by plain averages over batches, at the ranks set now.
-
-    The statistics that training gathered mix all the ranks that were sampled.
-
-    Args:
-        model: any module; without BatchNorm nothing runs.
-        batches: training batches.
-        forward: forward(model, batch), what to run.
-
-    Returns:
-        The number of BatchNorm layers.
-    """
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-    if not norms:
-        return 0
-    with _averaging(model, norms), torch.no_grad():
-        for batch in batches:
-            forward(model, batch)
-    return len(norms)
-
-
-@contextmanager
-def _averaging(model: nn.Module, norms: list[Any]) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
-    # Only the norms train: dropout and the like stay what they are in use.
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _factorised(task: Task, config: TrainConfig) -> nn.Module:
     if lod_layers(task.model, "train"):
         return task.model
@@ -416,6 +367,12 @@ def _check_config(saved: Mapping[str, Any], now: Mapping[str, Any], where: str =
                 f"train: {where}{key}: expected {a!r} as in the checkpoint, got {b!r}; a resumed "
                 "run keeps its configuration"
             )
+
+
+def _number(value: Any) -> float | None:
+    """A figure of the user's; None where it is not finite, which JSON cannot hold."""
+    figure = float(value)
+    return figure if math.isfinite(figure) else None
 
 
 def _length(data: Any) -> int:
