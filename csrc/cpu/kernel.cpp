@@ -6,6 +6,9 @@ namespace {
 // Sets the compiler did not know are not in this build.
 const Kernel& select(DType dtype) {
   [[maybe_unused]] const Isa isa = best_isa();
+#if defined(MK_HAVE_AMX)
+  if (isa >= Isa::amx) return kernel_amx(dtype);
+#endif
 #if defined(MK_HAVE_AVX512_BF16)
   if (isa >= Isa::avx512_bf16) return kernel_avx512_bf16(dtype);
 #endif

@@ -13,7 +13,8 @@
 namespace mk::cpu {
 namespace {
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // How a dtype's units multiply. `parts`: vectors of k per unit, each with its own element of A, which is four bytes.
 template <DType D>

@@ -1,0 +1,212 @@
+// AMX: tiles of 16 x 16 sums, 32 k at a time. The units of a bfloat16 panel are the rows of B tiles as they lie.
+#include "kernel.h"
+#include "vec_avx512.h"
+
+#include "product.h"  // needs a Vec
+
+namespace mk::cpu {
+namespace {
+
+struct TileFormat {
+  static constexpr DType dtype = DType::bf16;
+  static constexpr DType a_dtype = DType::bf16;
+};
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileK = 32;                            // k of one tile operation
+constexpr int64_t kTileUnits = kTileK / 2;                // units of a panel it takes
+constexpr int64_t kBTileBytes = kTileUnits * kUnitBytes;  // of both halves of a panel
+constexpr int64_t kPassTiles = 16;                        // A and B of a pass stay in the first-level cache
+constexpr int64_t kTailStride = kTileK * 2;               // a row of the last, copied k
+
+// Tiles 0-3 are sums (row tile, half panel), 4-5 A, 6-7 B. A and the sums have `rows` rows. The intrinsics do not tell
+// GCC 12 that they read memory: fence() keeps earlier stores before them.
+class TileShape {
+ public:
+  explicit TileShape(int64_t rows) {
+    struct alignas(64) Configuration {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    };
+    Configuration shape;
+    for (int i = 0; i < 8; ++i) {
+      shape.row_bytes[i] = 64;
+      shape.rows[i] = static_cast<uint8_t>(i < 6 ? rows : kTileUnits);
+    }
+    fence();
+    _tile_loadconfig(&shape);
+  }
+  TileShape(const TileShape&) = delete;
+  TileShape& operator=(const TileShape&) = delete;
+  ~TileShape() { _tile_release(); }
+
+  static void fence() { __asm__ volatile("" ::: "memory"); }
+};
+
+// One or two row tiles times the two halves of a panel. The k beyond what A holds in place come from `tail`.
+struct TileProduct {
+  const char *a[2], *tail[2];
+  int64_t stride_a, in_place;  // tile operations on A in place
+  int64_t operations;          // with the tail
+  const char* panel;
+  float* sum[2];
+  int64_t stride_sum;  // bytes
+  bool add;
+};
+
+template <bool two>
+void multiply_add(const char* a0, const char* a1, int64_t stride_a, const char* panel) {
+  _tile_loadd(6, panel, kUnitBytes);
+  _tile_loadd(4, a0, stride_a);
+  _tile_loadd(7, panel + kUnitBytes / 2, kUnitBytes);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (two) _tile_loadd(5, a1, stride_a);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (two) {
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+template <bool two>
+void tiles(const TileProduct& t) {
+  TileShape::fence();
+  if (t.add) {
+    _tile_loadd(0, t.sum[0], t.stride_sum);
+    _tile_loadd(1, t.sum[0] + 16, t.stride_sum);
+    if constexpr (two) {
+      _tile_loadd(2, t.sum[1], t.stride_sum);
+      _tile_loadd(3, t.sum[1] + 16, t.stride_sum);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (two) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  int64_t i = 0;
+  for (; i < t.in_place; ++i) {
+    multiply_add<two>(t.a[0] + i * kTailStride, t.a[1] + i * kTailStride, t.stride_a, t.panel + i * kBTileBytes);
+  }
+  for (; i < t.operations; ++i) {
+    multiply_add<two>(t.tail[0], t.tail[1], kTailStride, t.panel + i * kBTileBytes);
+  }
+  _tile_stored(0, t.sum[0], t.stride_sum);
+  _tile_stored(1, t.sum[0] + 16, t.stride_sum);
+  if constexpr (two) {
+    _tile_stored(2, t.sum[1], t.stride_sum);
+    _tile_stored(3, t.sum[1] + 16, t.stride_sum);
+  }
+}
+
+// Whole panels: sums of 32 columns plus bias to y. `bias` is 32 floats.
+void write_whole(const Product& p, const float* sum, int64_t stride_sum, int64_t rows, const float* bias, char* y) {
+  const Vec low_bias = Vec::load(bias), high_bias = Vec::load(bias + 16);
+  for (int64_t i = 0; i < rows; ++i) {
+    const Vec low = apply(p.activation, Vec::load(sum + i * stride_sum) + low_bias);
+    const Vec high = apply(p.activation, Vec::load(sum + i * stride_sum + 16) + high_bias);
+    _mm512_storeu_si512(y + i * p.stride_out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
+  }
+}
+
+void write_part(const Product& p, float* sum, int64_t stride_sum, int64_t rows, int64_t n, const float* bias, char* y) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < kPanel; j += Vec::lanes) {
+      float* s = sum + i * stride_sum + j;
+      (Vec::load(s) + Vec::load(bias + j)).store(s);
+    }
+  }
+  write_output<DType::bf16>(p, sum, stride_sum, rows, n, y);
+}
+
+int64_t scratch_bytes_amx(int64_t rows, int64_t n) {
+  return rows * kTailStride + kPassTiles * kBTileBytes + round_up(rows, kTileRows) * round_up(n, kPanel) * 4;
+}
+
+// The k of A that do not fill a tile, followed by zeros.
+void copy_tail(const Product& p, int64_t first, char* tail) {
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const __m512i row =
+        _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << (p.k - first)) - 1), p.a + i * p.stride_a + first * 2);
+    _mm512_storeu_si512(tail + i * kTailStride, row);
+  }
+}
+
+void finish(const Product& p, float* sum, int64_t stride_sum, int64_t row, int64_t rows, int64_t column) {
+  if (p.target == Target::hidden) return write_hidden<TileFormat>(p, sum, stride_sum, row, rows, column);
+  if (p.target == Target::partial) {
+    for (int64_t i = 0; i < rows; ++i) {
+      std::memcpy(p.partial + (row + i) * p.stride_partial + column, sum + i * stride_sum, kPanel * sizeof(float));
+    }
+    return;
+  }
+  const int64_t n = least(kPanel, p.n - column);
+  alignas(64) float bias[kPanel] = {};
+  if (p.bias) {
+    for (int64_t j = 0; j < n; j += Vec::lanes) load_as<DType::bf16>(p.bias + (column + j) * 2, n - j).store(bias + j);
+  }
+  char* y = p.out + row * p.stride_out + column * 2;
+  if (n == kPanel) return write_whole(p, sum, stride_sum, rows, bias, y);
+  write_part(p, sum, stride_sum, rows, n, bias, y);
+}
+
+// k in passes, in each the panels, in each pairs of row tiles. All tiles have one height, so that they need one
+// configuration: the last one may overlap the one before it and compute some rows twice.
+void product_amx(const Product& p, char* scratch) {
+  char* const tail = scratch;
+  char* const own_panel = tail + p.rows * kTailStride;
+  float* const sums = reinterpret_cast<float*>(own_panel + kPassTiles * kBTileBytes);
+
+  const int64_t row_tiles = ceil_div(p.rows, kTileRows), height = ceil_div(p.rows, row_tiles);
+  const int64_t operations = ceil_div(p.k, kTileK), in_place = p.prepared ? operations : p.k / kTileK;
+  if (in_place < operations) copy_tail(p, in_place * kTileK, tail);
+  // One pass where a panel is read once only.
+  const int64_t passes = row_tiles <= 2 && p.panels ? 1 : most(1, ceil_div(operations, kPassTiles));
+  const int64_t pass = most(1, ceil_div(operations, passes));
+  const int64_t stride_sum = passes == 1 ? kPanel : round_up(p.n, kPanel);
+
+  const TileShape shape(height);
+  for (int64_t first = 0; first == 0 || first < operations; first += pass) {
+    TileProduct t;
+    t.stride_a = p.stride_a;
+    t.stride_sum = stride_sum * 4;
+    t.operations = least(pass, operations - first);
+    t.in_place = least(t.operations, in_place - first);
+    t.add = first > 0;
+    const bool last = first + pass >= operations;
+    for (int64_t column = 0; column < p.n; column += kPanel) {
+      t.panel = p.panels + column / kPanel * p.stride_panel + first * kBTileBytes;
+      if (!p.panels) {
+        const char* w = p.w + column * p.stride_w + first * kTileK * 2;
+        pack_units<DType::bf16>(w, p.stride_w, least(kPanel, p.n - column), least(pass * kTileK, p.k - first * kTileK),
+                                t.operations * kTileUnits, own_panel);
+        t.panel = own_panel;
+      }
+      for (int64_t i = 0; i < row_tiles; i += 2) {
+        const int64_t rows[] = {least(i * height, p.rows - height), least((i + 1) * height, p.rows - height)};
+        for (int j = 0; j < 2; ++j) {
+          t.a[j] = p.a + rows[j] * p.stride_a + first * kTailStride;
+          t.tail[j] = tail + rows[j] * kTailStride;
+          t.sum[j] = sums + (passes == 1 ? 0 : column) + (i + j) * height * stride_sum;
+        }
+        const bool two = i + 1 < row_tiles;
+        two ? tiles<true>(t) : tiles<false>(t);
+        if (!last) continue;
+        for (int j = 0; j < 1 + two; ++j) finish(p, t.sum[j], stride_sum, rows[j], height, column);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const Kernel& kernel_amx(DType dtype) {
+  static constexpr Kernel bf16 = {"amx_bf16",  2 * kTileRows,      element_bytes(DType::bf16), scratch_bytes_amx,
+                                  product_amx, reduce<TileFormat>, pack_panel<DType::bf16>};
+  return dtype == DType::bf16 ? bf16 : kernel_avx512_bf16(dtype);
+}
+
+}  // namespace mk::cpu
