@@ -25,9 +25,8 @@ from digits_report import SVD, Row, draw, markdown
 from torch import Tensor, nn
 
 import maestro_kernels as mk
+from maestro_kernels import training
 from maestro_kernels.benchmark.readme import replace_block
-from maestro_kernels.training.batchnorm import recalibrate_batchnorm
-from maestro_kernels.training.loop import Maestro
 from maestro_kernels.training.tasks import digits
 
 # Methods that train factors: the sampler, and whether the hierarchical lasso acts.
@@ -91,7 +90,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     maestro = None
     if sampler:
-        maestro = Maestro(
+        maestro = training.Maestro(
             model, optimizer, lam=lam, sampler=sampler, shrink_every=1 if lam else 0, seed=seed
         )
     model.train()
@@ -132,7 +131,7 @@ def weights(model: nn.Module) -> tuple[int, int]:
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
     """Test accuracy at the active ranks, BatchNorm statistics made anew for them."""
-    recalibrate_batchnorm(model, [(data.train[0],)])
+    training.recalibrate_batchnorm(model, [(data.train[0],)])
     model.eval()
     x, y = data.test
     return float((model(x).argmax(-1) == y).double().mean())

@@ -5,6 +5,7 @@ Source: Horvath et al., Maestro, ICML 2024 (arXiv 2308.14929).
 """
 
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
+from maestro_kernels.training.checkpoint import load_checkpoint, resize_on_load, save_checkpoint
 from maestro_kernels.training.extract import (
     Extraction,
     ExtractionPath,
@@ -12,6 +13,7 @@ from maestro_kernels.training.extract import (
     extraction_report,
 )
 from maestro_kernels.training.freezing import SequentialFreezing, below_cliff, quantize_ranks
+from maestro_kernels.training.loop import Maestro, NonFiniteLoss, check_loss
 from maestro_kernels.training.penalties import (
     funnel,
     funnel_start,
@@ -28,6 +30,7 @@ from maestro_kernels.training.samplers import (
     SinglePairSampler,
 )
 from maestro_kernels.training.shrink import shrink
+from maestro_kernels.training.tasks import Task
 
 __all__ = [
     "Extraction",
@@ -35,19 +38,26 @@ __all__ = [
     "FixedSampler",
     "FullSampler",
     "IndependentSampler",
+    "Maestro",
+    "NonFiniteLoss",
     "RankSampler",
     "SequentialFreezing",
     "SinglePairSampler",
+    "Task",
     "below_cliff",
+    "check_loss",
     "extract",
     "extraction_report",
     "funnel",
     "funnel_start",
     "group_lasso",
     "hierarchical_group_lasso",
+    "load_checkpoint",
     "load_shrunken",
     "quantize_ranks",
     "recalibrate_batchnorm",
+    "resize_on_load",
     "rewrap",
+    "save_checkpoint",
     "shrink",
 ]

@@ -96,7 +96,6 @@ class MaestroCallback(TrainerCallback, ExportableState):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Shrink."""
-        self._check(kwargs["model"], state)
         self._running().epoch_end()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -135,7 +135,6 @@ class MaestroCallback(_Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Shrink."""
-        self._check(pl_module)
         self._running().epoch_end()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

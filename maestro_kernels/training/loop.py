@@ -164,8 +164,18 @@ class Maestro:
 
         Returns:
             {layer: (old rank, new rank)} of the layers that changed.
+
+        Raises:
+            NonFiniteLoss: a parameter or buffer is NaN or infinite; nothing is shrunk.
+            ValueError: as `shrink` does.
         """
         self.sampler.reset()
+        where = first_non_finite(self.model)
+        if where is not None:
+            raise NonFiniteLoss(
+                f"training: model: expected finite values after step {self.steps}, "
+                f"got a non-finite {where}"
+            )
         self.epochs += 1
         self.last_shrink = {}
         if self.shrink_every and self.epochs % self.shrink_every == 0:

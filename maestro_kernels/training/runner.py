@@ -24,7 +24,7 @@ from maestro_kernels.nn.ranks import lod_layers
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
 from maestro_kernels.training.checkpoint import load_checkpoint, save_checkpoint
 from maestro_kernels.training.config import TrainConfig
-from maestro_kernels.training.loop import Maestro, NonFiniteLoss, check_loss, first_non_finite
+from maestro_kernels.training.loop import Maestro, NonFiniteLoss, check_loss
 from maestro_kernels.training.metrics import SCHEMA, MetricsFile
 from maestro_kernels.training.tasks import Task, make_task
 
@@ -194,12 +194,6 @@ class _Run:
         return value
 
     def _end_epoch(self) -> None:
-        where = first_non_finite(self.model)
-        if where is not None:
-            raise NonFiniteLoss(
-                f"training: model: expected finite values after step {self.step}, "
-                f"got a non-finite {where}"
-            )
         self.maestro.epoch_end()
         count = self.config.maestro.recalibrate_batches
         if count:
