@@ -1,0 +1,236 @@
+"""What both allocation examples do: prepare, measure, evaluate; tables and plots.
+
+For each target speed-up every rule chooses ranks by the same latency profile and the same layers'
+factors. The models that result are timed in turns with the dense model, then compared with it on
+data that nothing was chosen by.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import maestro_kernels as mk
+from maestro_kernels import hardware, search
+from maestro_kernels.benchmark import plots
+from maestro_kernels.search.whole_model import measure_models
+
+# Rule -> (method of allocate, method of sensitivity).
+RULES = {
+    "uniform": ("uniform", "svd"),
+    "WeLore threshold": ("threshold", "svd"),
+    "exact, svd": ("exact", "svd"),
+    "exact, data": ("exact", "data"),
+    "greedy, loss": ("greedy", "loss"),
+    "exact, loss": ("exact", "loss"),
+}
+_MULTIPLE_OF = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rule at one target.
+
+    Attributes:
+        model: which model.
+        rule: a key of RULES, or "dense".
+        target: speed-up asked for.
+        predicted: milliseconds.
+        ms: measured median; p20 and p80 beside it.
+        p20: see ms.
+        p80: see ms.
+        dense_ms: of the dense model in the same run.
+        weights: share of the layers' weights that is left.
+        ranks: chosen.
+        quality: of the outputs against the dense model's, by name.
+    """
+
+    model: str
+    rule: str
+    target: float
+    predicted: float
+    ms: float
+    p20: float
+    p80: float
+    dense_ms: float
+    weights: float
+    ranks: dict[str, int | str]
+    quality: dict[str, float]
+
+
+def prepare(model: nn.Module, batches: Sequence[Any], few: Sequence[Any], out: Path) -> None:
+    """Write the sensitivities and the factors at full rank.
+
+    Args:
+        model: dense.
+        batches: calibrate the data-aware factors and sensitivity.
+        few: of these, what the loss is measured on.
+        out: folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    seconds = {}
+    for method, data in (("svd", None), ("data", batches), ("loss", few)):
+        start = time.perf_counter()
+        search.sensitivity(model, data, method=method).save(out / f"{method}.json")
+        seconds[method] = round(time.perf_counter() - start, 1)
+        print(f"sensitivity, {method}: {seconds[method]} s", flush=True)
+    full = mk.convert(
+        model, init="data", data=batches, allow_larger=True, inplace=False, multiple_of=1
+    )
+    torch.save(full.state_dict(), out / "factors.pt")
+    (out / "seconds.json").write_text(json.dumps(seconds) + "\n", encoding="utf-8")
+
+
+def factors(model: nn.Module, out: Path) -> nn.Module:
+    """The model in the factors of full rank that `prepare` left; each prefix is the best one."""
+    full = mk.convert(model, init="random", allow_larger=True, inplace=False)
+    full.load_state_dict(torch.load(out / "factors.pt", mmap=True))
+    return full
+
+
+def small_model(full: nn.Module, model: nn.Module, ranks: Mapping[str, int | str]) -> nn.Module:
+    """A model of these ranks; dense layers keep the weights of `model`."""
+    small = copy.deepcopy(full)
+    dense = dict(model.named_modules())
+    for name, rank in ranks.items():
+        if rank == "dense":
+            parent, _, child = name.rpartition(".")
+            setattr(small.get_submodule(parent), child, copy.deepcopy(dense[name]))
+    mk.set_ranks(small, ranks)
+    return mk.truncate(small)
+
+
+def measure(
+    name: str,
+    model: nn.Module,
+    batch: Any,
+    targets: Iterable[float],
+    out: Path,
+    *,
+    profile_seconds: float,
+    seconds: float,
+) -> None:
+    """Profile, choose, time; nothing else should run on the machine meanwhile."""
+    full = factors(model, out)
+    known = {m: search.Sensitivity.load(out / f"{m}.json") for m in ("svd", "data", "loss")}
+    profile = search.profile_model(model, batch, seconds=profile_seconds)
+    print(f"{name}: dense {profile.total:.1f} ms, {profile.rest:.1f} ms outside the layers")
+    rows = []
+    for target in targets:
+        chosen = {}
+        for rule, (method, sens) in RULES.items():
+            try:
+                chosen[rule] = search.allocate(
+                    model, search.Speedup(target), known[sens], profile, method=method,
+                    multiple_of=_MULTIPLE_OF,
+                )  # fmt: skip
+            except ValueError as error:
+                print(error)
+        models = {"dense": model}
+        models.update({rule: small_model(full, model, a) for rule, a in chosen.items()})
+        found = measure_models(models, batch, seconds=seconds)
+        for rule, a in chosen.items():
+            m, predicted = found[rule], a.predicted
+            assert predicted.ms is not None
+            rows.append(
+                Row(name, rule, target, predicted.ms, m.ms, m.p20, m.p80, found["dense"].ms,
+                    predicted.weights / a.dense.weights, dict(a), {})
+            )  # fmt: skip
+            print(f"{target}x {rule}: predicted {predicted.ms:.2f} ms, measured {m.ms:.2f} ms")
+    _write(out / "measured.jsonl", rows)
+
+
+def evaluate(
+    model: nn.Module, quality: Callable[[nn.Module], dict[str, float]], out: Path
+) -> list[Row]:
+    """The measured rows with the quality of each model."""
+    full = factors(model, out)
+    lines = (out / "measured.jsonl").read_text(encoding="utf-8").splitlines()
+    rows, cache = [], {}
+    for line in lines:
+        row = Row(**json.loads(line))
+        key = json.dumps(row.ranks, sort_keys=True)
+        if key not in cache:
+            cache[key] = quality(small_model(full, model, row.ranks))
+        rows.append(Row(**{**asdict(row), "quality": cache[key]}))
+    return rows
+
+
+def record(rows: Sequence[Row], path: Path, command: str) -> None:
+    """Write the rows with device and versions."""
+    stamp = {
+        "schema": 1,
+        "job": "allocation",
+        "command": command,
+        "device": hardware.current_device().name,
+        "threads": torch.get_num_threads(),
+        "versions": hardware.versions(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "".join(json.dumps({**stamp, **asdict(row)}) + "\n" for row in rows), encoding="utf-8"
+    )
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def at_equal_latency(rows: Sequence[Row], row: Row, measure: str) -> float | None:
+    """What uniform ranks reach at this row's measured latency, on straight lines between them.
+
+    Latencies are relative to the dense model of the same run; None outside of what was measured.
+    """
+    points = sorted(
+        (r.ms / r.dense_ms, r.quality[measure])
+        for r in rows
+        if r.rule == "uniform" and r.model == row.model
+    )
+    x = row.ms / row.dense_ms
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0 or math.inf)
+    return None
+
+
+def table(rows: Sequence[Row], measures: Sequence[str]) -> str:
+    """A Markdown table; the last column compares with uniform ranks at equal measured latency."""
+    first = measures[0]
+    heads = ["target", "ranks by", "predicted, ms", "measured, ms", "off by", "speed-up",
+             "weights left", *measures, f"{first} of uniform at equal latency"]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "| --: | --- |" + " --: |" * (len(heads) - 2)]
+    for row in rows:
+        equal = at_equal_latency(rows, row, first)
+        cells = [
+            f"{row.target:g}×", row.rule, f"{row.predicted:.1f}", f"{row.ms:.1f}",
+            f"{row.predicted / row.ms - 1:+.1%}", f"{row.dense_ms / row.ms:.2f}×",
+            f"{row.weights:.1%}", *(f"{row.quality[m]:.4f}" for m in measures),
+            "" if equal is None or row.rule == "uniform" else f"{equal:.4f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def drawing(rows: Sequence[Row], measure: str, title: str, log: bool) -> str:
+    """Quality over measured latency, one line per rule."""
+    series = {}
+    for rule in RULES:
+        points = sorted((r.ms / r.dense_ms, r.quality[measure]) for r in rows if r.rule == rule)
+        if points:
+            series[rule] = [plots.Point(100 * x, y) for x, y in points]
+    order = ["exact, loss", *(rule for rule in series if rule != "exact, loss")]
+    plot = plots.line_plot(
+        {rule: series[rule] for rule in order if rule in series},
+        title=title, xlabel="measured latency, % of the dense model's", ylabel=measure, log=log,
+    )  # fmt: skip
+    return plots.standalone(plot)
