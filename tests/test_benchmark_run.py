@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from maestro_kernels import hardware
+from maestro_kernels.backends import native
 from maestro_kernels.benchmark.cases import (
     CPU_FLOP_LIMIT,
     MODELS,
@@ -174,6 +175,9 @@ def test_every_default_provider_reports(case, mode):
     rows = rows_of(case, default_providers(case))
     by_name = {row.provider: row for row in rows if row.cache == "warm"}
     timed = {"dense", "two matmuls", "ours"}
+    small = "native: fused" if native.load_error() is None else "matmul: two matmuls"
+    if mode == "forward":
+        timed |= {"ours, prepacked"} | ({"ours, prepacked fused"} if "native" in small else set())
     if mode == "forward" and torch.backends.mkldnn.is_available():
         timed |= {"dense, oneDNN packed", "two matmuls, oneDNN packed"}
     if case is not CASE and len(case.layers) > 1:
@@ -182,7 +186,11 @@ def test_every_default_provider_reports(case, mode):
     assert not [row for row in rows if row.gate in ("failed", "error")]
     for row in rows:
         assert (row.times is None) == bool(row.reason)
-    assert by_name["ours"].config == "matmul: two matmuls"
+    assert by_name["ours"].config == small
+    if mode == "forward":
+        assert by_name["ours, prepacked"].config.startswith("prepacked: ")
+    else:
+        assert by_name["ours, prepacked"].reason == "packed weights have no gradient"
     assert by_name["ours"].baseline.startswith("two matmuls")
     assert by_name["ours, triton"].reason == (
         "triton kernels need a CUDA device; the interpreter is not timed"

@@ -10,7 +10,8 @@ if WHY_NOT is None:
     from triton_interleave import interleaved
     from two_phase_cases import Layer, allocations, rank_tensor  # noqa: F401
 
-    from maestro_kernels.backends.triton import two_phase, workspace
+    from maestro_kernels.backends import workspace
+    from maestro_kernels.backends.triton import two_phase
     from maestro_kernels.backends.triton.two_phase import MAX_LAYERS, TwoPhaseConfig
     from maestro_kernels.testing import assert_accurate
 

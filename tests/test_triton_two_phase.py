@@ -14,7 +14,8 @@ if WHY_NOT is None:
     from two_phase_cases import Layer, allocations, rank_tensor  # noqa: F401
 
     from maestro_kernels import hardware
-    from maestro_kernels.backends.triton import layers, two_phase, workspace
+    from maestro_kernels.backends import workspace
+    from maestro_kernels.backends.triton import layers, two_phase
     from maestro_kernels.backends.triton.two_phase import (
         SHIPPED,
         TwoPhaseConfig,

@@ -1,7 +1,8 @@
 """The compiled library (csrc/): fused kernels for CPU tensors, and CUDA kernels where it has them.
 
-The library is loaded on first use. It checks shapes, dtypes and strides itself and refuses with a
-RuntimeError what does not fit; problem.py has then the better words.
+CUDA calls go through native_cuda.py. The library is loaded on first use. It checks shapes, dtypes
+and strides itself and refuses with a RuntimeError what does not fit; problem.py has then the better
+words.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maestro_kernels.backends import reference
+from maestro_kernels.backends import native_cuda, reference
 from maestro_kernels.problem import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         # The loader names the library by its path, which says nothing here.
         return None, f"the compiled library does not load: {str(error).replace(str(LIBRARY), '')}"
-    library.mk_cpu_isa.restype = ctypes.c_char_p
+    for name in ("mk_cpu_isa", "mk_cuda_device", "mk_cuda_plan"):
+        getattr(library, name).restype = ctypes.c_char_p
     return library, ""
 
 
@@ -77,7 +79,7 @@ def unsupported(problem: LoDProblem) -> str | None:
     reason = load_error()
     if reason is not None:
         return reason
-    if problem.device.type != "cpu":
+    if problem.device.type not in ("cpu", "cuda"):
         return f"the library has no kernel for tensors on {problem.device}"
     if problem.dtype not in _DTYPES:
         return f"native kernels take float32, bfloat16 and float16, not {problem.dtype}"
@@ -89,11 +91,39 @@ def unsupported(problem: LoDProblem) -> str | None:
     ):
         if stride and stride[-1] != 1 and size > 1:
             return f"native kernels read {name} with last stride 1, not {stride[-1]}"
-    return None
+    return unsupported_group((problem,))
+
+
+def unsupported_group(problems: Sequence[LoDProblem]) -> str | None:
+    """Why no one launch serves the layers, each of them servable, or None."""
+    if problems[0].device.type != "cuda":
+        return None
+    facts, reason = _facts(problems[0].device)
+    if facts is None:
+        return reason
+    strategy, text = native_cuda.plan(_library(), problems, facts)
+    return text if strategy == "none" else None
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    return library
+
+
+def _facts(device: torch.device) -> tuple[native_cuda.Facts | None, str]:
+    # A plan for a recorded device that is not here has nobody to ask.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return native_cuda.device_facts(_library(), index)
 
 
 def choose_strategy(problems: Sequence[LoDProblem]) -> tuple[str, str]:
     """(strategy, reason) for one layer or a group."""
+    device = problems[0].device
+    if device.type == "cuda":
+        facts, reason = _facts(device)
+        return ("none", reason) if facts is None else native_cuda.plan(_library(), problems, facts)
     many = f"; one parallel region for {len(problems)} layers" if len(problems) > 1 else ""
     return "fused", f"{isa(problems[0].dtype)} kernels on the factors as they are{many}"
 
@@ -115,6 +145,12 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Y = act(x @ v[:r].T @ u[:, :r].T + bias), and H (M, r), or (M, R) for a tensor rank."""
     is_tensor = isinstance(rank, Tensor)
+    if x.is_cuda:
+        ranks = rank.reshape(1) if isinstance(rank, Tensor) else (rank,)
+        ys, hs = grouped_forward(
+            (x,), (u,), (v,), (bias,), ranks, (activation,), save_h=save_h, strategy=strategy
+        )
+        return ys[0], hs[0] if hs else None
     arguments = (
         _rows(x),
         u,
@@ -159,19 +195,27 @@ def grouped_forward(
     activations: Sequence[str | None],
     *,
     save_h: bool,
+    strategy: str = "fused",
     packed: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """`forward` of several layers in one parallel region; xs has one shared entry or one each."""
+    """`forward` of several layers in one parallel region or launch; xs has one or one each."""
     n, is_tensor = len(us), isinstance(ranks, Tensor)
+    xs = [_rows(x) for x in xs]
+    biases = [None if b is None else b.contiguous() for b in biases]
+    codes = [ACTIVATION_CODES[a] for a in activations]
+    if xs[0].is_cuda:
+        return native_cuda.grouped(
+            xs, us, vs, biases, ranks, codes, save_h=save_h, strategy=strategy
+        )
     outputs = torch.ops.maestro_native.grouped.default(
-        [_rows(x) for x in xs],
+        xs,
         list(us),
         list(vs),
-        [b.contiguous() for b in biases if b is not None],
+        [b for b in biases if b is not None],
         [int(b is not None) for b in biases],
         [-1] * n if is_tensor else list(ranks),
         ranks if is_tensor else None,
-        [ACTIVATION_CODES[a] for a in activations],
+        codes,
         list(packed),
         save_h,
     )

@@ -133,7 +133,9 @@ def run_forward(
     activations = [p.activation for p in plan.problems]
     module = plan.module
     if hasattr(module, "grouped_forward"):
-        ys, hs = module.grouped_forward(rows, us, vs, biases, active, activations, save_h=save_h)
+        ys, hs = module.grouped_forward(
+            rows, us, vs, biases, active, activations, save_h=save_h, strategy=plan.strategy
+        )
     else:
         ys, hs = loop.grouped_forward(
             module, rows, us, vs, biases, active, activations, save_h=save_h, strategy=plan.strategy

@@ -155,8 +155,12 @@ def grouped_forward(
     activations: Sequence[str | None],
     *,
     save_h: bool,
+    strategy: str = "two_phase",
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """`forward` of several layers in one launch; xs has one shared entry or one per layer."""
+    """`forward` of several layers in one launch; xs has one shared entry or one per layer.
+
+    two_phase is the only strategy that serves groups.
+    """
     from maestro_kernels.backends.triton.two_phase import two_phase_grouped
 
     biases = [None if b is None else b.contiguous() for b in biases]

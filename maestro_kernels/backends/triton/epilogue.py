@@ -49,9 +49,9 @@ def apply_activation(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_derivative(z, ACTIVATION: tl.constexpr):
-    """Derivative of act at z; 0 at z = 0 for relu, as in torch."""
+    """Derivative of act at z; 0 at z = 0 and 1 at NaN for relu, as in torch."""
     if ACTIVATION == "relu":
-        d = tl.where(z > 0, 1.0, 0.0)
+        d = tl.where(z <= 0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         d = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maestro_kernels.backends.triton import interpreter, workspace
+from maestro_kernels.backends import workspace
+from maestro_kernels.backends.triton import interpreter
 from maestro_kernels.backends.triton.epilogue import activation_name
 from maestro_kernels.backends.triton.launch import (
     MAX_LAYERS,
@@ -292,7 +293,8 @@ def _layout(
 ) -> str:
     """What the kernel may take for granted: "rows", "columns" or "any", see two_phase_kernel."""
     sizes = [n for s, e in zip(ss, es, strict=True) for n in (*s.shape, e.shape[0])]
-    sizes += [t.stride(0) for t in (*xs, *ys)]
+    # A y without elements is not written, and its stride says nothing.
+    sizes += [t.stride(0) for t in (*xs, *(y for y in ys if y.numel()))]
     if not any(n % 8 for n in sizes) and not any(t.data_ptr() % 16 for t in (*xs, *ss, *es)):
         for layout, unit, other in (("rows", 1, 0), ("columns", 0, 1)):
             if all(t.stride(unit) == 1 and t.stride(other) % 8 == 0 for t in (*ss, *es)):

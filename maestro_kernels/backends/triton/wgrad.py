@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from maestro_kernels import hardware
-from maestro_kernels.backends.triton import interpreter, workspace
+from maestro_kernels.backends import workspace
+from maestro_kernels.backends.triton import interpreter
 from maestro_kernels.backends.triton.launch import (
     device_of,
     is_aligned,

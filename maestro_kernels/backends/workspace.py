@@ -1,11 +1,14 @@
-"""Counters of the kernels that synchronise inside a launch: zero before, zero again afterwards.
+"""Memory of the kernels that synchronise inside a launch.
+
+Counters are zero before a launch and zero again afterwards.
 
 A kernel leaves its counters as it found them, so they are zeroed once and not before every launch.
 Each (device, stream) has its own, because launches on one stream follow one another. A launch that
 is being captured into a CUDA graph gets counters of its own for good: graphs can be replayed on any
 stream, at the same time as others.
-Other scratch is allocated for each call and belongs to the caching allocator, which reuses it in
-the order of the stream and keeps it in the graph's private pool under capture.
+Scratch has no contents to keep. A stream has one block of it; what is larger, or under capture, is
+allocated for the call and belongs to the caching allocator, which reuses it in the order of the
+stream and keeps it in the graph's private pool.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Counters", "counters"]
+__all__ = ["Counters", "counters", "scratch"]
 
 # int32 counters set aside on a device for launches under capture: about a thousand of them.
 _RESERVE = 1 << 18
@@ -77,3 +80,20 @@ def counters(device: torch.device, size: int) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         return held.captured(size)
     return held.eager(torch.cuda.current_stream(device).cuda_stream, size)
+
+
+# H of 4096 rows at rank 1024 in 16 bits; the partial sums of small M are far smaller.
+_SCRATCH_BYTES = 8 << 20
+_scratch: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def scratch(device: torch.device) -> Tensor | None:
+    """The bytes that launches on the current stream of a CUDA device share; None under capture."""
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    held = _scratch.get(key)
+    if held is None:
+        held = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device=device)
+        _scratch[key] = held
+    return held

@@ -1,0 +1,103 @@
+"""The CUDA kernels of the compiled library: which one takes a call, and the call itself.
+
+csrc/cuda/plan.cpp decides; it needs no device, so that a plan for a recorded device can be made
+and tested anywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from maestro_kernels.backends import workspace
+
+if TYPE_CHECKING:
+    from maestro_kernels.problem import LoDProblem
+
+__all__ = ["STRATEGIES", "Facts", "device_facts", "grouped", "plan"]
+
+# The order of mk::cuda::Strategy in csrc/cuda/launch.h.
+STRATEGIES = ("none", "decode", "rows", "row")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# kCounterBytes of csrc/cuda/launch.h, in int32.
+_COUNTERS = 16 * 1024
+# (compute capability as 10 * major + minor, SMs, shared bytes per block, per SM, row kernel built)
+Facts = tuple[int, int, int, int, int]
+
+
+@functools.cache
+def device_facts(library: ctypes.CDLL, index: int) -> tuple[Facts | None, str]:
+    """What plans depend on for a CUDA device, or (None, why the library cannot say)."""
+    facts = (ctypes.c_int64 * 5)()
+    failed = library.mk_cuda_device(index, facts).decode()
+    return (None, failed) if failed else (tuple(facts), "")  # type: ignore[return-value]
+
+
+def plan(
+    library: ctypes.CDLL, problems: Sequence[LoDProblem], facts: Facts, only: str = "none"
+) -> tuple[str, str]:
+    """(strategy, description) for one layer or a group; strategy "none" where no kernel takes it.
+
+    Args:
+        library: the loaded library.
+        problems: the layers, already validated, of one dtype.
+        facts: of the device to plan for.
+        only: one of STRATEGIES to refuse every other; "none" lets the library choose.
+    """
+    numbers: list[int] = []
+    for p in problems:
+        u_stride, v_stride = p.u_stride or (p.R, 1), p.v_stride or (p.K, 1)
+        strides = ((p.x_stride or (p.K, 1))[0], u_stride[0], v_stride[0])
+        numbers += [p.M, p.N, p.K, p.R, p.max_active_rank, p.rank is None, *strides, p.aligned]
+    strategy = ctypes.c_int32()
+    text = library.mk_cuda_plan(
+        (ctypes.c_int64 * len(numbers))(*numbers),
+        len(problems),
+        _DTYPES.index(problems[0].dtype),
+        _tf32(),
+        (ctypes.c_int64 * 5)(*facts),
+        STRATEGIES.index(only),
+        ctypes.byref(strategy),
+    )
+    return STRATEGIES[strategy.value], text.decode()
+
+
+def _tf32() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def grouped(
+    xs: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ranks: Sequence[int] | Tensor,
+    codes: Sequence[int],
+    *,
+    save_h: bool,
+    strategy: str,
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Y and H of all layers in one launch on the current stream; arguments as in native.py."""
+    n, is_tensor = len(us), isinstance(ranks, Tensor)
+    device = xs[0].device
+    outputs = torch.ops.maestro_native.cuda_grouped.default(
+        list(xs),
+        list(us),
+        list(vs),
+        [b for b in biases if b is not None],
+        [int(b is not None) for b in biases],
+        [-1] * n if is_tensor else list(ranks),
+        ranks if is_tensor else None,
+        list(codes),
+        save_h,
+        STRATEGIES.index(strategy),
+        _tf32(),
+        workspace.counters(device, _COUNTERS),
+        workspace.scratch(device),
+    )
+    return outputs[:n], outputs[n:] if save_h else None
