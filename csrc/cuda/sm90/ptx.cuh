@@ -9,7 +9,32 @@ namespace mk::cuda::sm90::ptx {
 
 #define MK_INLINE __device__ __forceinline__
 
-MK_INLINE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+using TensorMap = CUtensorMap;
+
+MK_INLINE int32_t thread_index() { return threadIdx.x; }
+MK_INLINE void trap() { __trap(); }
+MK_INLINE void sync_warp() { __syncwarp(); }
+MK_INLINE int32_t from_lane_0(int32_t value) { return __shfl_sync(~0u, value, 0); }
+
+// --- memory ---
+MK_INLINE uint32_t shared_base() {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+template <class T>
+MK_INLINE uint32_t load_read_only(const T* p) {
+  return __ldg(p);
+}
+MK_INLINE void load_words(uint32_t from, uint32_t (&w)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "r"(from)
+               : "memory");
+}
+MK_INLINE void store_words(uint32_t to, const uint32_t (&w)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+               : "memory");
+}
 
 // --- cluster ---
 MK_INLINE uint32_t cluster_id() {
@@ -86,8 +111,8 @@ MK_INLINE uint64_t evict_last() {
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-MK_INLINE void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-MK_INLINE void load_box(const CUtensorMap* map, uint32_t barrier, uint32_t to, int32_t column, int32_t row,
+MK_INLINE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+MK_INLINE void load_box(const TensorMap* map, uint32_t barrier, uint32_t to, int32_t column, int32_t row,
                         uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
@@ -96,7 +121,7 @@ MK_INLINE void load_box(const CUtensorMap* map, uint32_t barrier, uint32_t to, i
       : "memory");
 }
 // The same box into every block of `mask`, at the same offset, completing the barrier of that offset there.
-MK_INLINE void load_box_multicast(const CUtensorMap* map, uint32_t barrier, uint32_t to, int32_t column, int32_t row,
+MK_INLINE void load_box_multicast(const TensorMap* map, uint32_t barrier, uint32_t to, int32_t column, int32_t row,
                                   uint16_t mask, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
@@ -104,7 +129,7 @@ MK_INLINE void load_box_multicast(const CUtensorMap* map, uint32_t barrier, uint
       "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(mask), "l"(policy)
       : "memory");
 }
-MK_INLINE void store_box(const CUtensorMap* map, uint32_t from, int32_t column, int32_t row, uint64_t policy) {
+MK_INLINE void store_box(const TensorMap* map, uint32_t from, int32_t column, int32_t row, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(map),
       "r"(from), "r"(column), "r"(row), "l"(policy)
@@ -124,9 +149,9 @@ template <int REGISTERS>
 MK_INLINE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
-template <int BARRIER>
-MK_INLINE void sync_warpgroup() {
-  asm volatile("bar.sync %0, 128;" ::"n"(BARRIER) : "memory");
+template <int BARRIER, int THREADS>
+MK_INLINE void sync_threads() {
+  asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS) : "memory");
 }
 
 MK_INLINE void stmatrix(uint32_t address, const uint32_t (&f)[4]) {
@@ -135,7 +160,9 @@ MK_INLINE void stmatrix(uint32_t address, const uint32_t (&f)[4]) {
                : "memory");
 }
 
-// --- 16-bit types ---
+// --- numbers ---
+MK_INLINE float exp(float x) { return __expf(x); }
+MK_INLINE float divide(float a, float b) { return __fdividef(a, b); }
 template <bool BF16>
 MK_INLINE uint32_t pack(float low, float high) {
   uint32_t both;

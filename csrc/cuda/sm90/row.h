@@ -9,10 +9,11 @@
 
 namespace mk::cuda::sm90 {
 
-// In the order of use, the first three pure functions in row_config.h:
+// In the order of use, before launch(), pure functions of row_config.h:
 //   const char* unsupported(layer, dtype, device)   null, or why the kernel cannot serve the layer
 //   Config choose(layer, device)                    tiles and grid
 //   std::string describe(config)                    for explain
+//   double predicted_ns(layer, config, device)      by a model
 
 // Enqueues one kernel on `stream` (a cudaStream_t) of the current device; unsupported() must have returned null for
 // the layer. Returns an empty string, or what failed, with the kernel's name and the shape. No workspace; nothing is

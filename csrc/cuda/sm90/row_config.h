@@ -19,9 +19,9 @@ namespace mk::cuda::sm90 {
 
 constexpr int kSwizzleBytes = 128;         // a row of a tile in shared memory: 64 elements of 2 bytes
 constexpr int kChunk = kSwizzleBytes / 2;  // columns of such a tile, also BLOCK_K of the shrink
+constexpr int kBlockN = 64;                // columns of a tile of y, rows of a tile of u
 constexpr int kGroupRows = 64;             // rows of one wgmma, hence of one consumer warpgroup
 constexpr int kMaxWidth = 256;             // float32 accumulator of H: 128 registers per thread
-constexpr int kMaxCluster = 4;
 constexpr int kMaxStages = 8;
 constexpr int kSharedPerBlock = 227 * 1024;  // cc 9.0; 228 KiB per SM, 1 KiB of it reserved per block
 
@@ -29,7 +29,7 @@ MK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 
 // Sizes that follow from the columns of H kept in registers (the rank, rounded up) and the consumer warpgroups.
 struct Tile {
-  int width, groups, block_m, block_n, stages, blocks_per_sm;
+  int width, groups, block_m, stages, blocks_per_sm;
   int x_bytes, v_bytes, u_bytes, slot_bytes;  // a ring slot holds (x, v) tiles in the shrink, a u tile in the expand
   int out_offset, out_bytes;                  // staging of y and H, out_bytes per consumer warpgroup
   int barrier_offset, smem_bytes;
@@ -40,15 +40,13 @@ MK_HD constexpr Tile make_tile(int width, int groups) {
   t.width = width;
   t.groups = groups;
   t.block_m = kGroupRows * groups;
-  // Wider tiles of y halve the barriers per byte where a tile of u still fits a slot that the shrink fills anyway.
-  t.block_n = width == 64 || (width == 128 && groups == 2) ? 128 : 64;
   // One warpgroup alone cannot hide its epilogue; a second block on the SM can, where both fit.
   t.blocks_per_sm = groups == 1 && width <= 128 ? 2 : 1;
   t.x_bytes = t.block_m * kSwizzleBytes;
   t.v_bytes = width * kSwizzleBytes;
-  t.u_bytes = t.block_n * width * 2;
-  t.slot_bytes = t.x_bytes + t.v_bytes > t.u_bytes ? t.x_bytes + t.v_bytes : t.u_bytes;
-  t.out_bytes = kGroupRows * t.block_n * 2;
+  t.u_bytes = kBlockN * width * 2;
+  t.slot_bytes = t.x_bytes + t.v_bytes;  // more than u_bytes
+  t.out_bytes = kGroupRows * kBlockN * 2;
   const int barrier_bytes = 2 * kMaxStages * 8;
   const int budget = t.blocks_per_sm == 2 ? (228 * 1024) / 2 - 1024 : kSharedPerBlock;
   const int fit = (budget - groups * t.out_bytes - barrier_bytes) / t.slot_bytes;
@@ -73,24 +71,68 @@ MK_HD constexpr int64_t row_groups(int64_t M, const Config& c) {
 // The rank that sizes are made for.
 inline int64_t bound(const Layer& layer) { return layer.rank_ptr ? layer.R : layer.rank; }
 
-// Tiles for a layer that unsupported() has passed. A cost model, not a measurement:
-// - Row blocks all take the same time, so the time is (waves) x (rows per block); 64-row blocks where they need fewer.
-// - A block reads all of u and v per row block. Sharing them over a cluster divides that; 64 rows with a wide H are
-//   limited by the feed from L2 until four blocks share (kernels.md 3.3), the others with two.
+// Nanoseconds by a model, nothing measured: rounds of row groups, each as long as the slowest of tensor cores (800
+// TFLOP/s), feed from L2 (7 TB/s) and HBM (3 TB/s) makes it, plus an eighth of the other two, which hide behind it only
+// in part. 132 SMs share these rates.
+inline double predicted_ns(const Layer& layer, const Config& c, const Device& device) {
+  constexpr double kFmaPerSm = 800e3 / 2 / 132, kFeedPerSm = 7e3 / 132, kHbm = 3e3;  // FMA and bytes per ns
+  // GPCs of 16 or 18 SMs: clusters of four leave two SMs of the latter idle. A second block on an SM takes turns.
+  const int64_t sms = c.cluster == 4 ? device.sm_count / 16 * 16 : device.sm_count;
+  const int64_t at_once = sms / c.cluster > 0 ? sms / c.cluster : 1, wanted = row_groups(layer.M, c);
+  const double rows = kGroupRows * c.groups,
+               blocks = static_cast<double>((wanted < at_once ? wanted : at_once) * c.cluster);
+  // Of each block, for one column of x or y.
+  const double tensor = rows * c.width / kFmaPerSm,
+               feed = 2 * (rows + static_cast<double>(c.width) / c.cluster) / kFeedPerSm;
+  const double hbm = 2 * (rows * blocks + c.width) / kHbm;
+  const double inner = tensor > feed ? tensor : feed, most = inner > hbm ? inner : hbm;
+  return static_cast<double>(ceil_div(wanted, at_once) * (layer.K + layer.N)) *
+         (most + (tensor + feed + hbm - most) / 8);
+}
+
+// Tiles for a layer that unsupported() has passed: those with the least predicted time, the first of equals.
 inline Config choose(const Layer& layer, const Device& device) {
-  Config c{};
-  c.width = static_cast<int32_t>(ceil_div(bound(layer), kChunk) * kChunk);
-  const int64_t sms = device.sm_count;
-  const int64_t rows_128 = ceil_div(ceil_div(layer.M, 128), sms) * 128;
-  const int64_t rows_64 = ceil_div(ceil_div(layer.M, 64), sms) * 64;
-  c.groups = rows_64 < rows_128 ? 1 : 2;
-  const int64_t blocks = ceil_div(layer.M, kGroupRows * c.groups);
-  c.cluster = c.groups == 1 && c.width >= 192 ? 4 : 2;
-  while (c.cluster > blocks) c.cluster /= 2;
-  const int64_t resident = sms * make_tile(c.width, c.groups).blocks_per_sm / c.cluster;
-  const int64_t wanted = row_groups(layer.M, c);
-  c.clusters = static_cast<int32_t>(wanted < resident ? wanted : (resident > 0 ? resident : 1));
-  return c;
+  constexpr int32_t kCandidates[][2] = {{2, 2}, {2, 4}, {1, 2}, {1, 4}};  // groups, cluster
+  Config best{};
+  double least = 0;
+  for (const auto& candidate : kCandidates) {
+    Config c{};
+    c.width = static_cast<int32_t>(ceil_div(bound(layer), kChunk) * kChunk);
+    c.groups = candidate[0];
+    c.cluster = candidate[1];
+    while (c.cluster > ceil_div(layer.M, kGroupRows * c.groups)) c.cluster /= 2;
+    const int64_t resident = int64_t{device.sm_count} * make_tile(c.width, c.groups).blocks_per_sm / c.cluster;
+    const int64_t wanted = row_groups(layer.M, c);
+    c.clusters = static_cast<int32_t>(wanted < resident ? wanted : (resident > 0 ? resident : 1));
+    const double time = predicted_ns(layer, c, device);
+    if (best.width == 0 || time < least) {
+      best = c;
+      least = time;
+    }
+  }
+  return best;
+}
+
+// A row-major matrix that TMA moves in boxes of 64 columns (128 bytes, swizzled) and box_rows rows. What lies outside
+// reads as zero and is not written, so u and v end at the rank and no tile needs a mask on M, N, K or r.
+struct Matrix {
+  const void* data;
+  int64_t rows, columns, stride;  // stride in elements
+  int32_t box_rows;
+};
+struct Matrices {
+  Matrix x, v, u, y, h;
+};
+// Each block of a cluster fetches its share of the rows of a tile of v or u, for all of them.
+inline Matrices make_matrices(const Layer& a, const Config& c) {
+  const Tile t = make_tile(c.width, c.groups);
+  Matrices m{};
+  m.x = {a.x, a.M, a.K, a.stride_xm, t.block_m};
+  m.v = {a.v, bound(a), a.K, a.stride_vr, t.width / c.cluster};
+  m.u = {a.u, a.N, bound(a), a.stride_un, kBlockN / c.cluster};
+  m.y = {a.y, a.M, a.N, a.stride_ym, kGroupRows};
+  m.h = a.h ? Matrix{a.h, a.M, bound(a), a.stride_hm, kGroupRows} : m.y;
+  return m;
 }
 
 // Null where launch() takes the configuration for the layer, else a literal that says why not.
@@ -108,7 +150,7 @@ inline std::string describe(const Config& c) {
   const Tile t = make_tile(c.width, c.groups);
   return "H " + std::to_string(c.width) + " wide in registers, " + std::to_string(c.clusters) + " clusters of " +
          std::to_string(c.cluster) + " blocks of " + std::to_string(t.block_m) + " rows, tiles of " +
-         std::to_string(t.block_n) + " columns, " + std::to_string(t.stages) + " stages, " +
+         std::to_string(kBlockN) + " columns, " + std::to_string(t.stages) + " stages, " +
          std::to_string(t.smem_bytes) + " bytes shared";
 }
 

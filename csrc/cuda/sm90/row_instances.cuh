@@ -5,6 +5,12 @@
 
 namespace mk::cuda::sm90 {
 
+template <bool BF16, int WIDTH, int GROUPS>
+__global__ void __launch_bounds__(128 * (GROUPS + 1), make_tile(WIDTH, GROUPS).blocks_per_sm)
+    row_kernel(const __grid_constant__ RowMaps maps, const __grid_constant__ RowParams params, int32_t cluster) {
+  run_row_kernel<BF16, WIDTH, GROUPS>(maps, params, cluster);
+}
+
 using RowKernel = void (*)(RowMaps, RowParams, int32_t);
 
 RowKernel row_kernel_bf16(int width, int groups);

@@ -5,18 +5,23 @@
 //   y = act(H u^T + bias)  wgmma with H, rounded to 16 bits, as register operand; tiles of y leave by TMA
 //
 // The blocks of a cluster have different rows and the same u and v: each fetches a part of every tile for all of them.
-// row_program.h has the order of events, row_layout.h the index arithmetic; both are tested on the host.
+// row_program.h has the order of events, row_layout.h the index arithmetic. Instructions are behind ptx.cuh and
+// wgmma.cuh; with the twins of tests/host_sm90 this file runs on the CPU, thread by thread.
 #pragma once
 
+#ifdef MK_HOST_DEVICE
+#include "sm90_host.h"
+#else
 #include "ptx.cuh"
+#include "wgmma.cuh"
+#endif
 #include "row_layout.h"
 #include "row_program.h"
-#include "wgmma.cuh"
 
 namespace mk::cuda::sm90 {
 
 struct RowMaps {
-  CUtensorMap x, v, u, y, h;
+  ptx::TensorMap x, v, u, y, h;
 };
 
 struct RowParams {
@@ -63,17 +68,16 @@ struct ProducerOps {
     load_shared(&maps.v, slot, slots.data(slot) + tile.x_bytes + first * kSwizzleBytes, column, first);
   }
   MK_INLINE void load_u(int slot, int32_t row) {
-    constexpr Tile tile = make_tile(WIDTH, GROUPS);
-    const int32_t rows = tile.block_n / cluster, first = block_rank * rows;
+    const int32_t rows = kBlockN / cluster, first = block_rank * rows;
 #pragma unroll
     for (int k16 = 0; k16 < WIDTH / 16; k16 += kChunk / 16) {
-      const uint32_t to = slots.data(slot) + u_tile_offset(tile, k16) + first * kSwizzleBytes;
+      const uint32_t to = slots.data(slot) + u_tile_offset(k16) + first * kSwizzleBytes;
       load_shared(&maps.u, slot, to, k16 * 16, row + first);
     }
   }
 
  private:
-  MK_INLINE void load_shared(const CUtensorMap* map, int slot, uint32_t to, int32_t column, int32_t row) {
+  MK_INLINE void load_shared(const ptx::TensorMap* map, int slot, uint32_t to, int32_t column, int32_t row) {
     if (cluster == 1) {
       ptx::load_box(map, slots.full(slot), to, column, row, often);
     } else {
@@ -90,25 +94,47 @@ MK_INLINE float activate(float z) {
   if constexpr (A == Activation::gelu_tanh) {
     // 0.5 z (1 + tanh(s)) = z / (1 + exp(-2 s)), s = sqrt(2 / pi) (z + 0.044715 z^3)
     const float s = 0.79788456080286536f * z * (1.0f + 0.044715f * z * z);
-    return __fdividef(z, 1.0f + __expf(-2.0f * s));
+    return ptx::divide(z, 1.0f + ptx::exp(-2.0f * s));
   }
-  if constexpr (A == Activation::silu) return __fdividef(z, 1.0f + __expf(-z));
+  if constexpr (A == Activation::silu) return ptx::divide(z, 1.0f + ptx::exp(-z));
   return z;
+}
+
+MK_INLINE int32_t active_rank(const RowParams& p) {
+  if (!p.rank_ptr) return p.rank;
+  const int32_t rank = *p.rank_ptr;
+  return rank < 0 ? 0 : rank < p.rank ? rank : p.rank;
 }
 
 template <bool BF16, int WIDTH_, int GROUPS_>
 struct ConsumerOps {
-  static constexpr int WIDTH = WIDTH_, GROUPS = GROUPS_, BLOCK_N = make_tile(WIDTH, GROUPS).block_n;
+  static constexpr int WIDTH = WIDTH_, GROUPS = GROUPS_;
   const RowMaps& maps;
   const RowParams& params;
-  Slots slots;
-  uint32_t stage;  // this warpgroup's staging tile
-  int32_t cluster, warpgroup, thread, rank;
-  uint64_t once;
-  float h_sum[WIDTH / 2];  // accumulators: row and column as in row_layout.h
-  uint32_t h[WIDTH / 4];   // H as A operand, 4 registers per 16 columns
-  float y_sum[BLOCK_N / 2];
-  uint32_t bias[BLOCK_N / 8];
+  const Slots slots;
+  const uint32_t stage;  // this warpgroup's staging tile
+  const int32_t cluster, warpgroup, thread, rank;
+  const uint64_t once;
+  float h_sum[WIDTH / 2];       // accumulators: row and column as in row_layout.h
+  uint32_t h[WIDTH / 4];        // H as A operand, 4 registers per 16 columns
+  float y_sum[2][kBlockN / 2];  // one tile is stored while the products of the next run
+  uint32_t bias[kBlockN / 8];
+
+  MK_INLINE ConsumerOps(const RowMaps& maps_, const RowParams& params_, const Slots& slots_, int32_t cluster_,
+                        int32_t warpgroup_)
+      : maps(maps_),
+        params(params_),
+        slots(slots_),
+        stage(slots_.base + out_offset(warpgroup_)),
+        cluster(cluster_),
+        warpgroup(warpgroup_),
+        thread(ptx::thread_index() % 128),
+        rank(active_rank(params_)),
+        once(ptx::evict_first()) {}
+  static MK_INLINE uint32_t out_offset(int32_t warpgroup_) {
+    constexpr Tile tile = make_tile(WIDTH, GROUPS);
+    return tile.out_offset + warpgroup_ * tile.out_bytes;
+  }
 
   MK_INLINE int32_t group() const { return warpgroup; }
   MK_INLINE bool stores_h() const { return params.stores_h; }
@@ -149,17 +175,33 @@ struct ConsumerOps {
       h[reg] = ptx::pack<BF16>(column < rank ? h_sum[i] : 0.0f, column + 1 < rank ? h_sum[i + 1] : 0.0f);
     }
   }
+  // TMA zero-fills u from R on. Where the rank is on the device, what lies between it and R is cleared here: H is zero
+  // there, but zero times NaN is not.
+  MK_INLINE bool masks_u() const { return rank < params.rank; }
+  MK_INLINE void mask_u(int slot) {
+    const int32_t at = warpgroup * 128 + thread;
+    for (int32_t piece = rank / 8 + at / kBlockN; piece < WIDTH / 8; piece += GROUPS * 128 / kBlockN) {
+      const uint32_t to = slots.data(slot) + u_tile_offset(piece / 2) + piece_offset(at % kBlockN, piece % 8);
+      uint32_t words[4] = {0, 0, 0, 0};
+      if (piece * 8 < rank) {
+        ptx::load_words(to, words);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] &= keep_below(rank - piece * 8 - 2 * i);
+      }
+      ptx::store_words(to, words);
+    }
+  }
+  template <int SET>
   MK_INLINE void expand(int slot) {
-    constexpr Tile tile = make_tile(WIDTH, GROUPS);
     const uint32_t u = slots.data(slot);
     wgmma_arm();
 #pragma unroll
     for (int k16 = 0; k16 < WIDTH / 16; ++k16) {
-      const uint64_t b = matrix_descriptor(u + u_tile_offset(tile, k16)) + k16 % 4 * kDescriptorStepK;
+      const uint64_t b = matrix_descriptor(u + u_tile_offset(k16)) + k16 % 4 * kDescriptorStepK;
       if (k16 == 0)
-        Wgmma<BF16, BLOCK_N>::rs_fresh(y_sum, h, b);
+        Wgmma<BF16, kBlockN>::rs_fresh(y_sum[SET], h, b);
       else
-        Wgmma<BF16, BLOCK_N>::rs(y_sum, h + 4 * k16, b);
+        Wgmma<BF16, kBlockN>::rs(y_sum[SET], h + 4 * k16, b);
     }
     wgmma_commit();
   }
@@ -169,25 +211,27 @@ struct ConsumerOps {
     if (!params.bias) return;
     const uint16_t* const from = static_cast<const uint16_t*>(params.bias);
 #pragma unroll
-    for (int j = 0; j < BLOCK_N / 8; ++j) {
+    for (int j = 0; j < kBlockN / 8; ++j) {
       const int32_t n = first + accumulator_column(thread, 4 * j);
       bias[j] = 0;
       if (n + 1 < params.N)
-        bias[j] = __ldg(reinterpret_cast<const uint32_t*>(from + n));
+        bias[j] = ptx::load_read_only(reinterpret_cast<const uint32_t*>(from + n));
       else if (n < params.N)
-        bias[j] = __ldg(from + n);
+        bias[j] = ptx::load_read_only(from + n);
     }
   }
 
   MK_INLINE void wait_stores() {
     if (thread == 0) ptx::wait_stores_read();
   }
-  MK_INLINE void sync_group() {  // constant numbers: a number in a register claims all 16 barriers
+  // Constant numbers: a number in a register claims all 16 barriers.
+  MK_INLINE void sync_group() {
     if (GROUPS == 1 || warpgroup == 0)
-      ptx::sync_warpgroup<1>();
+      ptx::sync_threads<1, 128>();
     else
-      ptx::sync_warpgroup<2>();
+      ptx::sync_threads<2, 128>();
   }
+  MK_INLINE void sync_consumers() { ptx::sync_threads<3, GROUPS * 128>(); }
   MK_INLINE void fence_async() { ptx::fence_async(); }
   MK_INLINE void write_h(int32_t first) {
 #pragma unroll
@@ -205,114 +249,96 @@ struct ConsumerOps {
     if (row < params.M && column < params.rank) ptx::store_box(&maps.h, stage, column, row, once);
     ptx::commit_stores();
   }
+  template <int SET>
   MK_INLINE void write_y() {
-    wgmma_settle(y_sum);
+    float (&z)[kBlockN / 2] = y_sum[SET];
+    wgmma_settle(z);
     if (params.bias) {
 #pragma unroll
-      for (int i = 0; i < BLOCK_N / 2; ++i)
-        y_sum[i] += ptx::unpack<BF16>(i % 2 ? bias[i / 4] >> 16 : bias[i / 4] & 0xFFFF);
+      for (int i = 0; i < kBlockN / 2; ++i) z[i] += ptx::unpack<BF16>(i % 2 ? bias[i / 4] >> 16 : bias[i / 4] & 0xFFFF);
     }
     switch (params.activation) {
       case Activation::none:
-        return put_y<Activation::none>();
+        return put_y<Activation::none>(z);
       case Activation::relu:
-        return put_y<Activation::relu>();
+        return put_y<Activation::relu>(z);
       case Activation::gelu:
-        return put_y<Activation::gelu>();
+        return put_y<Activation::gelu>(z);
       case Activation::gelu_tanh:
-        return put_y<Activation::gelu_tanh>();
+        return put_y<Activation::gelu_tanh>(z);
       case Activation::silu:
-        return put_y<Activation::silu>();
+        return put_y<Activation::silu>(z);
     }
   }
   MK_INLINE void send_y(int32_t row, int32_t column) {
     if (thread != 0) return;
-#pragma unroll
-    for (int part = 0; part < BLOCK_N; part += kChunk) {
-      if (row < params.M && column + part < params.N) {
-        ptx::store_box(&maps.y, stage + part * kGroupRows * 2, column + part, row, once);
-      }
-    }
+    if (row < params.M) ptx::store_box(&maps.y, stage, column, row, once);
     ptx::commit_stores();
   }
 
  private:
   template <Activation A>
-  MK_INLINE void put_y() {
+  MK_INLINE void put_y(const float (&z)[kBlockN / 2]) {
 #pragma unroll
-    for (int j = 0; j < BLOCK_N / 16; ++j) {
+    for (int j = 0; j < kBlockN / 16; ++j) {
       uint32_t f[4];
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
         const int i = 8 * j + 2 * reg;
-        f[reg] = ptx::pack<BF16>(activate<A>(y_sum[i]), activate<A>(y_sum[i + 1]));
+        f[reg] = ptx::pack<BF16>(activate<A>(z[i]), activate<A>(z[i + 1]));
       }
       put(j, f);
     }
   }
-  // 16 columns of the warpgroup's rows into the staging tile, kept as 64-column tiles one after another.
+  // 16 columns of the warpgroup's rows into the staging tile.
   MK_INLINE void put(int j, const uint32_t (&f)[4]) {
     const uint32_t lane = thread % 32, row = thread / 32 * 16 + stmatrix_row(lane);
-    const uint32_t to = stage + j / 4 * kGroupRows * kSwizzleBytes;
-    ptx::stmatrix(to + piece_offset(row, stmatrix_piece(lane, j % 4)), f);
+    ptx::stmatrix(stage + piece_offset(row, stmatrix_piece(lane, j)), f);
   }
 };
 
-MK_INLINE int32_t active_rank(const RowParams& p) {
-  if (!p.rank_ptr) return p.rank;
-  const int32_t rank = *p.rank_ptr;
-  return rank < 0 ? 0 : rank < p.rank ? rank : p.rank;
-}
-
+// The whole kernel, for every thread of a grid of blocks of 128 * (GROUPS + 1) threads.
 template <bool BF16, int WIDTH, int GROUPS>
-__global__ void __launch_bounds__(128 * (GROUPS + 1), make_tile(WIDTH, GROUPS).blocks_per_sm)
-    row_kernel(const __grid_constant__ RowMaps maps, const __grid_constant__ RowParams params, int32_t cluster) {
+MK_INLINE void run_row_kernel(const RowMaps& maps, const RowParams& params, int32_t cluster) {
   using Split = Registers<WIDTH, GROUPS>;
   constexpr Tile tile = make_tile(WIDTH, GROUPS);
-  extern __shared__ __align__(1024) unsigned char shared[];
-  const uint32_t base = ptx::shared_address(shared);
+  const uint32_t base = ptx::shared_base();
   const Slots slots{base, static_cast<uint32_t>(tile.slot_bytes), base + tile.barrier_offset};
   // The same for all threads of a warp, which only a shuffle tells the compiler.
-  const int32_t warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const int32_t warpgroup = ptx::from_lane_0(ptx::thread_index() / 128);
   const int32_t block_rank = ptx::cluster_rank();
   const Walk walk{static_cast<int32_t>(ceil_div(params.K, kChunk)),
-                  static_cast<int32_t>(ceil_div(params.N, tile.block_n)),
+                  static_cast<int32_t>(ceil_div(params.N, kBlockN)),
                   static_cast<int32_t>(ceil_div(params.M, tile.block_m * cluster)),
                   static_cast<int32_t>(ptx::cluster_id()),
                   static_cast<int32_t>(ptx::clusters()),
                   cluster,
                   block_rank};
 
-  if (threadIdx.x == 0) {
-    if (base % 1024) __trap();  // swizzled tiles start on 1024 bytes
+  if (ptx::thread_index() == 0) {
+    if (base % 1024) ptx::trap();  // swizzled tiles start on 1024 bytes
     for (int slot = 0; slot < tile.stages; ++slot) {
       ptx::mbarrier_init(slots.full(slot), full_arrivals());
       ptx::mbarrier_init(slots.empty(slot), empty_arrivals(tile, cluster));
     }
     ptx::fence_barrier_init();
   }
-  __syncwarp();
+  ptx::sync_warp();
   ptx::cluster_sync();  // no block may signal a barrier that its owner has not initialised
 
   if (warpgroup == 0) {
     if constexpr (Split::MOVE) ptx::give_registers<Split::PRODUCER>();
-    if (threadIdx.x == 0) {
+    if (ptx::thread_index() == 0) {
       ptx::prefetch_map(&maps.x);
       ptx::prefetch_map(&maps.v);
       ptx::prefetch_map(&maps.u);
       ProducerOps<WIDTH, GROUPS> ops{maps, slots, cluster, block_rank, ptx::evict_first(), ptx::evict_last()};
       produce(walk, ops);
     }
-    __syncwarp();
+    ptx::sync_warp();
   } else {
     if constexpr (Split::MOVE) ptx::take_registers<Split::CONSUMER>();
-    ConsumerOps<BF16, WIDTH, GROUPS> ops{maps, params, slots};
-    ops.warpgroup = warpgroup - 1;
-    ops.stage = base + tile.out_offset + ops.warpgroup * tile.out_bytes;
-    ops.cluster = cluster;
-    ops.thread = threadIdx.x % 128;
-    ops.rank = active_rank(params);
-    ops.once = ptx::evict_first();
+    ConsumerOps<BF16, WIDTH, GROUPS> ops(maps, params, slots, cluster, warpgroup - 1);
     consume(walk, ops);
   }
   ptx::cluster_sync();  // a block's shared memory must outlive what others send to it

@@ -2,6 +2,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 
@@ -43,84 +44,92 @@ std::string failure(const char* call, cudaError_t error) {
   return std::string(call) + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")";
 }
 
-// A row-major (rows, columns) matrix read or written in boxes of (box_rows, 64); what lies outside reads as zero and
-// is not written.
-CUresult encode(CUtensorMap* map, DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride,
-                int box_rows) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
-  const cuuint32_t box[2] = {kChunk, static_cast<cuuint32_t>(box_rows)};
+CUresult encode(CUtensorMap* map, DType dtype, const Matrix& m) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(m.stride) * 2};
+  const cuuint32_t box[2] = {kChunk, static_cast<cuuint32_t>(m.box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   return encode_tiled()(map, dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                        2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        2, const_cast<void*>(m.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-// Null, or the name of the tensor whose map failed.
-const char* encode_all(RowMaps* maps, const Layer& a, DType dtype, const Config& c, CUresult* result) {
-  const Tile t = make_tile(c.width, c.groups);
+// Empty, or what failed.
+std::string encode_all(RowMaps* maps, const Matrices& m, DType dtype) {
   const struct {
     const char* name;
     CUtensorMap* map;
-    const void* data;
-    int64_t rows, columns, stride;
-    int box_rows;
-  } all[] = {{"x", &maps->x, a.x, a.M, a.K, a.stride_xm, t.block_m},
-             {"v", &maps->v, a.v, bound(a), a.K, a.stride_vr, t.width / c.cluster},
-             {"u", &maps->u, a.u, a.N, bound(a), a.stride_un, t.block_n / c.cluster},
-             {"y", &maps->y, a.y, a.M, a.N, a.stride_ym, kGroupRows},
-             {"h", &maps->h, a.h ? a.h : a.y, a.M, a.h ? bound(a) : a.N, a.h ? a.stride_hm : a.stride_ym, kGroupRows}};
-  for (const auto& m : all) {
-    *result = encode(m.map, dtype, m.data, m.rows, m.columns, m.stride, m.box_rows);
-    if (*result != CUDA_SUCCESS) return m.name;
+    const Matrix& matrix;
+  } all[] = {
+      {"x", &maps->x, m.x}, {"v", &maps->v, m.v}, {"u", &maps->u, m.u}, {"y", &maps->y, m.y}, {"h", &maps->h, m.h}};
+  for (const auto& one : all) {
+    if (const CUresult result = encode(one.map, dtype, one.matrix))
+      return "cuTensorMapEncodeTiled of " + std::string(one.name) + ": CUresult " + std::to_string(result);
   }
-  return nullptr;
+  return {};
 }
 
-// Raises the limit of dynamic shared memory, once per (device, instance): the call costs as much as a launch.
-cudaError_t allow_shared(const void* kernel, int device, int instance, int bytes) {
-  constexpr int kDevices = 64, kInstances = 16;
-  static std::atomic<bool> allowed[kDevices][kInstances];
-  std::atomic<bool>* const known = device < kDevices ? &allowed[device][instance] : nullptr;
-  if (known && known->load(std::memory_order_relaxed)) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess && known) known->store(true, std::memory_order_relaxed);
-  return error;
+struct Instance {
+  RowKernel kernel;
+  int index;  // 0 .. kInstances - 1, one for each kernel and cluster size
+};
+constexpr int kInstances = 2 * 4 * 2 * 3;
+
+Instance find(DType dtype, const Config& c) {
+  const bool bf16 = dtype == DType::bf16;
+  const int log2_cluster = c.cluster == 4 ? 2 : c.cluster - 1;
+  return {bf16 ? row_kernel_bf16(c.width, c.groups) : row_kernel_f16(c.width, c.groups),
+          ((bf16 * 4 + c.width / kChunk - 1) * 2 + c.groups - 1) * 3 + log2_cluster};
+}
+
+// Prepares a kernel on the current device, once: allows its shared memory and asks how many clusters run at a time.
+// More than those would wait for a whole walk of another, since each has its row groups from the start.
+std::string prepare(const Instance& instance, const cudaLaunchConfig_t& grid, int* clusters) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][kInstances];
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return failure("cudaGetDevice", error);
+  std::atomic<int>* const slot = device < kDevices ? &known[device][instance.index] : nullptr;
+  if (slot && (*clusters = slot->load(std::memory_order_relaxed)) > 0) return {};
+  if (const cudaError_t error = cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     static_cast<int>(grid.dynamicSmemBytes)))
+    return failure("cudaFuncSetAttribute", error);
+  if (const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, instance.kernel, &grid))
+    return failure("cudaOccupancyMaxActiveClusters", error);
+  if (*clusters < 1) return "cudaOccupancyMaxActiveClusters: no cluster fits the device";
+  if (slot) slot->store(*clusters, std::memory_order_relaxed);
+  return {};
 }
 
 }  // namespace
 
 std::string launch(const Layer& layer, DType dtype, const Config& config, void* stream) {
-  const auto fail = [&](const std::string& what) { return subject(layer, dtype, config) + what; };
+  const auto fail = [&](const std::string& what) {
+    static_cast<void>(cudaGetLastError());  // or the next call of somebody else would report it
+    return subject(layer, dtype, config) + what;
+  };
   if (const char* why = invalid(config, layer)) return fail(why);
   if (!encode_tiled()) return fail("cuTensorMapEncodeTiled: not found in the driver (CUDA 12.0 or later is needed)");
-
   RowMaps maps;
-  CUresult result = CUDA_SUCCESS;
-  if (const char* name = encode_all(&maps, layer, dtype, config, &result))
-    return fail("cuTensorMapEncodeTiled of " + std::string(name) + ": CUresult " + std::to_string(result));
+  if (const std::string error = encode_all(&maps, make_matrices(layer, config), dtype); !error.empty())
+    return fail(error);
 
-  const RowKernel kernel =
-      dtype == DType::bf16 ? row_kernel_bf16(config.width, config.groups) : row_kernel_f16(config.width, config.groups);
-  const Tile tile = make_tile(config.width, config.groups);
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return fail(failure("cudaGetDevice", error));
-  const int instance = ((dtype == DType::bf16) * 4 + config.width / kChunk - 1) * 2 + config.groups - 1;
-  error = allow_shared(reinterpret_cast<const void*>(kernel), device, instance, tile.smem_bytes);
-  if (error != cudaSuccess) return fail(failure("cudaFuncSetAttribute", error));
-
+  const Instance instance = find(dtype, config);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
   cudaLaunchConfig_t grid{};
   grid.gridDim = dim3(static_cast<unsigned>(config.clusters * config.cluster));
   grid.blockDim = dim3(static_cast<unsigned>(128 * (config.groups + 1)));
-  grid.dynamicSmemBytes = static_cast<size_t>(tile.smem_bytes);
+  grid.dynamicSmemBytes = static_cast<size_t>(make_tile(config.width, config.groups).smem_bytes);
   grid.stream = static_cast<cudaStream_t>(stream);
   grid.attrs = &cluster;
   grid.numAttrs = 1;
+  int resident = 0;
+  if (const std::string error = prepare(instance, grid, &resident); !error.empty()) return fail(error);
+  grid.gridDim.x = static_cast<unsigned>(std::min(config.clusters, resident) * config.cluster);
+
   const RowParams params{static_cast<int32_t>(layer.M),
                          static_cast<int32_t>(layer.N),
                          static_cast<int32_t>(layer.K),
@@ -129,8 +138,9 @@ std::string launch(const Layer& layer, DType dtype, const Config& config, void* 
                          layer.bias,
                          layer.h != nullptr,
                          layer.activation};
-  error = cudaLaunchKernelEx(&grid, kernel, maps, params, config.cluster);
-  return error == cudaSuccess ? std::string() : fail(failure("cudaLaunchKernelEx", error));
+  if (const cudaError_t error = cudaLaunchKernelEx(&grid, instance.kernel, maps, params, config.cluster))
+    return fail(failure("cudaLaunchKernelEx", error));
+  return {};
 }
 
 }  // namespace mk::cuda::sm90

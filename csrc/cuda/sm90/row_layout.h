@@ -22,10 +22,8 @@ MK_HD constexpr uint64_t matrix_descriptor(uint32_t address) {
 // The hardware swizzles address bits, so the next 16 elements along K are 32 bytes further in the descriptor.
 constexpr uint64_t kDescriptorStepK = 32 >> 4;
 
-// Offset of the 16 columns `k16` in a u tile (block_n, width), kept as 64-column tiles one after another.
-MK_HD constexpr uint32_t u_tile_offset(const Tile& t, int k16) {
-  return static_cast<uint32_t>(k16 / 4 * t.block_n * kSwizzleBytes);
-}
+// Offset of the 64-column tile that has the 16 columns `k16` of a u tile (kBlockN, width).
+MK_HD constexpr uint32_t u_tile_offset(int k16) { return static_cast<uint32_t>(k16 / 4 * kBlockN * kSwizzleBytes); }
 
 // Accumulator element i of a thread of a warpgroup: d[i] of m64nNk16.
 MK_HD constexpr int accumulator_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + (i / 2 % 2) * 8; }
@@ -38,5 +36,8 @@ MK_HD constexpr int a_source(int reg) { return reg * 2; }
 // Row and 16-byte piece that `lane` addresses for stmatrix.x4 of fragment registers 4 * j .. 4 * j + 3 (16 columns).
 MK_HD constexpr uint32_t stmatrix_row(uint32_t lane) { return lane % 16; }
 MK_HD constexpr uint32_t stmatrix_piece(uint32_t lane, uint32_t j) { return 2 * j + lane / 16; }
+
+// Of a word with columns c and c + 1, the bits of those below rank, given rank - c.
+MK_HD constexpr uint32_t keep_below(int32_t left) { return left >= 2 ? 0xFFFFFFFFu : left == 1 ? 0xFFFFu : 0u; }
 
 }  // namespace mk::cuda::sm90

@@ -1,5 +1,5 @@
 // What producer and consumers do, in order, written once over an `Ops` type: the kernel's (row_kernel.cuh) issues the
-// instructions, the test's (test/) executes a model of them under every kind of schedule.
+// instructions, which tests/host_sm90 executes under many schedules.
 //
 // One ring of slots serves both products and all row groups of a block: while consumers are in the last shrink steps
 // the first tiles of u arrive, and while they expand the x and v tiles of the next row group do.
@@ -61,7 +61,7 @@ MK_HD void produce(const Walk& walk, Ops& ops) {
     for (int32_t i_n = 0; i_n < walk.n_tiles; ++i_n, ring.next()) {
       ops.wait_empty(ring.slot, ring.parity ^ 1);
       ops.expect(ring.slot, expand_bytes(tile));
-      ops.load_u(ring.slot, i_n * tile.block_n);
+      ops.load_u(ring.slot, i_n * kBlockN);
     }
   }
 }
@@ -79,36 +79,76 @@ MK_HD void store_tile(Ops& ops, const Write& write, const Send& send) {
 }
 
 template <class Ops>
+MK_HD void shrink_tiles(const Walk& walk, Ops& ops, Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring) {
+  int32_t reading = ring.slot;
+  ops.clear_h();
+  for (int32_t i_k = 0; i_k < walk.k_tiles; ++i_k, ring.next()) {
+    ops.wait_full(ring.slot, ring.parity);
+    ops.shrink(ring.slot);
+    ops.template wait_products<1>();
+    if (i_k > 0) ops.release(reading);
+    reading = ring.slot;
+  }
+  ops.template wait_products<0>();
+  ops.release(reading);
+}
+
+template <int SET, class Ops>
+MK_HD void begin_tile(Ops& ops, const Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring) {
+  ops.wait_full(ring.slot, ring.parity);
+  if (ops.masks_u()) {
+    ops.mask_u(ring.slot);
+    ops.fence_async();
+    ops.sync_consumers();
+  }
+  ops.template expand<SET>(ring.slot);
+}
+
+// Ends a tile whose products have begun. Unless it is the last one, those of the next tile run meanwhile, into the
+// other set of registers. Written without a branch: products in flight over a branch would be serialized by the
+// compiler.
+template <int SET, bool LAST, class Ops>
+MK_HD void end_tile(Ops& ops, Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring, int32_t row, int32_t i_n) {
+  const int32_t reading = ring.slot;
+  ring.next();
+  ops.fetch_bias(i_n * kBlockN);
+  if constexpr (!LAST) begin_tile<1 - SET>(ops, ring);
+  ops.template wait_products<LAST ? 0 : 1>();
+  ops.release(reading);
+  store_tile(ops, [&] { ops.template write_y<SET>(); }, [&] { ops.send_y(row, i_n * kBlockN); });
+}
+
+template <class Ops>
+MK_HD void expand_tiles(const Walk& walk, Ops& ops, Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring,
+                        int32_t row) {
+  begin_tile<0>(ops, ring);
+  int32_t i_n = 0;
+  for (; i_n + 2 < walk.n_tiles; i_n += 2) {
+    end_tile<0, false>(ops, ring, row, i_n);
+    end_tile<1, false>(ops, ring, row, i_n + 1);
+  }
+  if (i_n + 1 < walk.n_tiles) {
+    end_tile<0, false>(ops, ring, row, i_n);
+    end_tile<1, true>(ops, ring, row, i_n + 1);
+  } else {
+    end_tile<0, true>(ops, ring, row, i_n);
+  }
+}
+
+template <class Ops>
 MK_HD void consume(const Walk& walk, Ops& ops) {
   constexpr Tile tile = make_tile(Ops::WIDTH, Ops::GROUPS);
   Ring<tile.stages> ring;
   for (int32_t group = walk.first; group < walk.row_groups; group += walk.stride) {
     const int32_t row = row_of(walk, tile, group) + ops.group() * kGroupRows;
-    int32_t reading = ring.slot;
-    ops.clear_h();
-    for (int32_t i_k = 0; i_k < walk.k_tiles; ++i_k, ring.next()) {
-      ops.wait_full(ring.slot, ring.parity);
-      ops.shrink(ring.slot);
-      ops.template wait_products<1>();
-      if (i_k > 0) ops.release(reading);
-      reading = ring.slot;
-    }
-    ops.template wait_products<0>();
-    ops.release(reading);
+    shrink_tiles(walk, ops, ring);
     ops.round_h();
     if (ops.stores_h()) {
       for (int32_t i_r = 0; i_r < tile.width; i_r += kChunk) {
         store_tile(ops, [&] { ops.write_h(i_r); }, [&] { ops.send_h(row, i_r); });
       }
     }
-    for (int32_t i_n = 0; i_n < walk.n_tiles; ++i_n, ring.next()) {
-      ops.fetch_bias(i_n * tile.block_n);
-      ops.wait_full(ring.slot, ring.parity);
-      ops.expand(ring.slot);
-      ops.template wait_products<0>();
-      ops.release(ring.slot);
-      store_tile(ops, [&] { ops.write_y(); }, [&] { ops.send_y(row, i_n * tile.block_n); });
-    }
+    expand_tiles(walk, ops, ring, row);
   }
   ops.wait_stores();
 }

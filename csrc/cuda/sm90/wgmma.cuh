@@ -71,7 +71,7 @@ struct Wgmma;
   template <> struct Wgmma<IS_BF16, 64> {                                                                      \
     MK_WGMMA_SS(TYPE, 64, 32, 32, 33) MK_WGMMA_BOTH_RS(TYPE, 64, 32, 32, 33, 34, 35, 36) };                    \
   template <> struct Wgmma<IS_BF16, 128> {                                                                     \
-    MK_WGMMA_SS(TYPE, 128, 64, 64, 65) MK_WGMMA_BOTH_RS(TYPE, 128, 64, 64, 65, 66, 67, 68) };                  \
+    MK_WGMMA_SS(TYPE, 128, 64, 64, 65) };                                                                      \
   template <> struct Wgmma<IS_BF16, 192> { MK_WGMMA_SS(TYPE, 192, 96, 96, 97) };                               \
   template <> struct Wgmma<IS_BF16, 256> { MK_WGMMA_SS(TYPE, 256, 128, 128, 129) };
 
