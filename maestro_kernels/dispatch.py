@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maestro_kernels import tuned
 from maestro_kernels.problem import (
     LoDProblem,
     check_choices,
@@ -23,7 +24,15 @@ from maestro_kernels.problem import (
     describe,
 )
 
-__all__ = ["Explanation", "Plan", "plan_grouped", "plan_linear", "select", "unsupported"]
+__all__ = [
+    "Explanation",
+    "Plan",
+    "forget_plans",
+    "plan_grouped",
+    "plan_linear",
+    "select",
+    "unsupported",
+]
 
 _MODULES = {
     "reference": "maestro_kernels.backends.reference",
@@ -187,36 +196,46 @@ def select(
             f"{fn}: backend: expected one that can serve this call, got {forced!r}: "
             f"{reasons[forced]}"
         )
-    chosen, why_auto = (forced, "forced") if forced else _choose(group, reasons)
+    if forced:
+        chosen, strategy, why_auto = forced, None, "forced"
+    else:
+        chosen, strategy, why_auto = _choose(group, reasons)
     others = {
-        name: why or ("not forced" if forced else _NO_TABLE)
+        name: why or ("not forced" if forced else _NOT_CHOSEN)
         for name, why in reasons.items()
         if name != chosen
     }
     if all(problem.degenerate for problem in group):
         what = "the result is empty or act(bias): no kernel is needed"
         return Plan(fn, group, chosen, "degenerate", what, others, shared_x)
-    if chosen in ("triton", "native"):
+    if strategy is None and chosen in ("triton", "native"):
         strategy, why = backend_module(chosen).choose_strategy(group)
         return Plan(fn, group, chosen, strategy, f"{why_auto}; {why}", others, shared_x)
-    strategy = "formula" if chosen == "reference" else "two matmuls"
+    strategy = strategy or ("formula" if chosen == "reference" else "two matmuls")
     return Plan(fn, group, chosen, strategy, why_auto, others, shared_x)
 
 
-_NO_TABLE = "can serve, but nothing was measured on this device: force it with backend="
+_NOT_CHOSEN = "can serve, but was not measured to be faster: force it with backend="
 
-# Below this much work two library calls take longer to be made than to compute: one call of the
-# native library is then faster on any CPU, so that no table is needed to choose it.
+# Below this much work on factors this small, two library calls take longer to be made than to
+# compute: one call of the native library is then faster on any CPU, so that no table is needed.
 _SMALL_FLOP = 1 << 16
+_SMALL_FACTORS = 1 << 12
 
 
-def _choose(group: tuple[LoDProblem, ...], reasons: dict[str, str | None]) -> tuple[str, str]:
-    """(backend, reason) where the caller leaves it to us."""
+def _choose(
+    group: tuple[LoDProblem, ...], reasons: dict[str, str | None]
+) -> tuple[str, str | None, str]:
+    """(backend, strategy or None where it is the backend's to choose, reason) of auto."""
+    choice = tuned.choose(group, ["matmul", *(n for n, why in reasons.items() if why is None)])
+    if isinstance(choice, tuned.Choice):
+        return choice.backend, choice.strategy, choice.reason
     if group[0].device.type == "cpu" and reasons["native"] is None:
-        flop = sum(2 * p.M * p.max_active_rank * (p.K + p.N) for p in group)
-        if flop <= _SMALL_FLOP:
-            return "native", "the work is smaller than the cost of two library calls"
-    return "matmul", "no measured table for this device, so nothing is known to beat two matmuls"
+        factors = [p.max_active_rank * (p.K + p.N) for p in group]
+        flop = sum(2 * p.M * f for p, f in zip(group, factors, strict=True))
+        if flop <= _SMALL_FLOP and sum(factors) <= _SMALL_FACTORS:
+            return "native", None, "the work is smaller than the cost of two library calls"
+    return "matmul", None, choice
 
 
 def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
@@ -224,7 +243,9 @@ def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
         reason = unsupported(name, problem)
         if reason is not None:
             return reason
-    return None
+    # What serves each layer may still not serve all of them in one launch.
+    check = getattr(backend_module(name), "unsupported_group", None)
+    return check(group) if check and len(group) > 1 else None
 
 
 # Plans of the native library by what decides them. It checks the rest of a call itself, so that a
@@ -350,6 +371,12 @@ def _rank_key(rank: int | Tensor) -> tuple[Any, ...]:
 
 def _layout(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple((t.stride(), t.storage_offset() * t.element_size() % 16) for t in tensors)
+
+
+def forget_plans() -> None:
+    """Plan every call anew: another table is in use, or other numbers of threads."""
+    for plans in (_linear_plans, _grouped_plans, _native_plans):
+        plans.clear()
 
 
 def is_capturing(x: Any) -> bool:

@@ -106,14 +106,13 @@ class Row:
     @property
     def fastest_form(self) -> str | None:
         """The form of `prepack` with the least time in forward modes; None where none was timed."""
-        totals: dict[str, float] = {}
-        for strategy in self.strategies:
-            backend, _, form = strategy.partition(": ")
-            form = form if backend == "packed" else "unpacked"
-            gain = self.speedup(strategy)
-            if backend in ("packed", "matmul") and gain > totals.get(form, 0.0):
-                totals[form] = gain
-        return max(totals, key=lambda f: (totals[f], f)) if len(totals) > 1 else None
+        forward = [set(times) for mode, times in self.us.items() if mode.startswith("forward")]
+        timed = set.intersection(*forward)
+        forms = {s.removeprefix("packed: "): s for s in timed if s.startswith("packed: ")}
+        if not forms:
+            return None
+        forms["unpacked"] = BASELINE
+        return max(forms, key=lambda form: (self.speedup(forms[form]), form))
 
     def __str__(self) -> str:
         many = f"{self.layers} layers, " if self.layers > 1 else ""

@@ -67,6 +67,9 @@ def choose(
     """
     first = group[0]
     if device is None:
+        kind = first.device.type
+        if kind != "cpu" and not (kind == "cuda" and torch.cuda.is_available()):
+            return "no measured table for this device: it is not here"
         device = hardware.current_device(first.device)
     found = _find(device, os.environ.get("MAESTRO_KERNELS_TABLE", ""))
     remarks = "".join(f" ({remark})" for remark in found.remarks)
@@ -74,9 +77,9 @@ def choose(
         return f"no measured table for this device, see maestro-kernels tune{remarks}"
     rank, N = _mean_rank(group), sum(p.N for p in group)
     aligned = device.kind == "cpu" or all(is_aligned(p) for p in group)
-    kind = (tables.dtype_key(first.dtype), len(group), aligned)
+    row_kind = (tables.dtype_key(first.dtype), len(group), aligned)
     degenerate = not (first.M and N and first.K and rank)
-    around = [] if degenerate else found.table.around(kind, first.M, N, first.K, rank)
+    around = [] if degenerate else found.table.around(row_kind, first.M, N, first.K, rank)
     name = f"table {found.name}"
     if not around:
         return f"{name} has no row near this call{remarks}"
@@ -172,5 +175,8 @@ def fingerprint(device: hardware.Device) -> str:
 
 
 def forget() -> None:
-    """Read tables again at the next plan."""
+    """Read tables again, and plan every call anew."""
+    from maestro_kernels import dispatch
+
     _find.cache_clear()
+    dispatch.forget_plans()

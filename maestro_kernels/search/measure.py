@@ -17,7 +17,7 @@ from maestro_kernels.benchmark.timing import interleave
 from maestro_kernels.search.strategies import DENSE, TWO, for_profile
 from maestro_kernels.testing import make_inputs
 
-__all__ = ["Point", "Sweep", "point_from"]
+__all__ = ["Point", "Sweep", "point_from", "ring_bytes"]
 
 # Walking through this many times the private caches leaves nothing in them.
 _CACHES = 4
@@ -107,7 +107,7 @@ class Sweep:
                 admitted[rank] = self._admit(case, providers(case), inputs[rank], rank)
             points: list[Point] = []
             for cache in ("warm", "cold"):
-                ring = self._ring_bytes() if cache == "cold" else 0
+                ring = ring_bytes(self.device) if cache == "cold" else 0
                 calls = {}
                 for rank, chosen in admitted.items():
                     rings = Rings(inputs[rank], ring)
@@ -153,10 +153,6 @@ class Sweep:
                 admitted.append(provider)
         return admitted
 
-    def _ring_bytes(self) -> int:
-        private = hardware.current_device(self.device).l2_bytes or 0
-        return min(max(_CACHES * private, _MIN_RING), _MAX_RING)
-
     def _time(self, calls: dict[str, Callable[[], object]], cache: str) -> list[Point]:
         points = []
         for launch, clock in Options(device=str(self.device)).launches.items():
@@ -181,6 +177,12 @@ class Sweep:
                 where = (self.N, self.K, self.M, self.bias, int(rank), strategy, cache, launch)
                 points.append(Point(*where, *times))
         return points
+
+
+def ring_bytes(device: torch.device) -> int:
+    """What a cold measurement walks through: several times the private caches."""
+    private = hardware.current_device(device).l2_bytes or 0
+    return min(max(_CACHES * private, _MIN_RING), _MAX_RING)
 
 
 def point_from(record: dict[str, Any]) -> Point:

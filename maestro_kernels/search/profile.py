@@ -76,7 +76,7 @@ def profile(
     journal = _journal(record, dtype) if cache else None
     points: list[Point] = []
     work = [(shape, M) for shape in shapes for M in batch_sizes]
-    with _progress(progress) as advance:
+    with progress_bar(progress, "profile") as advance:
         for i, (shape, M) in enumerate(work):
             advance(f"{M} · {shape.K}→r→{shape.N}", i, len(work))
             sweep = Sweep(shape.N, shape.K, M, shape.bias, dtype, place, seconds)
@@ -207,7 +207,8 @@ def _undisturbed(sweep: Sweep, ranks: Sequence[int], known: list[Point]) -> list
 
 
 @contextmanager
-def _progress(wanted: bool | Advance | None) -> Iterator[Advance]:
+def progress_bar(wanted: bool | Advance | None, title: str) -> Iterator[Advance]:
+    """A function of (text, done, total) that moves a bar, or does nothing, or is the caller's."""
     if callable(wanted):
         yield wanted
         return
@@ -224,7 +225,7 @@ def _progress(wanted: bool | Advance | None) -> Iterator[Advance]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("profile", total=1)
+        task = bar.add_task(title, total=1)
 
         def advance(text: str, done: int, total: int) -> None:
             bar.update(task, description=text, completed=done, total=total)

@@ -1,0 +1,170 @@
+"""`maestro-kernels tune`: measure this device's table, which `auto` then follows."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from maestro_kernels import hardware, tables, tuned
+
+if TYPE_CHECKING:
+    from maestro_kernels.tables import Row, Table
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command."""
+    command = commands.add_parser(
+        "tune",
+        help="measure this device's table, which auto then follows",
+        description="Time every strategy against two matmuls and write the table of this device. "
+        "auto prefers it to the one that ships with the package; explain names its row. What was "
+        "measured by an interrupted run is not measured again.",
+        epilog="example: maestro-kernels tune --shape 768,768 --shape 3072,768 --dtype float32",
+    )
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dtype", action="append", choices=_DTYPES, help="repeatable")
+    command.add_argument(
+        "--shape", action="append", metavar="N,K", help="tune this layer size; repeatable"
+    )
+    command.add_argument(
+        "--group",
+        action="append",
+        metavar="N+N+N,K",
+        help="tune layers that read one input, like 768+768+768,768; repeatable",
+    )
+    command.add_argument("--rows", metavar="M,M,...", help="rows of x to measure")
+    command.add_argument("--quick", action="store_true", help="every second M and rank")
+    command.add_argument("--threads", type=int, help="CPU threads torch uses; part of the device")
+    command.add_argument("--seconds", type=float, default=0.03, help="per strategy and mode")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="not where auto looks"
+    )
+    command.add_argument("--fresh", action="store_true", help="measure again what was measured")
+    command.add_argument("--json", action="store_true", help="print the table as JSON")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, validate, write, and say what auto will do differently."""
+    from maestro_kernels.search import tuning
+    from maestro_kernels.search.profile import progress_bar
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"tune: --threads: expected at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    shapes = [_sizes("--shape", text, 1) for text in args.shape or ()]
+    groups = [_sizes("--group", text, 2) for text in args.group or ()]
+    chosen = bool(args.shape or args.group)
+    parts = []
+    command = _command(args)
+    for name in args.dtype or (["bfloat16"] if "cuda" in args.device else ["float32"]):
+        plan = tuning.plan(
+            args.device,
+            getattr(torch, name),
+            shapes=[(Ns[0], K) for Ns, K in shapes] if chosen else None,
+            groups=groups if chosen else None,
+            rows=_rows(args.rows),
+            quick=args.quick,
+        )
+        if not plan.cases:
+            raise ValueError(f"tune: --shape: expected calls that can be measured here, got {plan}")
+        with progress_bar(None if not args.json else False, f"tune {name}") as advance:
+            parts.append(
+                tuning.tune(
+                    plan,
+                    seconds=args.seconds,
+                    cache=not args.fresh,
+                    command=command,
+                    progress=advance,
+                )
+            )
+    device = hardware.current_device(args.device)
+    path = args.out or tables.user_path(device)
+    table = _merged(parts, path, device)
+    tables.save(table, path)
+    tuned.forget()
+    if args.json:
+        print(table.to_json(), end="")
+        return 0
+    _print(table)
+    print(f"\n{len(table.rows)} rows in {path}")
+    return 0
+
+
+def _merged(parts: list[Table], path: Path, device: hardware.Device) -> Table:
+    """The new rows, and those of an earlier table of this device and these versions beside them."""
+    rows = {str(row) + str(row.aligned): row for part in parts for row in part.rows}
+    try:
+        earlier = tables.load(path, device)
+    except (FileNotFoundError, ValueError):
+        earlier = None
+    here = hardware.libraries()
+    if earlier and all(earlier.versions.get(name) == here[name] for name in here):
+        rows = {str(row) + str(row.aligned): row for row in earlier.rows} | rows
+    last = parts[-1]
+    return tables.Table(
+        last.device, last.versions, tuple(rows.values()), last.created, last.command
+    )
+
+
+def _sizes(option: str, text: str, least: int) -> tuple[tuple[int, ...], int]:
+    """N,K or N+N,K as ((N, ...), K)."""
+    try:
+        left, right = text.split(",")
+        Ns, K = tuple(int(n) for n in left.split("+")), int(right)
+    except ValueError:
+        Ns, K = (), 0
+    if len(Ns) < least or (least == 1 and len(Ns) > 1) or min((*Ns, K)) < 2:
+        form = "N,K" if least == 1 else "N+N,K"
+        raise ValueError(f"tune: {option}: expected {form} with sizes >= 2, got {text!r}")
+    return Ns, K
+
+
+def _rows(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"tune: --rows: expected M,M,... with M >= 1, got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What repeats the measurement; where its file went is nobody else's business."""
+    words = ["maestro-kernels", "tune", "--device", args.device]
+    for option in ("dtype", "shape", "group"):
+        for value in getattr(args, option) or ():
+            words += [f"--{option}", value]
+    words += ["--rows", args.rows] if args.rows else []
+    words += ["--quick"] if args.quick else []
+    words += ["--threads", str(torch.get_num_threads()), "--seconds", f"{args.seconds:g}"]
+    return shlex.join(words)
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    grid = Grid(title="what auto runs now", title_justify="left", header_style="bold")
+    for name in ("rows · in→rank→out", "auto", "against two matmuls", "prepack"):
+        grid.add_column(name)
+    for row in table.rows:
+        best = _best(row)
+        gain = f"{row.speedup(best):.2f}×" if best else ""
+        grid.add_row(str(row), best or tables.BASELINE, gain, row.fastest_form or "")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)
+    console.print(grid)
+
+
+def _best(row: Row) -> str | None:
+    winners = [s for s in row.strategies if row.wins(s) and not s.startswith("packed: ")]
+    return max(winners, key=row.speedup, default=None)
