@@ -30,7 +30,6 @@ struct f16 {
 #define MK_DEVICE __device__ __forceinline__
 #define MK_KERNEL(max_threads, blocks_per_sm) __global__ void __launch_bounds__(max_threads, blocks_per_sm)
 #define MK_PARAM const __grid_constant__
-#define MK_FAULT(name) false  // faults that the host tests inject
 
 namespace mk::cuda {
 

@@ -186,7 +186,7 @@ const char* plan_row(Plan& p, const Layer* layers, int64_t n, DType dtype, const
   p.strategy = Strategy::row;
   p.block_m = tile.block_m;
   p.block_r = config.width;
-  p.block_n = tile.block_n;
+  p.block_n = sm90::kBlockN;
   p.cluster = config.cluster;
   p.blocks = config.clusters * config.cluster;
   p.threads = 128 * (config.groups + 1);  // one producer warpgroup
