@@ -139,15 +139,19 @@ class Allocation(Mapping[str, int | str]):
                 )
         if not inplace:
             model = copy.deepcopy(model)
-        wanted = {n for n, r in self.items() if known[n] == "dense" and r != "dense"}
+        ranks = dict(self)
+        # At least 1: an empty factor is what truncation makes of it.
+        wanted = {
+            n: max(r, 1) for n, r in ranks.items() if known[n] == "dense" and not isinstance(r, str)
+        }
         if wanted:
             model = convert(
                 model,
-                lambda name, _: self[name] if name in wanted else "dense",
+                lambda name, _: wanted.get(name, "dense"),
                 init="svd" if batches is None else "data",
                 data=batches,
             )
-        model = set_ranks(model, {n: r for n, r in self.items() if n not in wanted})
+        model = set_ranks(model, ranks)
         modules = dict(model.named_modules())
         for name in self:
             if isinstance(layer := modules[name], LoDLayer):
