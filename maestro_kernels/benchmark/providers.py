@@ -320,7 +320,8 @@ def _prepacked(name: str, form: str | None) -> Provider:
 
 
 def _call_all(layers: Sequence[mk.LoDLinear], x: Tensor) -> list[Tensor]:
-    return [layer(x) for layer in layers]
+    # Not layer(x): the other providers are functions, and pay for no nn.Module around the call.
+    return [layer.forward(x) for layer in layers]
 
 
 # The reference is the yardstick of the accuracy gate and no candidate.

@@ -3,7 +3,8 @@
 A packed copy belongs to the values it was made of. It is made again when the factors are other
 tensors, lie elsewhere, have another version, or when something happened that torch does not count
 as a version: train(), load_state_dict, truncate, or a step of any optimizer (fused ones write
-without telling). Values written through `.data` are not noticed: call prepack again.
+without telling). Values written through `.data`, or in place to an inference tensor, are not
+noticed: call prepack again.
 """
 
 from __future__ import annotations
@@ -35,16 +36,30 @@ def _count_step(*_: Any) -> None:
     _steps += 1
 
 
-def _signature(layers: Sequence[LoDLinear]) -> tuple[Any, ...]:
-    """What a packed copy of the layers' factors depends on."""
-    parts: list[Any] = [_steps]
-    for layer in layers:
-        parts += (layer._epoch, layer._rank, layer.activation)
-        for factor in (layer.u, layer.v):
-            # The tensor itself is kept, so that its address cannot come back as another one's.
-            version = -1 if factor.is_inference() else factor._version
-            parts += (id(factor), factor.data_ptr(), version)
-    return tuple(parts)
+class _Made:
+    """What packed copies were made of: one layer's factors, and all that may change them.
+
+    Read on every call, so attributes of the module are looked up where nn.Module keeps them.
+    """
+
+    def __init__(self, layer: LoDLinear, u: Tensor, v: Tensor) -> None:
+        self.u, self.v = u, v
+        self.addresses = u.data_ptr(), v.data_ptr()
+        # An inference tensor counts no versions.
+        counted = not (u.is_inference() or v.is_inference())
+        self.versions = (u._version, v._version) if counted else None
+        self.others = (_steps, layer._epoch, layer._rank, layer.activation)
+
+    def still(self, layer: LoDLinear) -> bool:
+        """Whether the layer's factors are those of then."""
+        u, v, factors = self.u, self.v, layer._parameters
+        return (
+            factors.get("u") is u
+            and factors.get("v") is v
+            and (u.data_ptr(), v.data_ptr()) == self.addresses
+            and (self.versions is None or (u._version, v._version) == self.versions)
+            and (_steps, layer._epoch, layer._rank, layer.activation) == self.others
+        )
 
 
 class _Packed:
@@ -57,10 +72,9 @@ class _Packed:
     def __init__(self, form: str | None = None) -> None:
         self.form = form
         self.choices: dict[int, str] = {}
-        self._signature: tuple[Any, ...] | None = None
+        self._made: list[_Made] = []
         self._forms: dict[tuple[str, int], Any] = {}
         self._by_rows: dict[int, Any] = {}
-        self._keep: tuple[Tensor, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
         return type(self)(self.form)
@@ -69,13 +83,18 @@ class _Packed:
         # Packed bytes are of this machine; the values they come from are saved with the layer.
         return type(self), (self.form,)
 
-    def _fresh(self, layers: Sequence[LoDLinear]) -> None:
-        """Forget what was made of other values."""
-        signature = _signature(layers)
-        if signature != self._signature:
-            self._signature = signature
-            self._forms, self._by_rows, self.choices = {}, {}, {}
-            self._keep = tuple(t for layer in layers for t in (layer.u, layer.v))
+    def _renew(self, layers: Sequence[LoDLinear]) -> bool:
+        """Forget what was made of other values; False where there is nothing to pack."""
+        self._forms, self._by_rows, self.choices, self._made = {}, {}, {}, []
+        made = []
+        for layer in layers:
+            u, v = layer._parameters.get("u"), layer._parameters.get("v")
+            # A parametrised factor is computed anew on every call.
+            if u is None or v is None or not (u.is_cpu and v.is_cpu) or u.dtype != v.dtype:
+                return False
+            made.append(_Made(layer, u, v))
+        self._made = made
+        return True
 
     def _keep_chosen(self) -> None:
         """Free the forms that lost everywhere."""
@@ -88,13 +107,16 @@ class PackedLinear(_Packed):
 
     def __call__(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the call has to run unpacked."""
-        if not servable(x, (layer,)):
+        if not _takes(x) or (torch.is_grad_enabled() and _wants_grad(x, layer)):
             return None
-        self._fresh((layer,))
+        if not (self._made and self._made[0].still(layer)) and not self._renew((layer,)):
+            return None
         K = layer.in_features
-        if x.shape[-1] != K or x.numel() == 0:
+        if x.dtype != self._made[0].u.dtype or x.shape[-1] != K or layer.backend is not None:
             return None
         rows = x.numel() // K
+        if not rows:
+            return None
         form = self._by_rows.get(rows)
         if form is None:
             if rows in self._by_rows:
@@ -102,9 +124,10 @@ class PackedLinear(_Packed):
             form = self._choose(layer, x.reshape(rows, K).contiguous(), rows)
             if form is None:
                 return None
+        bias = layer._parameters["bias"]
         if x.dim() == 2:
-            return form(x if x.stride(1) == 1 else x.contiguous(), layer.bias)
-        y: Tensor = form(x.reshape(rows, K), layer.bias)
+            return form(x if x.stride(1) == 1 else x.contiguous(), bias)
+        y: Tensor = form(x.reshape(rows, K), bias)
         return y.view(*x.shape[:-1], layer.out_features)
 
     def _choose(self, layer: LoDLinear, x: Tensor, rows: int) -> Any:
@@ -141,11 +164,22 @@ class PackedGroup(_Packed):
 
     def __call__(self, layers: Sequence[LoDLinear], x: Tensor) -> list[Tensor] | None:
         """The outputs of all layers, or None where the group has to run unpacked."""
-        K = layers[0].in_features
-        if not servable(x, layers) or x.shape[-1] != K or x.numel() == 0:
+        grad = torch.is_grad_enabled()
+        if not _takes(x) or (grad and any(_wants_grad(x, layer) for layer in layers)):
             return None
-        self._fresh(layers)
+        pairs = zip(self._made, layers, strict=False)
+        fresh = len(self._made) == len(layers) and all(m.still(layer) for m, layer in pairs)
+        if not fresh and not self._renew(layers):
+            return None
+        K = layers[0].in_features
+        if x.shape[-1] != K or not all(
+            made.u.dtype == x.dtype and layer.backend is None
+            for made, layer in zip(self._made, layers, strict=True)
+        ):
+            return None
         rows = x.numel() // K
+        if not rows:
+            return None
         if rows not in self._by_rows:
             self._by_rows[rows] = self._choose(layers, x.reshape(rows, K).contiguous(), rows)
         run = self._by_rows[rows]
@@ -192,28 +226,14 @@ def _unpacked(layer: LoDLinear, x: Tensor) -> Tensor:
     return lod_linear(x, layer.u, layer.v, layer.bias, rank=layer.rank, activation=layer.activation)
 
 
-def servable(x: Tensor, layers: Sequence[LoDLinear]) -> bool:
-    """Whether a call may use packed weights: plain CPU tensors of one dtype, no gradient wanted."""
-    if not eager.is_plain(x) or not x.is_cpu or eager.autocast_dtype(x) is not None:
-        return False
-    grad = torch.is_grad_enabled()
-    if grad and x.requires_grad:
-        return False
-    for m in layers:
-        if (
-            m.backend is not None
-            or m.u.dtype != x.dtype
-            or m.v.dtype != x.dtype
-            or not (m.u.is_cpu and m.v.is_cpu)
-        ):
-            return False
-        if grad and (m.u.requires_grad or m.v.requires_grad or _wants(m.bias)):
-            return False
-    return True
+def _takes(x: Tensor) -> bool:
+    """Whether a call on x may use packed weights: a plain CPU tensor, nobody watching the call."""
+    return eager.is_plain(x) and x.is_cpu and eager.autocast_dtype(x) is None
 
 
-def _wants(bias: Tensor | None) -> bool:
-    return bias is not None and bias.requires_grad
+def _wants_grad(x: Tensor, layer: LoDLinear) -> bool:
+    factors = layer._parameters.values()
+    return x.requires_grad or any(p is not None and p.requires_grad for p in factors)
 
 
 def prepack(
