@@ -14,14 +14,13 @@
 #endif
 
 #include "cpu.h"
-#include "kernel.h"
+#include "cut.h"
 
 namespace mk::cpu {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kChunkRows = 2048;  // rows of one region: bounds the scratch that holds H
-constexpr int64_t kBlockRows = 96;
 
 template <class T>
 T least(T a, T b) {
@@ -71,17 +70,15 @@ class Layout {
 };
 
 // Rows of one layer, cut into tasks.
-struct Work {
+struct Work : Cut {
   Layer layer;  // x, y, h moved to the first row of the chunk, M to its rows
   int64_t rank;
   const char* v_panels;  // or null
   const char* u_panels;
-  int64_t blocks, block_rows;
-  int64_t shrink_groups, shrink_panels;  // groups, panels of one
-  int64_t parts, part_k;                 // of K
-  int64_t expand_groups, expand_panels;
   int64_t first_shrink, first_expand;  // numbers of the first tasks
   int64_t hidden, stride_hidden, partial, ready, arrived;
+
+  Size size() const { return {layer.M, layer.N, layer.K, rank}; }
 };
 
 using Counter = std::atomic<int32_t>;
@@ -92,7 +89,7 @@ struct Call {
   Work* work;
   int64_t layers, threads, tasks[2];
   char* scratch;
-  int64_t claimed[2];  // offsets of the claims of both phases
+  int64_t claimed[2];  // offsets of the claims of both phases: one counter per share
   int64_t own, own_bytes;
 
   Counter* counters(int64_t offset) const { return reinterpret_cast<Counter*>(scratch + offset); }
@@ -193,44 +190,36 @@ void body(void* context, int64_t index) {
   const Call& call = *static_cast<const Call*>(context);
   char* const scratch = call.scratch + call.own + index * call.own_bytes;
   for (int phase = 0; phase < 2; ++phase) {
-    const int64_t tasks = call.tasks[phase], begin = tasks * index / call.threads;
-    Counter* const claimed = call.counters(call.claimed[phase]);
-    for (int64_t i = 0; i < tasks; ++i) {
-      const int64_t task = begin + i < tasks ? begin + i : begin + i - tasks;
-      if (claimed[task].load(std::memory_order_relaxed) != 0) continue;
-      if (claimed[task].exchange(1, std::memory_order_relaxed) != 0) continue;
-      run_task(call, phase, task, scratch);
+    for (int64_t i = 0; i < call.threads; ++i) {
+      const int64_t share = (index + i) % call.threads;
+      const int64_t begin = call.tasks[phase] * share / call.threads;
+      const int64_t size = call.tasks[phase] * (share + 1) / call.threads - begin;
+      Counter& claimed = *call.counters(call.claimed[phase] + share * kCacheLine);
+      while (claimed.load(std::memory_order_relaxed) < size) {
+        const int64_t task = claimed.fetch_add(1, std::memory_order_relaxed);
+        if (task < size) run_task(call, phase, begin + task, scratch);
+      }
     }
   }
 }
 
-// Roughly the core cycles a layer takes: its arithmetic, or reading its weights.
-int64_t cycles(const Layer& l, int64_t rank, DType dtype) {
-  const int64_t weights = (l.N + l.K) * rank;
-  return (weights * l.M + l.M * (l.N + l.K)) / (dtype == DType::bf16 ? 64 : 24) + weights * element_bytes(dtype) / 16;
-}
-
-void cut(Work& w, const Call& call) {
-  const Layer& l = w.layer;
-  const int64_t threads = call.threads, tile_rows = call.kernel->tile_rows;
-  const bool by_rows = l.M >= 2 * threads * tile_rows;
-  w.blocks = by_rows ? round_up(ceil_div(l.M, kBlockRows), threads) : 1;
-  w.block_rows = ceil_div(l.M, w.blocks);
-  w.blocks = ceil_div(l.M, w.block_rows);
-  const int64_t wanted = threads == 1 || by_rows ? 1 : 2 * threads;
-  const auto group = [&](int64_t panels) { return most<int64_t>(1, panels / wanted); };
-  const int64_t v_panels = ceil_div(w.rank, kPanel), u_panels = ceil_div(l.N, kPanel);
-  w.shrink_panels = by_rows || threads == 1 ? most<int64_t>(1, v_panels) : group(v_panels);
-  w.shrink_groups = ceil_div(v_panels, w.shrink_panels);
-  w.expand_panels = by_rows || threads == 1 ? u_panels : group(u_panels);
-  w.expand_groups = ceil_div(u_panels, w.expand_panels);
-  w.parts = 1;
-  if (threads > 1 && !by_rows && v_panels > 0 && v_panels < threads) {
-    w.parts = most<int64_t>(1, least(threads, l.K / 64));
+// The number of threads that should end first, by powers of two, and the cuts of all layers for it.
+void choose_cuts(Call& call, int64_t pool_threads) {
+  double best = 0;
+  for (int64_t threads = 1;; threads = least(2 * threads, pool_threads)) {
+    double cycles = region_cycles(threads);
+    for (int64_t i = 0; i < call.layers; ++i)
+      cycles += cut(call.work[i].size(), threads, *call.kernel, call.dtype).cycles;
+    if (threads == 1 || cycles < best) {
+      best = cycles;
+      call.threads = threads;
+    }
+    if (threads >= pool_threads) break;
   }
-  const int64_t step = 32;  // parts begin at whole units
-  w.part_k = round_up(ceil_div(l.K, w.parts), step);
-  w.parts = ceil_div(l.K, w.part_k);
+  for (int64_t i = 0; i < call.layers; ++i) {
+    Work& w = call.work[i];
+    static_cast<Cut&>(w) = cut(w.size(), call.threads, *call.kernel, call.dtype);
+  }
 }
 
 // Number the tasks and place everything in scratch. False when there is no memory.
@@ -248,7 +237,7 @@ bool place(Call& call, Scratch& memory) {
     columns = most(columns, most(w.shrink_panels, w.expand_panels) * kPanel);
   }
   for (int phase = 0; phase < 2; ++phase) {
-    call.claimed[phase] = layout.add(call.tasks[phase] * static_cast<int64_t>(sizeof(Counter)));
+    call.claimed[phase] = layout.add(call.threads * kCacheLine);
   }
   for (int64_t i = 0; i < call.layers; ++i) {
     Work& w = call.work[i];
@@ -337,7 +326,6 @@ const char* forward(const Layer* layers, const void* const* packed, int64_t n, D
     call.kernel = &kernel_for(dtype);
     call.dtype = dtype;
     call.work = work;
-    int64_t total = 0;
     for (int64_t i = 0; i < n; ++i) {
       if (row >= layers[i].M) continue;
       Work* const w = new (work + call.layers++) Work{};
@@ -348,10 +336,8 @@ const char* forward(const Layer* layers, const void* const* packed, int64_t n, D
         w->u_panels = w->v_panels + ceil_div(w->layer.R, kPanel) * panel_bytes(w->layer.K, dtype);
       }
       zero_beyond(w->layer, w->rank, dtype);
-      total += cycles(w->layer, w->rank, dtype);
     }
-    call.threads = most<int64_t>(1, least(pool.threads, total / 4000));
-    for (int64_t i = 0; i < call.layers; ++i) cut(work[i], call);
+    choose_cuts(call, pool.threads);
     if (!place(call, memory)) return no_memory;
     if (call.threads == 1) {
       body(&call, 0);

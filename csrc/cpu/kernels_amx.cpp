@@ -204,8 +204,9 @@ void product_amx(const Product& p, char* scratch) {
 }  // namespace
 
 const Kernel& kernel_amx(DType dtype) {
-  static constexpr Kernel bf16 = {"amx_bf16",  2 * kTileRows,      element_bytes(DType::bf16), scratch_bytes_amx,
-                                  product_amx, reduce<TileFormat>, pack_panel<DType::bf16>};
+  static constexpr Kernel bf16 = {
+      "amx_bf16",  element_bytes(DType::bf16), kTileRows / 2,          450, scratch_bytes_amx,
+      product_amx, reduce<TileFormat>,         pack_panel<DType::bf16>};
   return dtype == DType::bf16 ? bf16 : kernel_avx512_bf16(dtype);
 }
 

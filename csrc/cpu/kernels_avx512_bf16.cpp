@@ -26,7 +26,7 @@ struct PairFormat {
 }  // namespace
 
 const Kernel& kernel_avx512_bf16(DType dtype) {
-  static constexpr Kernel bf16 = make_kernel<PairFormat, 2, 12>("avx512_bf16");
+  static constexpr Kernel bf16 = make_kernel<PairFormat, 2, 12>("avx512_bf16", 30);
   return dtype == DType::bf16 ? bf16 : kernel_avx512(dtype);
 }
 

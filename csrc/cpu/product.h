@@ -313,10 +313,11 @@ void reduce(const Product& p, int64_t parts, int64_t stride_part) {
 }
 
 template <class F, int columns, int max_rows>
-constexpr Kernel make_kernel(const char* isa) {
+constexpr Kernel make_kernel(const char* isa, double macs_per_cycle) {
   return {isa,
-          max_rows,
           element_bytes(F::a_dtype),
+          2,
+          macs_per_cycle,
           scratch_bytes<F, max_rows>,
           product<F, columns, max_rows>,
           reduce<F>,

@@ -1,0 +1,78 @@
+#include "cut.h"
+
+namespace mk::cpu {
+namespace {
+
+// Rough figures of a server core of today; they only have to tell apart cuts that differ by much.
+constexpr double kCacheBytes = 1 << 20;  // of weights that stay in a core's own cache from call to call
+constexpr double kNear = 36, kFar = 9;   // bytes per cycle a core reads from there, and from beyond
+constexpr double kHandover = 2500;       // cycles until all threads see H
+constexpr double kHandoverBytes = 4;     // bytes of H per cycle that come from other cores
+constexpr double kRegion = 9000, kRegionThread = 300;
+constexpr int64_t kBlockRows = 96;
+constexpr int64_t kPartStep = 32;  // parts of K begin at whole units
+
+int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// One thread, `rows` rows, this many weights.
+double product_cycles(int64_t rows, double weights, const Kernel& kernel, DType dtype) {
+  const double bytes = weights * static_cast<double>(element_bytes(dtype));
+  const double multiply = weights * static_cast<double>(most(rows, kernel.least_rows)) / kernel.macs_per_cycle;
+  const double read = bytes / (bytes <= kCacheBytes ? kNear : kFar);
+  return multiply < read ? read : multiply;
+}
+
+// Every thread has rows of its own: no thread waits, and each reads all weights.
+Cut by_rows(const Size& s, int64_t threads, const Kernel& kernel, DType dtype) {
+  Cut c{};
+  const int64_t blocks = most(1, round_up(ceil_div(s.M, kBlockRows), threads));
+  c.block_rows = most(1, ceil_div(s.M, blocks));
+  c.blocks = ceil_div(s.M, c.block_rows);
+  c.shrink_panels = most(1, ceil_div(s.rank, kPanel));
+  c.expand_panels = ceil_div(s.N, kPanel);
+  c.shrink_groups = c.parts = c.expand_groups = 1;
+  c.part_k = s.K;
+  const double weights = static_cast<double>((s.N + s.K) * s.rank);
+  c.cycles = product_cycles(ceil_div(s.M, threads), weights, kernel, dtype);
+  return c;
+}
+
+// Every thread has panels of its own for all rows: weights are read once, and all wait for H.
+Cut by_panels(const Size& s, int64_t threads, const Kernel& kernel, DType dtype) {
+  Cut c{};
+  c.blocks = 1;
+  c.block_rows = s.M;
+  const int64_t v_panels = ceil_div(s.rank, kPanel), u_panels = ceil_div(s.N, kPanel);
+  // Two groups for each thread, so that one that comes late can be helped.
+  c.shrink_panels = most(1, v_panels / (2 * threads));
+  c.shrink_groups = ceil_div(v_panels, c.shrink_panels);
+  c.expand_panels = most(1, u_panels / (2 * threads));
+  c.expand_groups = ceil_div(u_panels, c.expand_panels);
+  c.parts = 1;
+  // Few panels do not divide among the threads: then K does.
+  while (v_panels > 0 && c.shrink_groups * c.parts % threads && c.shrink_groups * c.parts < 4 * threads &&
+         s.K >= (c.parts + 1) * 64) {
+    ++c.parts;
+  }
+  c.part_k = round_up(ceil_div(s.K, c.parts), kPartStep);
+  c.parts = ceil_div(s.K, c.part_k);
+  const double weights = static_cast<double>((s.N + s.K) * s.rank) / static_cast<double>(threads);
+  const double handed_over = static_cast<double>(s.M * s.rank * kernel.a_bytes);
+  c.cycles = product_cycles(s.M, weights, kernel, dtype) + kHandover + handed_over / kHandoverBytes;
+  return c;
+}
+
+}  // namespace
+
+Cut cut(const Size& size, int64_t threads, const Kernel& kernel, DType dtype) {
+  const Cut rows = by_rows(size, threads, kernel, dtype);
+  if (threads == 1) return rows;
+  const Cut panels = by_panels(size, threads, kernel, dtype);
+  return panels.cycles < rows.cycles ? panels : rows;
+}
+
+double region_cycles(int64_t threads) {
+  return threads == 1 ? 0 : kRegion + kRegionThread * static_cast<double>(threads);
+}
+
+}  // namespace mk::cpu
