@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -134,10 +135,14 @@ class _SquaredNorms(torch.autograd.Function):
         dtype = torch.float64 if any(t.dtype is torch.float64 for t in factors) else torch.float32
         rows = [_norms(t, 0, dtype) for t in factors[:half]]
         for v, count in zip(factors[half:], groups[half:], strict=True):
-            row = _norms(v.flatten(1), 1, dtype)
-            rows.append(row if count == 1 else row.unflatten(0, (count, -1)).sum(0))
+            matrix = v.flatten(1)
+            rows.append(
+                _norms(matrix, 1, dtype)
+                if count == 1
+                else _norms(matrix.unflatten(0, (count, -1)), (0, 2), dtype)
+            )
         device = factors[0].device
-        return pad_sequence([row.to(device) for row in rows], batch_first=True)
+        return _padded([row.to(device) for row in rows]).square()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -152,15 +157,38 @@ class _SquaredNorms(torch.autograd.Function):
             R = t.shape[1] if i < half else t.shape[0] // count
             slope = twice[i, :R].to(t.device)
             if i >= half:
-                slope = slope.repeat(count).reshape(-1, *(1,) * (t.dim() - 1))
+                slope = slope if count == 1 else slope.repeat(count)
+                slope = slope.reshape(-1, *(1,) * (t.dim() - 1))
             grads.append((t * _beside(slope, t)).to(t.dtype))
         return None, *grads
 
 
-def _norms(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    norms = torch.linalg.vector_norm(matrix, dim=dim, dtype=dtype)
+def _norms(factor: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(factor, dim=dim, dtype=dtype)
     # FSDP2 spreads a factor over processes; its norms are small, and all of them need all.
-    return (norms.full_tensor() if hasattr(norms, "full_tensor") else norms).square()
+    return norms.full_tensor() if hasattr(norms, "full_tensor") else norms
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """The rows as one matrix: two launches on a device, where pad_sequence makes one per row."""
+    if len({len(row) for row in rows}) == 1:
+        return torch.stack(rows)
+    widths = [len(row) for row in rows]
+    flat = torch.cat((*rows, rows[0].new_zeros(1)))
+    return flat[_places(tuple(widths), flat.device)]
+
+
+@lru_cache(maxsize=8)
+def _places(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the values of each row lie in their concatenation, and the zero that follows."""
+    end = sum(widths)
+    starts = [0, *accumulate(widths)]
+    return torch.tensor(
+        [
+            [*range(s, s + w), *[end] * (max(widths) - w)]
+            for s, w in zip(starts, widths, strict=False)
+        ]
+    ).to(device)
 
 
 def _beside(value: Tensor, factor: Tensor) -> Tensor:
