@@ -6,8 +6,10 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_support import linear_model, lod, mixed
 
+import maestro_kernels as mk
 from maestro_kernels import training
 from maestro_kernels.training import penalties
 
@@ -139,16 +141,21 @@ def test_large_half_precision_factors_do_not_overflow():
     assert all(g.isfinite().all() for g in torch.autograd.grad(value, factors(model)))
 
 
-def test_one_compiled_graph():
+@pytest.mark.parametrize("eager_first", [False, True])
+def test_one_compiled_graph(eager_first):
+    """Whichever comes first, nothing of the compiler's is left for eager calls, or the reverse."""
     torch._dynamo.reset()
     model = linear_model()
+    if eager_first:
+        training.hierarchical_group_lasso(model, scale_by_size=True)
 
     def loss(x):
-        return model(x).sum() + training.hierarchical_group_lasso(model)
+        penalty = training.hierarchical_group_lasso(model, scale_by_size=True)
+        return model(x).sum() + penalty + training.group_lasso(model)
 
     x = torch.randn(3, 12, dtype=torch.float64)
-    expected = torch.autograd.grad(loss(x), factors(model))
     got = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+    expected = torch.autograd.grad(loss(x), factors(model))
     torch.testing.assert_close(got, loss(x))
     for a, b in zip(torch.autograd.grad(got, factors(model)), expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -216,3 +223,24 @@ def test_no_layer_is_read_twice(monkeypatch):
     monkeypatch.setattr(penalties, "_norms", spy)
     training.hierarchical_group_lasso(model)
     assert sorted(calls) == sorted(p.data_ptr() for p in factors(model))
+
+
+def test_launches_per_layer():
+    """One norm per factor forward, one product per factor backward; the rest is for all at once."""
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def count(layers):
+        model = nn.Sequential(*(mk.LoDLinear(16, 8 + i % 3) for i in range(layers)))
+        training.hierarchical_group_lasso(model)  # fills the cache
+        calls.clear()
+        with Counter():
+            torch.autograd.grad(training.hierarchical_group_lasso(model), factors(model))
+        views = ("view", "select", "slice", "detach", "alias", "expand", "reshape")
+        return sum(not any(v in str(f) for v in views) for f in calls)
+
+    calls = []
+    assert count(30) - count(12) == 18 * 4

@@ -135,12 +135,11 @@ class _SquaredNorms(torch.autograd.Function):
         dtype = torch.float64 if any(t.dtype is torch.float64 for t in factors) else torch.float32
         rows = [_norms(t, 0, dtype) for t in factors[:half]]
         for v, count in zip(factors[half:], groups[half:], strict=True):
-            matrix = v.flatten(1)
-            rows.append(
-                _norms(matrix, 1, dtype)
-                if count == 1
-                else _norms(matrix.unflatten(0, (count, -1)), (0, 2), dtype)
-            )
+            if count == 1:
+                rows.append(_norms(v.flatten(1), 1, dtype))
+            else:
+                parts = v.flatten(1).unflatten(0, (count, v.shape[0] // count))
+                rows.append(_norms(parts, (0, 2), dtype))
         device = factors[0].device
         return _padded([row.to(device) for row in rows]).square()
 
@@ -171,9 +170,11 @@ def _norms(factor: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> Te
 
 def _padded(rows: list[Tensor]) -> Tensor:
     """The rows as one matrix: two launches on a device, where pad_sequence makes one per row."""
-    if len({len(row) for row in rows}) == 1:
-        return torch.stack(rows)
     widths = [len(row) for row in rows]
+    if len(set(widths)) == 1:
+        return torch.stack(rows)
+    if torch.compiler.is_compiling():
+        return pad_sequence(rows, batch_first=True)
     flat = torch.cat((*rows, rows[0].new_zeros(1)))
     return flat[_places(tuple(widths), flat.device)]
 
@@ -204,10 +205,11 @@ def _beside(value: Tensor, factor: Tensor) -> Tensor:
 def _group_sizes(layers: list[LoDLayer], like: Tensor, *, tail: bool) -> Tensor:
     shapes = [(layer.max_rank, layer.u.numel()) for layer in layers]
     shapes += [(layer.max_rank, layer.v.numel()) for layer in layers]
-    return _root_sizes(tuple(shapes), tail, like.dtype, like.device)
+    # A compiler that traced through the cache would leave its fake tensors there.
+    sizes = _root_sizes if torch.compiler.is_compiling() else _cached_root_sizes
+    return sizes(tuple(shapes), tail, like.dtype, like.device)
 
 
-@lru_cache(maxsize=8)
 def _root_sizes(
     shapes: tuple[tuple[int, int], ...], tail: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -218,3 +220,6 @@ def _root_sizes(
         count = torch.arange(R, 0, -1) if tail else torch.ones(R)
         rows.append((each * count.to(dtype)).sqrt())
     return pad_sequence(rows, batch_first=True).to(device)
+
+
+_cached_root_sizes = lru_cache(maxsize=8)(_root_sizes)
