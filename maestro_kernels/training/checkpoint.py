@@ -98,8 +98,12 @@ def load_checkpoint(
     """
     fn = "load_checkpoint"
     state = _read(fn, Path(path))
-    if maestro is not None and state["maestro"] is None:
-        raise ValueError(f"{fn}: maestro: expected a checkpoint with its state, got one without")
+    if maestro is not None:
+        if state["maestro"] is None:
+            raise ValueError(
+                f"{fn}: maestro: expected a checkpoint with its state, got one without"
+            )
+        maestro.check_state(fn, state["maestro"])
     _check_groups(fn, optimizer, state["optimizer"])
     load_shrunken(model, state["model"], optimizer)
     optimizer.load_state_dict(state["optimizer"])

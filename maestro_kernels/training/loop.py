@@ -248,17 +248,24 @@ class Maestro:
         Raises:
             ValueError: the state has other entries, or belongs to another sampler or model.
         """
-        fn, expected = "Maestro.load_state_dict", set(self.state_dict())
-        if set(state) != expected:
-            raise ValueError(f"{fn}: state: expected {sorted(expected)}, got {sorted(state)}")
-        if (state["funnel_start"] is None) != (self._start is None):
-            raise ValueError(
-                f"{fn}: state: expected one of the penalty {self._penalty!r}, got another's"
-            )
+        self.check_state("Maestro.load_state_dict", state)
         self.sampler.load_state_dict(state["sampler"])
         self.epochs, self.steps = int(state["epochs"]), int(state["steps"])
         self._start = state["funnel_start"]
         self.epoch_begin()
+
+    def check_state(self, fn: str, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, in the name of `fn`, unless `state` is of a Maestro like this one."""
+        mine = self.state_dict()
+        if set(state) != set(mine):
+            raise ValueError(f"{fn}: state: expected {sorted(mine)}, got {sorted(state)}")
+        if (state["funnel_start"] is None) != (self._start is None):
+            raise ValueError(
+                f"{fn}: state: expected one of the penalty {self._penalty!r}, got another's"
+            )
+        kind, theirs = (s["sampler"].get("kind") for s in (mine, state))
+        if kind != theirs:
+            raise ValueError(f"{fn}: state: expected one of the sampler {kind!r}, got {theirs!r}")
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -93,7 +93,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
         return lines
     name, rank = min(shrunk, key=lambda pair: pair[1] / start["layers"][pair[0]]["rank"])
     lines.append(
-        f"{len(shrunk)} of {len(last['ranks'])} factorised layers lost rank; most of all {name}, "
+        f"{len(shrunk)} of {len(last['ranks'])} factorised layers lost rank; most of all {name!r}, "
         f"from {start['layers'][name]['rank']} to {rank}."
     )
     beyond = [
