@@ -212,21 +212,21 @@ def test_a_model_without_lod_layers(penalty):
         penalty(3)
 
 
-def test_no_layer_is_read_twice(monkeypatch):
-    model, calls = mixed(), []
+def test_no_factor_is_read_twice(monkeypatch):
+    model, read = mixed(), []
     original = penalties._norms
 
-    def spy(tensor, *args):
-        calls.append(tensor.data_ptr())
-        return original(tensor, *args)
+    def spy(factor, *args):
+        read.append(factor.data_ptr())
+        return original(factor, *args)
 
     monkeypatch.setattr(penalties, "_norms", spy)
     training.hierarchical_group_lasso(model)
-    assert sorted(calls) == sorted(p.data_ptr() for p in factors(model))
+    assert sorted(read) == sorted(p.data_ptr() for p in factors(model))
 
 
 def test_launches_per_layer():
-    """One norm per factor forward, one product per factor backward; the rest is for all at once."""
+    """On a device: one norm per factor forward, one product backward; the rest is for all."""
 
     class Counter(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -234,7 +234,7 @@ def test_launches_per_layer():
             return func(*args, **(kwargs or {}))
 
     def count(layers):
-        model = nn.Sequential(*(mk.LoDLinear(16, 8 + i % 3) for i in range(layers)))
+        model = nn.Sequential(*(mk.LoDLinear(16, 8 + i % 3, device="meta") for i in range(layers)))
         training.hierarchical_group_lasso(model)  # fills the cache
         calls.clear()
         with Counter():
