@@ -14,7 +14,7 @@ def commands():
     return group.choices
 
 
-@pytest.mark.parametrize("name", ["info", "bench", "compress", "train", "tune"])
+@pytest.mark.parametrize("name", ["info", "bench", "compress", "train", "tune", "profile"])
 def test_every_command_has_help_with_an_example_and_json(name, capsys):
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
@@ -25,7 +25,7 @@ def test_every_command_has_help_with_an_example_and_json(name, capsys):
 
 
 def test_commands_that_do_not_exist_yet_are_not_offered():
-    assert set(commands()) == {"info", "bench", "compress", "train", "tune"}
+    assert set(commands()) == {"info", "bench", "compress", "train", "tune", "profile"}
 
 
 def test_info_says_why_a_backend_is_missing(capsys, monkeypatch, no_library):

@@ -21,7 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Point", "Ratio", "line_plot", "ratio_plot", "roofline_plot", "standalone", "svg"]
+__all__ = [
+    "PAGE",
+    "Palette",
+    "Point",
+    "Ratio",
+    "frame",
+    "legend",
+    "light",
+    "line_plot",
+    "plain_log",
+    "ratio_plot",
+    "roofline_plot",
+    "standalone",
+    "svg",
+]
 
 # Placeholder -> CSS variable. The placeholders occur nowhere else in matplotlib's output.
 _COLOURS = {"#010a01": "--ink", "#020a02": "--soft", "#030a03": "--line", "#040a04": "--card"}
@@ -29,6 +43,20 @@ _INK, _SOFT, _LINE, _CARD = _COLOURS
 _SERIES = tuple(f"#05{i:02d}05" for i in range(8))
 _COLOURS.update({colour: f"--s{i}" for i, colour in enumerate(_SERIES)})
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of a drawing: the page's placeholders, or values for a file of its own."""
+
+    ink: str
+    soft: str
+    line: str
+    card: str
+    series: tuple[str, ...]
+
+
+PAGE = Palette(_INK, _SOFT, _LINE, _CARD, _SERIES)
 
 # Two of these fit beside each other on a desk and one fills a phone; text stays readable on both.
 _WIDTH = 4.6
@@ -76,7 +104,7 @@ def line_plot(
         levels: heights of dashed lines across, values to compare with.
         height: in inches at 96 pixels; the width is fixed.
     """
-    figure, axes = _axes(title, xlabel, ylabel, height)
+    figure, axes = frame(title, xlabel, ylabel, height)
     for k, (name, points) in enumerate(series.items()):
         colour, marker = _SERIES[k % len(_SERIES)], _MARKERS[k % len(_MARKERS)]
         xs = [p.x for p in points]
@@ -97,11 +125,11 @@ def line_plot(
         axes.axhline(level, color=_SOFT, linewidth=1, linestyle="--", zorder=2)
     if log:
         axes.set_xscale("log", base=2)
-        _plain_log(axes.yaxis)
+        plain_log(axes.yaxis)
         ticks = sorted({p.x for points in series.values() for p in points})
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
-    _legend(figure, axes)
+    legend(figure, axes)
     return svg(figure, title)
 
 
@@ -120,7 +148,7 @@ def ratio_plot(
         xlabel: what the ratio is.
         names: legend of the filled and of the hollow dot.
     """
-    figure, axes = _axes(title, xlabel, "", 1.35 + 0.25 * len(ratios))
+    figure, axes = frame(title, xlabel, "", 1.35 + 0.25 * len(ratios))
     values = [v for r in ratios for v in (r.first, r.second) if v]
     left, right = min([0.8, *values]) / 1.15, max([1.25, *values]) * 1.15
     axes.set_xscale("log")
@@ -158,7 +186,7 @@ def ratio_plot(
     for filled, name in ((True, names[0]), (False, names[1])):
         face = _SOFT if filled else _CARD
         axes.plot([], [], "o", color=_SOFT, markerfacecolor=face, markersize=6, label=name)
-    _legend(figure, axes)
+    legend(figure, axes)
     return svg(figure, title)
 
 
@@ -179,7 +207,7 @@ def roofline_plot(
         bandwidth: bytes/s from memory.
         cache_bandwidth: bytes/s from cache, drawn dashed where it is known.
     """
-    figure, axes = _axes(title, "FLOP per byte", "TFLOP/s", 3.9)
+    figure, axes = frame(title, "FLOP per byte", "TFLOP/s", 3.9)
     xs = [p.x for points in series.values() for p in points]
     left, right = min([*xs, peak / bandwidth]) / 2, max([*xs, peak / bandwidth]) * 2
     for rate, style in ((bandwidth, "-"), (cache_bandwidth, "--")):
@@ -205,10 +233,10 @@ def roofline_plot(
             alpha=0.9,
             label=name,
         )
-    _plain_log(axes.xaxis)
-    _plain_log(axes.yaxis)
+    plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
     axes.minorticks_off()
-    _legend(figure, axes)
+    legend(figure, axes)
     return svg(figure, title)
 
 
@@ -235,54 +263,70 @@ def svg(figure: Figure, label: str) -> Html:
     return Html(text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1))
 
 
-def standalone(drawing: Html) -> str:
-    """A drawing as an SVG file of its own, in the light colours of the page."""
+def light() -> Palette:
+    """The light colours of the page, for files."""
+    colours = _light_colours()
+    series = tuple(colours[f"--s{i}"] for i in range(len(_SERIES)))
+    ink, soft, line, card = (colours[f"--{n}"] for n in ("ink", "soft", "line", "card"))
+    return Palette(ink, soft, line, card, series)
+
+
+def _light_colours() -> dict[str, str]:
     page = resources.files("maestro_kernels.benchmark").joinpath("page.html")
     light = page.read_text(encoding="utf-8").partition("@media")[0]
-    colours = dict(re.findall(r"(--\w+): (#\w+);", light))
+    return dict(re.findall(r"(--\w+): (#\w+);", light))
+
+
+def standalone(drawing: Html) -> str:
+    """A drawing as an SVG file of its own, in the light colours of the page."""
+    colours = _light_colours()
     text = re.sub(r"var\((--\w+)\)", lambda match: colours[match[1]], drawing)
     size = re.search(r'viewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"', text)
     assert size is not None
-    frame = (
+    attributes = (
         f'xmlns="http://www.w3.org/2000/svg" width="{size[1]}pt" height="{size[2]}pt" '
         f'style="background: {colours["--card"]}"'
     )
-    return text.replace("<svg", f"<svg {frame}", 1) + "\n"
+    return text.replace("<svg", f"<svg {attributes}", 1) + "\n"
 
 
-def _axes(title: str, xlabel: str, ylabel: str, height: float) -> tuple[Figure, Axes]:
+def frame(
+    title: str, xlabel: str, ylabel: str, height: float, palette: Palette = PAGE
+) -> tuple[Figure, Axes]:
+    """An empty drawing in the style of the page."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), dpi=96, layout="constrained")
     axes: Any = figure.add_subplot()
-    figure.suptitle(title, color=_INK, fontsize=11.5, fontweight="bold", x=0.02, ha="left")
-    axes.set_xlabel(xlabel, color=_SOFT, fontsize=10)
-    axes.set_ylabel(ylabel, color=_SOFT, fontsize=10)
-    axes.tick_params(colors=_INK, labelsize=9.5, length=0)
-    axes.grid(visible=True, color=_LINE, linewidth=0.8)
+    figure.suptitle(title, color=palette.ink, fontsize=11.5, fontweight="bold", x=0.02, ha="left")
+    axes.set_xlabel(xlabel, color=palette.soft, fontsize=10)
+    axes.set_ylabel(ylabel, color=palette.soft, fontsize=10)
+    axes.tick_params(colors=palette.ink, labelsize=9.5, length=0)
+    axes.grid(visible=True, color=palette.line, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.06)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_LINE)
+        spine.set_color(palette.line)
     return figure, axes
 
 
-def _plain_log(axis: Any) -> None:
+def plain_log(axis: Any) -> None:
     """A logarithmic axis with 0.01, 100 and 10,000 instead of powers of ten."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_formatter(lambda value, position: f"{value:,.10g}")
 
 
-def _legend(figure: Any, axes: Any) -> None:
-    legend = figure.legend(
+def legend(figure: Any, axes: Any, palette: Palette = PAGE) -> None:
+    """Names below the drawing."""
+    box = figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside lower left",
         ncols=2,
         frameon=False,
         fontsize=9.5,
-        labelcolor=_INK,
+        labelcolor=palette.ink,
         handlelength=1.6,
         columnspacing=1.2,
     )
-    legend.set_zorder(5)
+    box.set_zorder(5)

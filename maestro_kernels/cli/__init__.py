@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import maestro_kernels
-from maestro_kernels.cli import bench, compress, info, train, tune
+from maestro_kernels.cli import bench, compress, info, profile, train, tune
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=maestro_kernels.__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, bench, compress, train, tune):
+    for module in (info, bench, profile, compress, train, tune):
         module.register(commands)
     return top
 

@@ -162,6 +162,11 @@ class Profile:
         """What has times, "dense" included; "prepacked" is the fastest form of `prepack`."""
         return tuple(dict.fromkeys(strategy for strategy, _, _ in self._curves))
 
+    @property
+    def keys(self) -> set[Key]:
+        """(strategy, cache, launch) of all times."""
+        return set(self._curves)
+
     @cached_property
     def launch(self) -> str:
         """The launch mode that counts: device time where it was measured."""

@@ -1,0 +1,241 @@
+"""`maestro-kernels profile`: latency over rank of layer sizes or of a model, with a report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from maestro_kernels.search.drawings import Front
+    from maestro_kernels.search.latencies import Profile
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command."""
+    command = commands.add_parser(
+        "profile",
+        help="latency over rank of layers or of a model: table, plots and one HTML page",
+        description="Measure dense layers, two matmuls and every strategy of ours over ranks, find "
+        "steps and break-even, and, for a model with weights, the ranks that lose least at a "
+        "speed-up. An interrupted run goes on where it stopped.",
+        epilog="example: maestro-kernels profile 3072,768 768,3072 --rows 1,64  (or a Hugging Face "
+        "folder or config.json, or package.module:model)",
+    )
+    command.add_argument(
+        "target",
+        nargs="+",
+        help="out,in sizes N,K; a Hugging Face folder or config.json; or module:object",
+    )
+    command.add_argument("--rows", default="1,64", metavar="M,M,...", help="rows of x")
+    command.add_argument(
+        "--ranks", metavar="r,r,...", help="exactly these; default: coarse to fine"
+    )
+    command.add_argument("--dtype", choices=_DTYPES, help="default: the model's, or float32")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--threads", type=int, help="CPU threads torch uses")
+    command.add_argument("--strategy", help="low-rank strategy that counts, e.g. prepacked")
+    command.add_argument("--speedup", type=float, default=1.5, help="of the ranks to choose")
+    command.add_argument("--seconds", type=float, default=0.025, help="per candidate and mode")
+    command.add_argument("--fresh", action="store_true", help="measure again what was measured")
+    command.add_argument("--out", type=Path, default=Path("reports/profile"), metavar="DIR")
+    command.add_argument("--json", action="store_true", help="print the profile as JSON")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, save profile, plots and page, print the table and the answer."""
+    from maestro_kernels import hardware
+    from maestro_kernels.search import profile_report as report
+    from maestro_kernels.search.profile import profile
+
+    # Found out before anything is measured: a missing plotter must not cost a run.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NotImplementedError(
+            "profile: report: expected matplotlib for the plots, got none; "
+            "pip install 'maestro-kernels[bench]'"
+        )
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"profile: --threads: expected at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    rows = _numbers("--rows", args.rows)
+    target = load_target(args.target)
+    found = profile(
+        target,
+        None if args.ranks is None else _numbers("--ranks", args.ranks),
+        rows,
+        None if args.dtype is None else getattr(torch, args.dtype),
+        args.device,
+        cache=not args.fresh,
+        seconds=args.seconds,
+        progress=False if args.json else None,
+    )
+    if args.strategy:
+        found = found.using(args.strategy)
+    front = _front(target, found, rows[-1], args.speedup)
+    device = hardware.measured_device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found.save(args.out / "profile.json")
+    page = report.page(found, device=device, front=front, command=_command(args))
+    (args.out / "report.html").write_text(page, encoding="utf-8")
+    pngs = report.save_pngs(found, args.out, device=device, front=front)
+    if args.json:
+        record = json.loads((args.out / "profile.json").read_text(encoding="utf-8"))
+        if front is not None:
+            record["allocation"] = front.chosen.to_dict()
+        print(json.dumps(record))
+        return 0
+    _print(report.terminal_table(found))
+    print("\n".join(report.sentences(found)))
+    if front is not None:
+        print(f"\n{front.chosen}")
+    print(f"\nprofile  {args.out / 'profile.json'}\nplots    {len(pngs)} PNG files in {args.out}")
+    print(f"report   {args.out / 'report.html'}")
+    return 0
+
+
+def load_target(texts: list[str]) -> Any:
+    """Sizes, a Hugging Face model (without weights on the meta device), or a Python object.
+
+    Raises:
+        ValueError: neither of these, or an object that is no model.
+    """
+    if all(re.fullmatch(r"\d+,\d+", text) for text in texts):
+        return [tuple(map(int, text.split(","))) for text in texts]
+    if len(texts) > 1:
+        raise ValueError(f"profile: target: expected sizes N,K or one model, got {texts}")
+    (text,) = texts
+    path = Path(text)
+    if path.exists():
+        return _hugging_face(path)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
+        return _python_object(text)
+    raise ValueError(
+        f"profile: target: expected N,K, a Hugging Face folder or config.json, or module:object, "
+        f"got {text!r}"
+    )
+
+
+def _hugging_face(path: Path) -> nn.Module:
+    try:
+        import transformers
+    except ImportError:
+        raise NotImplementedError(
+            "profile: target: expected transformers for a Hugging Face model, got none; "
+            "pip install transformers"
+        ) from None
+    folder = path if path.is_dir() else path.parent
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        if path.is_dir() and any(p for form in _WEIGHTS for p in folder.glob(form)):
+            model = transformers.AutoModel.from_pretrained(path, local_files_only=True)
+        else:
+            with torch.device("meta"):
+                model = transformers.AutoModel.from_config(config)
+    except (OSError, KeyError) as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise ValueError(
+            f"profile: target: expected a Hugging Face configuration, got {path.name!r}: {first}"
+        ) from None
+    return model.eval()
+
+
+def _python_object(text: str) -> Any:
+    """The object, or what it returns where it is no module but can be called."""
+    module_name, _, attribute = text.partition(":")
+    # As `python -m` does: what lies in the current folder can be named.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"profile: target: expected {text!r} to exist, got {error}") from None
+    if callable(found) and not isinstance(found, nn.Module):
+        found = found()
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"profile: target: expected a torch model, got {type(found).__name__}")
+    return found.eval()
+
+
+def _front(target: Any, profile: Profile, M: int, speedup: float) -> Front | None:
+    """Accuracy against latency of a model with weights; each layer sees M rows once."""
+    from maestro_kernels import search
+    from maestro_kernels.search.drawings import Front
+    from maestro_kernels.search.profile_report import curve_points
+
+    if not isinstance(target, nn.Module) or any(p.is_meta for p in target.parameters()):
+        return None
+    names = {name for shape in profile.shapes for name in shape.names}
+    include = lambda name, _: name in names  # noqa: E731
+    sens = search.sensitivity(target, method="svd", include=include)
+    layers = {name: replace(one, rows=(M,)) for name, one in sens.layers.items()}
+    sens = replace(sens, layers=layers)
+
+    def allocate(times: float, method: str) -> Any:
+        return search.allocate(
+            target, search.Speedup(times), sens, profile, method=method, include=include
+        )
+
+    try:
+        chosen = allocate(speedup, "exact")
+    except ValueError as error:
+        print(f"no ranks are {speedup:g} times as fast: {error}", file=sys.stderr)
+        return None
+    dense = chosen.dense.ms
+    curves = {"exact": curve_points([(dense / value, e) for value, e in chosen.trade_off])}
+    for method in ("threshold", "uniform"):
+        points = []
+        for k in range(1, 9):
+            try:
+                found = allocate(1 + (speedup - 1) * k / 4, method).predicted
+            except ValueError:  # out of this rule's reach
+                continue
+            points.append((found.ms, found.error))
+        if points:
+            curves[method] = curve_points(points)
+    return Front(curves, chosen)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"profile: {option}: expected integers >= 1 like 1,64, got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What repeats the measurement; folders are named without where they lie."""
+    targets = [Path(t).name if Path(t).exists() else t for t in args.target]
+    words = ["maestro-kernels", "profile", *targets, "--rows", args.rows]
+    words += ["--ranks", args.ranks] if args.ranks else []
+    words += ["--dtype", args.dtype] if args.dtype else []
+    words += ["--strategy", args.strategy] if args.strategy else []
+    words += ["--device", args.device, "--threads", str(torch.get_num_threads())]
+    return shlex.join(words)
+
+
+def _print(block: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # In a log a table must not be folded to 80 columns.
+        console = Console(highlight=False, width=140)
+    console.print(block)

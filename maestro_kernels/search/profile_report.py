@@ -1,0 +1,323 @@
+"""What a profile says, for the terminal, as one self-contained page, and as PNG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maestro_kernels.benchmark import html, plots
+from maestro_kernels.benchmark.html import Cell, Html
+from maestro_kernels.benchmark.summary import DASH, duration, times
+from maestro_kernels.search import drawings
+from maestro_kernels.search.latencies import Profile, break_even_text
+from maestro_kernels.search.strategies import DENSE, DENSE_PACKED, PREPACKED, TWO
+from maestro_kernels.search.targets import Shape
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from maestro_kernels.hardware import Device
+    from maestro_kernels.search.drawings import Front
+
+__all__ = ["page", "save_pngs", "sentences", "terminal_table"]
+
+# Sizes that get a drawing; the table has them all.
+_DRAWN = 6
+
+
+def sentences(profile: Profile) -> list[str]:
+    """The answer in plain words: where low rank pays, and at which ranks."""
+    cells = [(s, M) for s in profile.shapes for M in profile.batch_sizes]
+    paying = [(s, M) for s, M in cells if profile.break_even(N=s.N, K=s.K, M=M) is not None]
+    if not paying:
+        first = "Low rank is slower than the dense layer at every rank that was measured."
+    elif len(paying) == len(cells):
+        first = "Low rank beats the dense layer at every size measured, up to its break-even rank."
+    else:
+        first = (
+            f"Low rank beats the dense layer in {len(paying)} of {len(cells)} combinations of "
+            f"size and rows."
+        )
+    found = [first]
+    for s, M in paying[:3]:
+        found.append(_sentence(profile, s, M))
+    if "interpolation" in profile.errors:
+        e = profile.errors["interpolation"]
+        text = f"A rank left out is predicted from its neighbours within {e.median:.0%} (median)"
+        found.append(f"{text} and {e.p90:.0%} (90th percentile of {e.count}).")
+    if "fit" in profile.errors:
+        e = profile.errors["fit"]
+        found.append(
+            f"A size left out is predicted by the fitted model within {e.median:.0%} (median) and "
+            f"{e.p90:.0%} (90th percentile of {e.count})."
+        )
+    return found
+
+
+def _sentence(profile: Profile, shape: Shape, M: int) -> str:
+    N, K = shape.N, shape.K
+    limit = profile.break_even(N=N, K=K, M=M)
+    assert limit is not None
+    ideal = N * K / (N + K)
+    where = f"{K}→r→{N} at {M} {'row' if M == 1 else 'rows'}"
+    if math.isinf(limit):
+        return f"{where}: faster than dense at all ranks measured."
+    best = profile.preferred(N=N, K=K, M=M)
+    ranks = ", ".join(map(str, best[-3:]))
+    return (
+        f"{where}: faster than dense up to rank {limit:.0f}, {limit / ideal:.0%} of the rank at "
+        f"which both do the same work ({ideal:.0f}); largest ranks worth choosing: {ranks}."
+    )
+
+
+def terminal_table(profile: Profile) -> Table:
+    """Every size: dense, break-even, and the fastest strategy at a few ranks."""
+    from rich.table import Table
+
+    device = profile.device
+    title = f"{device['name']}, {device['num_cores']} cores, {profile.dtype}, cold caches"
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in ("rows · in→r→out", "layers", "rank"):
+        table.add_column(name)
+    for name in ("dense", "two matmuls", _main_label(profile), "vs dense", "fastest", ""):
+        table.add_column(name, justify="right" if name not in ("fastest", "") else "left")
+    for shape in profile.shapes:
+        for M in profile.batch_sizes:
+            for i, cells in enumerate(_rows(profile, shape, M)):
+                where = f"{M} · {shape.K}→r→{shape.N}" if i == 0 else ""
+                layers = str(len(shape.names) or "") if i == 0 else ""
+                table.add_row(where, layers, *(_rich(c) for c in cells))
+            table.add_section()
+    return table
+
+
+def _rich(cell: str | Cell) -> str:
+    if isinstance(cell, str):
+        return cell
+    colour = {"good": "green", "bad": "red", "muted": "dim"}.get(cell.tone)
+    return f"[{colour}]{cell.text}[/]" if colour and cell.text else cell.text
+
+
+def _main_label(profile: Profile) -> str:
+    return "ours" if profile.main == "ours" else profile.main
+
+
+def _rows(profile: Profile, shape: Shape, M: int) -> list[list[str | Cell]]:
+    """One line per measured rank: rank, dense, two matmuls, ours, ratio, fastest, remark."""
+    size: dict[str, Any] = {"N": shape.N, "K": shape.K, "M": M}
+    dense = profile.latency(**size, rank="dense")
+    curve = profile.curve(**size)
+    two = profile.curve(**size, strategy=TWO)
+    below = {step.rank for step in profile.steps(**size)}
+    preferred = set(profile.preferred(**size))
+    names = [n for n in profile.strategies if n not in (DENSE, DENSE_PACKED)]
+    curves = {n: profile.curve(**size, strategy=n) for n in names if n != PREPACKED}
+    lines: list[list[str | Cell]] = []
+    for rank, knot in curve.items():
+        timed = {n: c[rank].ms for n, c in curves.items() if rank in c}
+        fastest = min(timed, key=lambda n: timed[n])
+        remark = "just below a step" if rank in below else "" if rank in preferred else DASH
+        ratio = Cell(times(dense / knot.ms), "good" if knot.ms < dense else "bad")
+        lines.append(
+            [
+                str(rank),
+                duration(1e3 * dense),
+                duration(1e3 * two[rank].ms if rank in two else None),
+                duration(1e3 * knot.ms),
+                ratio,
+                f"{fastest} {duration(1e3 * timed[fastest])}",
+                remark,
+            ]
+        )
+    return lines
+
+
+def page(
+    profile: Profile,
+    *,
+    title: str = "Rank and latency",
+    device: Device | None = None,
+    front: Front | None = None,
+    command: str = "",
+) -> str:
+    """One HTML file without scripts or requests.
+
+    Args:
+        profile: what was measured.
+        title: heading.
+        device: with measured peaks, for the roofline; None leaves it out.
+        front: accuracy against latency of a model; None leaves it out.
+        command: what repeats it.
+    """
+    d = profile.device
+    subtitle = f"{d['name']} ({d['arch']}), {d['num_cores']} cores, {profile.dtype}"
+    blocks = [html.verdict(sentences(profile)), _cards(profile), _latency(profile)]
+    if front is not None:
+        blocks.append(_accuracy(front))
+    if device is not None and dict(device.peak_flops).get(profile.dtype):
+        drawing = _svg(drawings.roofline(profile, device), "Roofline")
+        blocks.append(
+            html.section(
+                "Against the roofline",
+                html.grid(html.figure(drawing)),
+                lead="One point per rank, size and rows. The ceilings are short probes: the best "
+                "library matmul, and reading from memory and from cache. Operations and bytes are "
+                "those of the function, each operand once.",
+            )
+        )
+    blocks += [_table(profile), _method(profile, command)]
+    footer = f"Written by {command or 'maestro_kernels.search.profile'}."
+    return html.page(title, blocks, subtitle=subtitle, footer=footer)
+
+
+def _svg(figure: Figure, label: str) -> Html:
+    return plots.svg(figure, label)
+
+
+def _cards(profile: Profile) -> Html:
+    ratios, limits = [], []
+    for s in profile.shapes:
+        for M in profile.batch_sizes:
+            limit = profile.break_even(N=s.N, K=s.K, M=M)
+            if limit is not None and math.isfinite(limit):
+                limits.append(limit * (s.N + s.K) / (s.N * s.K))
+            dense = profile.latency(N=s.N, K=s.K, rank="dense", M=M)
+            half = s.N * s.K / (s.N + s.K) / 2
+            ratios.append(dense / profile.latency(N=s.N, K=s.K, rank=round(half) or 1, M=M))
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    share = f"{sum(limits) / len(limits):.0%}" if limits else DASH
+    return html.cards(
+        (
+            (str(len(profile.points)), "times measured"),
+            (str(len(profile.shapes)), "layer sizes"),
+            (times(mean), "speed-up over dense at half the weights, geometric mean"),
+            (share, "measured break-even rank as a share of equal work, mean"),
+        )
+    )
+
+
+def _latency(profile: Profile) -> Html:
+    figures = []
+    for shape in profile.shapes[:_DRAWN]:
+        for M in profile.batch_sizes:
+            drawing = drawings.latency(profile, N=shape.N, K=shape.K, M=M)
+            limit = break_even_text(profile.break_even(N=shape.N, K=shape.K, M=M))
+            layers = f"{len(shape.names)} layers of the model. " if shape.names else ""
+            label = f"Latency over rank, {shape.K} to {shape.N}, {M} rows"
+            figures.append(html.figure(_svg(drawing, label), f"{layers}Break-even: {limit}."))
+    more = len(profile.shapes) - _DRAWN
+    rest = f" {more} more sizes are in the table." if more > 0 else ""
+    return html.section(
+        "Latency over rank",
+        html.grid(*figures),
+        lead="Medians with cold caches, as in a model whose other layers ran in between; the band "
+        "is the 20th to 80th percentile. Left of the dashed line low rank is faster than the "
+        "dense layer. A circled rank lies just below a step: the next one costs far more." + rest,
+    )
+
+
+def _accuracy(front: Front) -> Html:
+    chosen = front.chosen
+    drawn = [html.figure(_svg(drawings.pareto(front), "Accuracy against latency"))]
+    for first in range(0, len(chosen.layers), 40):
+        chart = drawings.rank_chart(chosen, first=first)
+        drawn.append(html.figure(_svg(chart, "Rank of each layer")))
+    lines = [
+        [
+            c.layer.name or "(model)",
+            str(c.rank),
+            str(c.layer.max_rank),
+            duration(None if c.ms is None else 1e3 * c.ms),
+            duration(None if c.dense_ms is None else 1e3 * c.dense_ms),
+            f"{c.error:.2g}",
+        ]
+        for c in chosen.layers
+    ]
+    headers = ("layer", "rank", "of", "ms at rank", "ms dense", "error")
+    return html.section(
+        "Accuracy against latency",
+        html.prose(chosen.summary()),
+        html.grid(*drawn),
+        html.details(
+            f"Show all {len(lines)} layers", html.table(headers, lines, numeric=range(1, 6))
+        ),
+        lead=f"Error is the sum over layers of the {chosen.unit}; time is the sum of the layers' "
+        "own times. Every point of the front is an allocation of ranks that nothing beats.",
+    )
+
+
+def _table(profile: Profile) -> Html:
+    times_of = ("dense", "two matmuls", _main_label(profile))
+    headers = ("rows · in→r→out", "rank", *times_of, "vs dense", "fastest", "remark")
+    lines: list[list[str | Cell]] = []
+    for shape in profile.shapes:
+        for M in profile.batch_sizes:
+            where = f"{M} · {shape.K}→r→{shape.N}"
+            lines += [[where, *cells] for cells in _rows(profile, shape, M)]
+    return html.section(
+        "Every rank measured",
+        html.table(headers, lines, numeric=range(1, 6)),
+        lead="A dash in the last column: a larger rank is as fast, or dense is.",
+    )
+
+
+def _method(profile: Profile, command: str) -> Html:
+    text = (
+        "Ranks were chosen coarse to fine: a few evenly spaced on a logarithmic axis, then where "
+        "the curve bends, where it crosses the dense layer, and just above the ranks where tiles "
+        "of kernels end. All candidates of a round take turns in one interleaved run. A strategy "
+        "of ours is timed only where its result is as accurate as two library matmuls, held "
+        "against float64. The dense layer is part of every round; a round in which it took "
+        "much longer was measured again."
+    )
+    facts = [("command", command)] if command else []
+    facts += [(k, str(v)) for k, v in profile.device.items()]
+    facts += [(k, str(v)) for k, v in profile.versions.items() if v is not None]
+    return html.section(
+        "How this was measured",
+        html.prose(text),
+        html.details(
+            "Machine and versions",
+            html.table(("what", "value"), [(k, Cell(v, "wide")) for k, v in facts]),
+        ),
+    )
+
+
+def save_pngs(
+    profile: Profile, folder: Path, *, device: Device | None = None, front: Front | None = None
+) -> list[Path]:
+    """Write the drawings of the page as PNG files, in its light colours; gives their paths."""
+    palette = plots.light()
+    made: list[tuple[str, Callable[[], Figure]]] = []
+
+    def draw(function: Callable[..., Figure], *args: Any, **kwargs: Any) -> Callable[[], Figure]:
+        return lambda: function(*args, **kwargs, palette=palette)
+
+    for s in profile.shapes[:_DRAWN]:
+        for M in profile.batch_sizes:
+            size: dict[str, Any] = {"N": s.N, "K": s.K, "M": M}
+            name = f"latency-{s.K}-{s.N}-rows-{M}"
+            made.append((name, draw(drawings.latency, profile, **size)))
+    if device is not None and dict(device.peak_flops).get(profile.dtype):
+        made.append(("roofline", draw(drawings.roofline, profile, device)))
+    if front is not None:
+        made.append(("pareto", draw(drawings.pareto, front)))
+        made.append(("ranks", draw(drawings.rank_chart, front.chosen)))
+    paths = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in made:
+        paths.append(folder / f"{name}.png")
+        figure().savefig(paths[-1], dpi=160, facecolor=palette.card)
+    return paths
+
+
+def curve_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points fastest first, without those that a faster one beats in error too."""
+    kept: list[tuple[float, float]] = []
+    for ms, error in sorted(points):
+        if not kept or error < kept[-1][1]:
+            kept.append((ms, error))
+    return kept
