@@ -1,6 +1,6 @@
 """Ranks for a sentence encoder under a latency budget: allocated, uniform, and WeLore's threshold.
 
-    python examples/allocate_encoder.py [--stage prepare|measure|report|all] [--out out/allocation]
+    python examples/allocate_encoder.py [--stage STAGE] [--out out/allocation]
 
 all-MiniLM-L6-v2 on sentences of Python's documentation: 512 calibrate, 384 others judge. All rules
 use the same data-aware factors and the same latency profile, nothing is fine-tuned.
@@ -19,13 +19,15 @@ from maestro_kernels.benchmark import encoder as library
 
 TARGETS = (1.1, 1.2, 1.35, 1.5, 1.75, 2.0)
 MEASURES = ("cosine", "Spearman", "output error")
+STAGES = ("prepare", "profile", "measure", "report", "all")
 COMMAND = "python examples/allocate_encoder.py"
 
 
 def main() -> None:
     """Run the stages asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stage", choices=("prepare", "measure", "report", "all"), default="all")
+    parser.add_argument("--stage", choices=STAGES, default="all")
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--out", type=Path, default=Path("out/allocation"))
     parser.add_argument("--rows", type=Path, default=Path("bench/results/allocation-encoder.jsonl"))
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
@@ -38,11 +40,10 @@ def main() -> None:
     served = encoder.tokens(held_out[:16])
     if args.stage in ("prepare", "all"):
         study.prepare(encoder.model, batches, batches[:2], out)
+    if args.stage in ("profile", "all"):
+        study.profile(encoder.model, served, out, seconds=15.0)
     if args.stage in ("measure", "all"):
-        study.measure(
-            "MiniLM-L6", encoder.model, served, TARGETS, out,
-            profile_seconds=12.0, seconds=args.seconds,
-        )  # fmt: skip
+        study.measure("MiniLM-L6", encoder.model, served, args.targets, out, args.seconds)
     if args.stage in ("report", "all"):
         original = encoder.embed(held_out)
         judged = list(encoder.batches(held_out))

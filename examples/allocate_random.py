@@ -1,6 +1,6 @@
 """The same comparison on two architectures with random weights: GPT-2 small and ViT-S.
 
-    python examples/allocate_random.py [--stage prepare|measure|report|all] [--out out/allocation]
+    python examples/allocate_random.py [--stage STAGE] [--out out/allocation]
 
 Built from their configurations, so nothing is downloaded, and nothing was learned: the singular
 values of every layer are nearly flat. What is left to gain is which layers are cheap, and which
@@ -19,6 +19,7 @@ from torch import nn
 from maestro_kernels import search
 
 TARGETS = (1.1, 1.25, 1.5, 2.0)
+STAGES = ("prepare", "profile", "measure", "report", "all")
 COMMAND = "python examples/allocate_random.py"
 
 
@@ -50,8 +51,9 @@ MODELS = {"GPT-2 small": ("gpt2", gpt2), "ViT-S": ("vit-s", vit)}
 def main() -> None:
     """Run the stages asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stage", choices=("prepare", "measure", "report", "all"), default="all")
+    parser.add_argument("--stage", choices=STAGES, default="all")
     parser.add_argument("--only", choices=tuple(MODELS), help="one of the two models")
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--out", type=Path, default=Path("out/allocation"))
     parser.add_argument("--rows", type=Path, default=Path("bench/results"))
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
@@ -66,10 +68,10 @@ def main() -> None:
         calibration, held_out = batches[:8], batches[8:]
         if args.stage in ("prepare", "all"):
             study.prepare(model, calibration, calibration[:2], out)
+        if args.stage in ("profile", "all"):
+            study.profile(model, batches[0], out, seconds=20.0)
         if args.stage in ("measure", "all"):
-            study.measure(
-                name, model, batches[0], TARGETS, out, profile_seconds=14.0, seconds=args.seconds
-            )
+            study.measure(name, model, batches[0], args.targets, out, args.seconds)
         if args.stage in ("report", "all"):
 
             def quality(small: nn.Module, model=model, data=held_out) -> dict[str, float]:  # noqa: ANN001

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import bisect
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from maestro_kernels.benchmark.timing import rounds
+from maestro_kernels.files import write_text
 from maestro_kernels.nn.candidates import Selector
 from maestro_kernels.nn.convert import convert, dense_form
 from maestro_kernels.nn.layer import LoDLayer, check_int
@@ -28,6 +31,7 @@ from maestro_kernels.search.layers import Layer, considered, count_rows
 __all__ = ["ModelProfile", "profile_model"]
 
 _FN = "profile_model"
+_SCHEMA = 1
 Deploy = Callable[[nn.Module], nn.Module]
 # Fractions of the largest rank worth choosing at which copies of the model run: closer together
 # where a budget that pays usually lies.
@@ -81,6 +85,31 @@ class ModelProfile:
         """
         chosen = {**self.ranks, **ranks}
         return self.rest + sum(self.layer(name, rank) for name, rank in chosen.items())
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON that `load` reads: complete, or not at all."""
+        layers = {n: [[rank, ms] for rank, ms in known.items()] for n, known in self.layers.items()}
+        record = {**vars(self), "schema": _SCHEMA, "layers": layers}
+        write_text(Path(path), json.dumps(record) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelProfile:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is no model profile of this schema.
+        """
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = {"total", "rest", "rows", "layers", "ranks"}
+        if not isinstance(record, dict) or {*record} != {*fields, "schema"}:
+            raise ValueError(f"ModelProfile.load: expected a model profile, got {Path(path).name}")
+        if record.pop("schema") != _SCHEMA:
+            raise ValueError(f"ModelProfile.load: expected schema {_SCHEMA} in {Path(path).name}")
+        record["rows"] = {name: tuple(rows) for name, rows in record["rows"].items()}
+        record["layers"] = {
+            name: dict(map(tuple, known)) for name, known in record["layers"].items()
+        }
+        return cls(**record)
 
 
 def _line(points: Mapping[int, float], rank: int) -> float:
