@@ -27,6 +27,8 @@ def set_full_rank(layer: LoDLayer, rank: int) -> None:
     """Declare components beyond `rank` dead, and run the layer at `rank`."""
     vars(layer)[_FULL_RANK] = rank
     layer.rank = rank
+    # Its factors may be new ones: what nn.prepack made of the old is not used again.
+    layer._epoch += 1
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
