@@ -6,7 +6,7 @@ Plans are pure functions of the problem; the caches here only save asking again.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -248,15 +248,15 @@ def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
     return check(group) if check and len(group) > 1 else None
 
 
-# Plans of the native library by what decides them. It checks the rest of a call itself, so that a
-# small one builds no larger key than this.
-_native_plans: dict[tuple[Any, ...], Plan] = {}
+# (plan, the library's op) of calls that the native library serves, by what decides the plan. It
+# checks the rest of a call itself, so that a small one builds no larger key than this.
+_native_plans: dict[tuple[Any, ...], tuple[Plan, Callable[..., Tensor]]] = {}
 
 
 def native_plan(
     x: Tensor, u: Tensor, rank: int | Tensor | None, activation: str | None
-) -> Plan | None:
-    """The plan of an eager CPU call that the native library served before, or None."""
+) -> tuple[Plan, Callable[..., Tensor]] | None:
+    """(plan, op) of an eager CPU call that the native library served before, or None."""
     # True is equal to 1 as a key, but is no rank.
     if x.is_cpu and (rank is None or type(rank) is int):
         return _native_plans.get((x.shape, u.shape, x.dtype, rank, activation))
@@ -312,7 +312,8 @@ def plan_linear(
         if plan.strategy == "fused" and backend is None and plan.problems[0].rank is not None:
             if len(_native_plans) >= _MAX_PLANS:
                 _native_plans.clear()
-            _native_plans[x.shape, u.shape, x.dtype, rank, activation] = plan
+            call = plan.module.raw_linear()
+            _native_plans[x.shape, u.shape, x.dtype, rank, activation] = (plan, call)
     return plan
 
 

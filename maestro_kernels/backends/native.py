@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,12 @@ def ops() -> Any:
     """The library's op namespace; load_error() must be None."""
     _load()
     return torch.ops.maestro_native
+
+
+def raw_linear() -> Callable[..., Tensor]:
+    """The op behind `forward`, without the Python frame of its overload: 0.2 us of 4."""
+    overload = ops().linear.default
+    return getattr(overload, "_op", overload)
 
 
 def pack(u: Tensor, v: Tensor) -> Tensor:

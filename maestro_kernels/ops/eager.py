@@ -19,7 +19,7 @@ _PLAIN = frozenset((Tensor, Parameter, type(None)))
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+any_autocast = torch._C._is_any_autocast_enabled
 
 
 def is_plain(*tensors: Any) -> bool:
@@ -43,7 +43,7 @@ def transforms_active() -> bool:
 
 def autocast_dtype(x: Any) -> torch.dtype | None:
     """The dtype autocast wants for a call on x, or None outside autocast."""
-    if not _is_any_autocast_enabled() or not isinstance(x, Tensor):
+    if not any_autocast() or not isinstance(x, Tensor):
         return None
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -37,7 +37,6 @@ library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _ops = torch.ops.maestro_kernels
-_native = torch.ops.maestro_native
 
 
 def lod_linear(
@@ -51,9 +50,10 @@ def lod_linear(
     save_h: bool,
 ) -> Tensor:
     """Run one call: see functional.lod_linear."""
-    dtype = eager.autocast_dtype(x)
-    if dtype is not None:
-        x, u, v, bias = (eager.cast(t, dtype) for t in (x, u, v, bias))
+    if eager.any_autocast():
+        dtype = eager.autocast_dtype(x)
+        if dtype is not None:
+            x, u, v, bias = (eager.cast(t, dtype) for t in (x, u, v, bias))
     if eager.is_plain(x, u, v, bias):
         wants_grad = torch.is_grad_enabled() and any_requires_grad(x, u, v, bias)
         if backend is None:
@@ -102,13 +102,13 @@ def native_linear(
 ) -> Tensor | None:
     """A CPU call straight to the library, or None where the plan has to be asked."""
     try:
-        plan = native_plan(x, u, rank, activation)
-        if plan is None:
+        found = native_plan(x, u, rank, activation)
+        if found is None:
             return None
         if wants_grad:
-            return apply_eager(x, u, v, bias, (plan, rank, save_h))
+            return apply_eager(x, u, v, bias, (found[0], rank, save_h))
         code = ACTIVATION_CODES[activation]
-        return _native.linear.default(x, u, v, bias, -1 if rank is None else rank, None, code, None)
+        return found[1](x, u, v, bias, -1 if rank is None else rank, None, code, None)
     except (AttributeError, TypeError, RuntimeError):  # the validator has the words for it
         return None
 
