@@ -26,6 +26,7 @@ __all__ = [
     "resize_on_load",
     "restore_random_state",
     "save_checkpoint",
+    "seed_random_state",
 ]
 
 _FORMAT, _VERSION = "maestro_kernels.training", 1
@@ -190,6 +191,15 @@ def _random_state() -> dict[str, Any]:
         name, keys, *rest = numpy.random.get_state()
         state["numpy"] = [str(name), torch.from_numpy(keys.astype("int64")), *map(float, rest)]
     return state
+
+
+def seed_random_state(seed: int) -> None:
+    """Seed the global generators that a checkpoint keeps."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:

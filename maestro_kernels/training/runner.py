@@ -22,7 +22,7 @@ from maestro_kernels import hardware
 from maestro_kernels.nn import convert, save_pretrained, summary
 from maestro_kernels.nn.ranks import lod_layers
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
-from maestro_kernels.training.checkpoint import load_checkpoint, save_checkpoint
+from maestro_kernels.training.checkpoint import load_checkpoint, save_checkpoint, seed_random_state
 from maestro_kernels.training.config import TrainConfig
 from maestro_kernels.training.loop import Maestro, NonFiniteLoss, check_loss
 from maestro_kernels.training.metrics import SCHEMA, MetricsFile
@@ -102,7 +102,7 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.device = config, folder, device
         self.checkpoint = folder / "checkpoint.pt"
-        torch.manual_seed(config.train.seed)
+        seed_random_state(config.train.seed)
         self.task = make_task(config.task, config.options, beside)
         self.size = _length(self.task.train)
         self.model = _factorised(self.task, config).to(device)
