@@ -211,6 +211,17 @@ def test_outcomes_and_verdict_say_who_wins():
     assert "accuracy check" in verdict([failed("ours")])[0]
 
 
+def test_inference_is_judged_after_prepack_where_it_was_measured():
+    packed = dataclasses.replace(row("ours, prepacked", 40.0), config="prepacked: fused")
+    (one,) = outcomes([row("ours", 60.0), packed, row("two matmuls", 80.0)])
+    assert (one.ours.p50_us, one.plain.p50_us, one.ratio(one.two)) == (40.0, 60.0, 2.0)
+    text = verdict([row("ours", 60.0), packed, row("two matmuls", 80.0)])[-1]
+    assert f"which chose fused 1 times; a call on the factors as they are takes 1.50{TIMES}" in text
+    refused = failed("ours, prepacked", gate="failed")
+    (one,) = outcomes([row("ours", 60.0), refused])
+    assert one.ours is one.plain
+
+
 def test_numbers_for_people():
     durations = {0.123: "0.12 µs", 9.5: "9.50 µs", 45.67: "45.7 µs", 456.7: "457 µs"}
     durations |= {4567: "4.57 ms", 4567890: "4568 ms", None: DASH}

@@ -50,16 +50,18 @@ def geometric_mean(values: Iterable[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One measurement of a case: ours (auto) and what it stands against; None where nothing passed.
+    """One measurement of a case: ours and what it stands against; None where nothing passed.
 
     Attributes:
-        ours: the row of "ours".
+        ours: what is recommended there: after `prepack` for inference on a CPU, else a plain call.
+        plain: the row of a plain call, on the factors as they are.
         two: two plain library matmuls, the alternative that takes the same inputs.
         best: the fastest way to compute the same function that is not ours.
         dense: the fastest dense layer.
     """
 
     ours: Row
+    plain: Row
     two: Row | None
     best: Row | None
     dense: Row | None
@@ -100,7 +102,9 @@ def outcomes(rows: Sequence[Row]) -> list[Outcome]:
             return min(rows, key=lambda r: r.p50_us or math.inf, default=None)
 
         two = passed.get("two matmuls")
-        found.append(Outcome(passed["ours"], two, fastest("two matmuls"), fastest("dense")))
+        plain = passed["ours"]
+        ours = passed.get("ours, prepacked", plain)
+        found.append(Outcome(ours, plain, two, fastest("two matmuls"), fastest("dense")))
     return found
 
 
@@ -123,6 +127,8 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     if not found:
         return ["Nothing of ours passed its accuracy check, so there is nothing to compare."]
     sentences = [_against_dense(found), _against_best(found), _against_two(found)]
+    if any(o.ours is not o.plain for o in found):
+        sentences.append(_prepacked(found))
     if all(o.ours.config.startswith("matmul") for o in found):
         sentences.append(
             "On this device every call of ours ran as two library matmuls, so a tie with them is "
@@ -177,6 +183,17 @@ def _against_two(found: Sequence[Outcome]) -> str:
     return (
         f"Against two plain matmuls, the alternative that takes the same inputs: faster in "
         f"{count['faster']}, equal in {count['same']}, slower in {count['slower']}; {times(mean)}."
+    )
+
+
+def _prepacked(found: Sequence[Outcome]) -> str:
+    packed = [o for o in found if o.ours is not o.plain]
+    forms = Counter(o.ours.config.removeprefix("prepacked: ") for o in packed)
+    chosen = ", ".join(f"{name} {n} times" for name, n in forms.most_common())
+    mean = geometric_mean([r for o in packed if (r := o.ratio(o.plain)) is not None])
+    return (
+        f"Inference is shown after `prepack`, which chose {chosen}; a call on the factors as they "
+        f"are takes {times(mean)} as long."
     )
 
 
