@@ -5,8 +5,10 @@ namespace {
 
 // Rough figures of a server core of today; they only have to tell apart cuts that differ by much.
 constexpr double kCacheBytes = 1 << 20;  // of weights that stay in a core's own cache from call to call
-constexpr double kNear = 36, kFar = 9;   // bytes per cycle a core reads from there, and from beyond
-constexpr double kHandover = 2500;       // cycles until all threads see H
+constexpr double kNear = 30, kFar = 9;   // bytes per cycle a core reads from there, and from beyond
+constexpr double kExposed = 0.6;         // of the time to read from beyond: the rest hides behind arithmetic,
+constexpr double kHidingRows = 32;       // more of it where each weight serves more rows
+constexpr double kHandover = 12000;      // cycles until all threads see H
 constexpr double kHandoverBytes = 4;     // bytes of H per cycle that come from other cores
 constexpr double kRegion = 9000, kRegionThread = 300;
 constexpr int64_t kBlockRows = 96;
@@ -14,12 +16,19 @@ constexpr int64_t kPartStep = 32;  // parts of K begin at whole units
 
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// One thread, `rows` rows, this many weights.
-double product_cycles(int64_t rows, double weights, const Kernel& kernel, DType dtype) {
-  const double bytes = weights * static_cast<double>(element_bytes(dtype));
+bool is_far(double weights, DType dtype) { return weights * static_cast<double>(element_bytes(dtype)) > kCacheBytes; }
+
+// One thread, `rows` rows of `columns` values, this many weights.
+double product_cycles(int64_t rows, int64_t columns, double weights, const Kernel& kernel, DType dtype) {
+  const auto bytes = static_cast<double>(element_bytes(dtype));
   const double multiply = weights * static_cast<double>(most(rows, kernel.least_rows)) / kernel.macs_per_cycle;
-  const double read = bytes / (bytes <= kCacheBytes ? kNear : kFar);
-  return multiply < read ? read : multiply;
+  const double x = kExposed * static_cast<double>(rows * columns) * bytes / kFar;
+  if (is_far(weights, dtype)) {
+    const double hiding = static_cast<double>(rows) / kHidingRows;
+    return x + multiply + kExposed * weights * bytes / kFar / (hiding < 1 ? 1 : hiding);
+  }
+  const double read = weights * bytes / kNear;
+  return x + (multiply < read ? read : multiply);
 }
 
 // Every thread has rows of its own: no thread waits, and each reads all weights.
@@ -33,7 +42,8 @@ Cut by_rows(const Size& s, int64_t threads, const Kernel& kernel, DType dtype) {
   c.shrink_groups = c.parts = c.expand_groups = 1;
   c.part_k = s.K;
   const double weights = static_cast<double>((s.N + s.K) * s.rank);
-  c.cycles = product_cycles(ceil_div(s.M, threads), weights, kernel, dtype);
+  c.far = is_far(weights, dtype);
+  c.cycles = product_cycles(ceil_div(s.M, threads), s.K, weights, kernel, dtype);
   return c;
 }
 
@@ -43,10 +53,11 @@ Cut by_panels(const Size& s, int64_t threads, const Kernel& kernel, DType dtype)
   c.blocks = 1;
   c.block_rows = s.M;
   const int64_t v_panels = ceil_div(s.rank, kPanel), u_panels = ceil_div(s.N, kPanel);
-  // Two groups for each thread, so that one that comes late can be helped.
-  c.shrink_panels = most(1, v_panels / (2 * threads));
+  // Two groups for each thread, so that one that comes late can be helped; one where each reads many rows of x.
+  const int64_t groups = s.M > 32 ? threads : 2 * threads;
+  c.shrink_panels = most(1, v_panels / groups);
   c.shrink_groups = ceil_div(v_panels, c.shrink_panels);
-  c.expand_panels = most(1, u_panels / (2 * threads));
+  c.expand_panels = most(1, u_panels / groups);
   c.expand_groups = ceil_div(u_panels, c.expand_panels);
   c.parts = 1;
   // Few panels do not divide among the threads: then K does.
@@ -58,7 +69,8 @@ Cut by_panels(const Size& s, int64_t threads, const Kernel& kernel, DType dtype)
   c.parts = ceil_div(s.K, c.part_k);
   const double weights = static_cast<double>((s.N + s.K) * s.rank) / static_cast<double>(threads);
   const double handed_over = static_cast<double>(s.M * s.rank * kernel.a_bytes);
-  c.cycles = product_cycles(s.M, weights, kernel, dtype) + kHandover + handed_over / kHandoverBytes;
+  c.far = is_far(weights, dtype);
+  c.cycles = product_cycles(s.M, s.K, weights, kernel, dtype) + kHandover + handed_over / kHandoverBytes;
   return c;
 }
 

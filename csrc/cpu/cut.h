@@ -17,6 +17,7 @@ struct Cut {
   int64_t shrink_groups, shrink_panels;  // groups, panels of one
   int64_t parts, part_k;                 // of K
   int64_t expand_groups, expand_panels;
+  bool far;  // a thread's weights do not stay in its own cache
   double cycles;
 };
 

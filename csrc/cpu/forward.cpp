@@ -107,6 +107,7 @@ void pause() {
 Product block_of(const Work& w, int64_t block) {
   Product p{};
   p.rows = least(w.block_rows, w.layer.M - block * w.block_rows);
+  p.far = w.far;
   return p;
 }
 

@@ -39,6 +39,7 @@ struct Product {
   int64_t rows, n, k;
   const char* a;         // elements of the dtype, or A's own format where `prepared`
   int64_t stride_a;      // bytes
+  bool far;              // W does not come from this core's own cache: fetch it ahead of use
   bool prepared;         // A is an H that a product with target hidden wrote
   const char* panels;    // first panel of the range, at its first k; null: W is in rows
   int64_t stride_panel;  // bytes

@@ -17,6 +17,7 @@ constexpr int64_t kTileK = 32;                            // k of one tile opera
 constexpr int64_t kTileUnits = kTileK / 2;                // units of a panel it takes
 constexpr int64_t kBTileBytes = kTileUnits * kUnitBytes;  // of both halves of a panel
 constexpr int64_t kPassTiles = 16;                        // A and B of a pass stay in the first-level cache
+constexpr int64_t kAhead = 4;                             // operations
 constexpr int64_t kTailStride = kTileK * 2;               // a row of the last, copied k
 
 // Tiles 0-3 are sums (row tile, half panel), 4-5 A, 6-7 B. A and the sums have `rows` rows. The intrinsics do not tell
@@ -49,14 +50,18 @@ struct TileProduct {
   const char *a[2], *tail[2];
   int64_t stride_a, in_place;  // tile operations on A in place
   int64_t operations;          // with the tail
-  const char* panel;
+  const char *panel, *next;    // what is read after this panel; null where nothing need be fetched ahead
   float* sum[2];
   int64_t stride_sum;  // bytes
   bool add;
 };
 
 template <bool two>
-void multiply_add(const char* a0, const char* a1, int64_t stride_a, const char* panel) {
+void multiply_add(const char* a0, const char* a1, int64_t stride_a, const char* panel, const char* ahead) {
+  if (ahead) {
+#pragma GCC unroll 32
+    for (int64_t line = 0; line < kBTileBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+  }
   _tile_loadd(6, panel, kUnitBytes);
   _tile_loadd(4, a0, stride_a);
   _tile_loadd(7, panel + kUnitBytes / 2, kUnitBytes);
@@ -88,11 +93,18 @@ void tiles(const TileProduct& t) {
     }
   }
   int64_t i = 0;
+  const auto ahead = [&](int64_t operation) -> const char* {
+    if (!t.next) return nullptr;
+    operation += kAhead;
+    return operation < t.operations ? t.panel + operation * kBTileBytes
+                                    : t.next + (operation - t.operations) * kBTileBytes;
+  };
   for (; i < t.in_place; ++i) {
-    multiply_add<two>(t.a[0] + i * kTailStride, t.a[1] + i * kTailStride, t.stride_a, t.panel + i * kBTileBytes);
+    multiply_add<two>(t.a[0] + i * kTailStride, t.a[1] + i * kTailStride, t.stride_a, t.panel + i * kBTileBytes,
+                      ahead(i));
   }
   for (; i < t.operations; ++i) {
-    multiply_add<two>(t.tail[0], t.tail[1], kTailStride, t.panel + i * kBTileBytes);
+    multiply_add<two>(t.tail[0], t.tail[1], kTailStride, t.panel + i * kBTileBytes, ahead(i));
   }
   _tile_stored(0, t.sum[0], t.stride_sum);
   _tile_stored(1, t.sum[0] + 16, t.stride_sum);
@@ -185,7 +197,10 @@ void product_amx(const Product& p, char* scratch) {
                                 t.operations * kTileUnits, own_panel);
         t.panel = own_panel;
       }
+      const bool last_panel = column + kPanel >= p.n;
+      const char* next = last_panel ? p.panels + (first + t.operations) * kBTileBytes : t.panel + p.stride_panel;
       for (int64_t i = 0; i < row_tiles; i += 2) {
+        t.next = p.far && p.panels && i == 0 ? next : nullptr;
         const int64_t rows[] = {least(i * height, p.rows - height), least((i + 1) * height, p.rows - height)};
         for (int j = 0; j < 2; ++j) {
           t.a[j] = p.a + rows[j] * p.stride_a + first * kTailStride;
@@ -205,7 +220,7 @@ void product_amx(const Product& p, char* scratch) {
 
 const Kernel& kernel_amx(DType dtype) {
   static constexpr Kernel bf16 = {
-      "amx_bf16",  element_bytes(DType::bf16), kTileRows / 2,          450, scratch_bytes_amx,
+      "amx_bf16",  element_bytes(DType::bf16), kTileRows / 2,          220, scratch_bytes_amx,
       product_amx, reduce<TileFormat>,         pack_panel<DType::bf16>};
   return dtype == DType::bf16 ? bf16 : kernel_avx512_bf16(dtype);
 }

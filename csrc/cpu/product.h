@@ -43,7 +43,8 @@ struct Tile {
   const char* w;  // first unit, at the first column
   int64_t units;
   int64_t chain;
-  const float* start;  // sums so far, or the bias with stride 0, or null
+  const char *ahead, *ahead_too;  // lines to fetch, one with each unit; or null
+  const float* start;             // sums so far, or the bias with stride 0, or null
   int64_t stride_start;
   float* sum;  // float32 result, or null:
   int64_t stride_sum;
@@ -74,6 +75,8 @@ void tile(const Tile& t) {
     Vec sum[sets][rows][columns] = {};
     const auto step = [&](int64_t u, Vec(&set)[rows][columns]) __attribute__((always_inline)) {
       const char* unit = t.w + u * kUnitBytes;
+      if (t.ahead) __builtin_prefetch(t.ahead + u * kUnitBytes, 0, 2);
+      if (t.ahead_too) __builtin_prefetch(t.ahead_too + u * kUnitBytes, 0, 2);
 #pragma GCC unroll 2
       for (int part = 0; part < F::parts; ++part) {
         Vec w[columns];
@@ -207,6 +210,7 @@ void pack_panel(const char* w, int64_t stride_w, int64_t n, int64_t k, char* pan
 
 // Units of one pass: panel and rows of A of a pass stay in the first-level cache.
 constexpr int64_t kPassUnits = 256;
+constexpr int64_t kAheadBytes = 8192;
 
 template <class F>
 constexpr int64_t pass_stride() {  // bytes of a copied row of A; odd in cache lines, so that rows fall into many sets
@@ -229,14 +233,18 @@ void product(const Product& p, char* scratch) {
   float* const sums = reinterpret_cast<float*>(own_panel + kPassUnits * kUnitBytes);
 
   const int64_t total_units = ceil_div(p.k, unit_length(D));
-  // A prepared A may be read beyond k: it is zero there.
-  const bool in_place = p.prepared || (F::a_dtype == D && p.k % unit_length(D) == 0 && p.rows <= max_rows);
+  // A prepared A may be read beyond k: it is zero there. Others are copied where many tiles share the copy.
+  const bool few = p.rows <= max_rows || (p.rows <= 2 * max_rows && p.n <= 2 * kPanel);
+  const bool in_place = p.prepared || (F::a_dtype == D && p.k % unit_length(D) == 0 && few);
   const bool one_pass = total_units <= kPassUnits || (in_place && p.panels && p.rows <= max_rows);
   const int64_t pass = one_pass && p.panels && in_place ? (total_units ? total_units : 1) : kPassUnits;
   const int64_t tile_count = ceil_div(p.rows, max_rows), tile_rows = ceil_div(p.rows, tile_count);
   const bool direct = p.target == Target::output && p.activation == Activation::none;
   float* const result = p.target == Target::partial ? p.partial : sums;
-  const int64_t stride_result = p.target == Target::partial ? p.stride_partial : round_up(p.n, kPanel);
+  const bool panel_by_panel = pass >= total_units && p.target != Target::partial;  // sums of one panel at a time
+  const int64_t stride_result = p.target == Target::partial ? p.stride_partial
+                                : panel_by_panel            ? kPanel
+                                                            : round_up(p.n, kPanel);
 
   int64_t u = 0;
   do {
@@ -257,6 +265,11 @@ void product(const Product& p, char* scratch) {
         pack_units<D>(p.w + column * p.stride_w + k0 * element_bytes(D), p.stride_w, n, k, units, own_panel);
         w = own_panel;
       }
+      // What is read after this: the first two tiles fetch a line of each unit, or a lone one both.
+      const char* next = w + kAheadBytes;
+      if (pass < total_units) next = column + kPanel < p.n ? w + p.stride_panel : p.panels + (u + units) * kUnitBytes;
+      const bool fetch = p.far && p.panels, lone = p.rows <= tile_rows && n <= columns * Vec::lanes;
+      int64_t i_tile = 0;
       float bias[kPanel] = {};
       const bool with_bias = u == 0 && p.target == Target::output && p.bias;
       if (with_bias) {
@@ -273,7 +286,10 @@ void product(const Product& p, char* scratch) {
           t.w = w + c * (D == DType::f16 ? 2 : 4);
           t.units = units;
           t.chain = chain_units(p.n);
-          float* const target = result + row * stride_result + column + c;
+          t.ahead = fetch && i_tile < 2 ? next + i_tile * kUnitBytes / 2 : nullptr;
+          t.ahead_too = fetch && lone ? next + kUnitBytes / 2 : nullptr;
+          ++i_tile;
+          float* const target = result + row * stride_result + (panel_by_panel ? 0 : column) + c;
           t.start = u ? target : with_bias ? bias + c : nullptr;
           t.stride_start = u ? stride_result : 0;
           t.sum = direct && last ? nullptr : target;
@@ -284,7 +300,7 @@ void product(const Product& p, char* scratch) {
           tiles.of_rows[rows](t);
         }
         if (!last) continue;
-        const float* sum = result + row * stride_result + column;
+        const float* sum = result + row * stride_result + (panel_by_panel ? 0 : column);
         if (p.target == Target::hidden) write_hidden<F>(p, sum, stride_result, row, rows, column);
         if (p.target == Target::output && !direct) {
           write_output<D>(p, sum, stride_result, rows, n, p.out + row * p.stride_out + column * element_bytes(D));
