@@ -1,16 +1,17 @@
-// Index arithmetic against the formulas of the manuals, budgets, refusals and the choice of tiles; part of row_test.cpp.
+// Index arithmetic against the formulas of the manuals, budgets, refusals and the choice of tiles; part of
+// row_test.cpp.
 #pragma once
 
 namespace mk::cuda::sm90 {
 namespace {
 
 int failures = 0;
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
+#define CHECK(condition)                                                             \
+  do {                                                                               \
+    if (!(condition)) {                                                              \
       std::fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                               \
-    }                                                                           \
+      ++failures;                                                                    \
+    }                                                                                \
   } while (false)
 
 constexpr int kWidths[] = {64, 128, 192, 256};
@@ -26,7 +27,8 @@ void check_layout() {
   for (const int n : {64, 256}) {
     std::vector<int> owners(static_cast<size_t>(64 * n), 0);
     for (int thread = 0; thread < 128; ++thread)
-      for (int i = 0; i < n / 2; ++i) ++owners[static_cast<size_t>(accumulator_row(thread, i) * n + accumulator_column(thread, i))];
+      for (int i = 0; i < n / 2; ++i)
+        ++owners[static_cast<size_t>(accumulator_row(thread, i) * n + accumulator_column(thread, i))];
     CHECK(std::count(owners.begin(), owners.end(), 1) == 64 * n);
   }
   // Register 4 s + q of A covers columns 16 s + ..: q % 2 selects the row, q / 2 the right half.
@@ -82,14 +84,16 @@ void check_choice() {
         const Config c = choose(layer, device);
         CHECK(invalid(c, layer) == nullptr);
         CHECK(c.width - 64 < rank && rank <= c.width);
-        CHECK(int64_t{c.clusters} * c.cluster <= std::max<int64_t>(c.cluster, sms * make_tile(c.width, c.groups).blocks_per_sm));
+        CHECK(int64_t{c.clusters} * c.cluster <=
+              std::max<int64_t>(c.cluster, sms * make_tile(c.width, c.groups).blocks_per_sm));
         CHECK(c.cluster == 1 || ceil_div(M, 64 * c.groups) >= c.cluster);
         CHECK(predicted_ns(layer, c, device) > 0);
       }
   // 128 blocks of 64 rows fill a wave that 64 blocks of 128 would half fill; twice the rows, and blocks of 128 do.
   CHECK(choose(plain_layer(8192, 4096, 4096, 256), kHopper).groups == 1);
   CHECK(choose(plain_layer(16384, 4096, 4096, 256), kHopper).groups == 2);
-  // 64 rows and a wide H are limited by L2 unless four blocks share; 33 clusters of 4 would leave one to a second round.
+  // 64 rows and a wide H are limited by L2 unless four blocks share; 33 clusters of 4 would leave one to a second
+  // round.
   CHECK(choose(plain_layer(8192, 4096, 4096, 256), kHopper).cluster == 4);
   CHECK(choose(plain_layer(132 * 64, 4096, 4096, 256), kHopper).cluster == 2);
 }
@@ -134,7 +138,8 @@ void check_refusals() {
   refused("rows of v overlap or", [](Layer& a) { a.stride_vr = int64_t{1} << 39; });
   const Layer layer = plain_layer(128, 64, 64, 64);
   CHECK(invalid({64, 1, 2, 1}, layer) == nullptr);
-  for (const Config& bad : {Config{32, 1, 2, 1}, {320, 1, 2, 1}, {64, 3, 2, 1}, {64, 1, 3, 1}, {64, 1, 2, 2}, {64, 1, 2, 0}})
+  for (const Config& bad :
+       {Config{32, 1, 2, 1}, {320, 1, 2, 1}, {64, 3, 2, 1}, {64, 1, 3, 1}, {64, 1, 2, 2}, {64, 1, 2, 0}})
     CHECK(invalid(bad, layer) != nullptr);
   CHECK(invalid({64, 1, 2, 1}, plain_layer(128, 64, 64, 72)) != nullptr);
 }
@@ -148,8 +153,9 @@ int run_layout() {
 }
 
 int print_table() {
-  std::printf("| H | rows | stages | slot | staging | shared | blocks per SM | registers: launch, producer, consumer |\n"
-              "|---|---|---|---|---|---|---|---|\n");
+  std::printf(
+      "| H | rows | stages | slot | staging | shared | blocks per SM | registers: launch, producer, consumer |\n"
+      "|---|---|---|---|---|---|---|---|\n");
   for (const int width : kWidths)
     for (const int groups : {1, 2}) {
       const Tile t = make_tile(width, groups);
@@ -165,8 +171,8 @@ int print_table() {
         const Config c = choose(layer, kHopper);
         const double time = predicted_ns(layer, c, kHopper) / 1e3;
         const double roof = std::max(2 * m * r * (K + n) / 800e6, 2 * (m * K + K * r + r * n + m * n) / 3e6);
-        std::printf("| %d | %d | 4096 | %d | %d rows, clusters of %d | %.1f | %.1f | %.0f%% |\n", int(M), int(N), int(rank),
-                    64 * c.groups, c.cluster, time, roof, 100 * roof / time);
+        std::printf("| %d | %d | 4096 | %d | %d rows, clusters of %d | %.1f | %.1f | %.0f%% |\n", int(M), int(N),
+                    int(rank), 64 * c.groups, c.cluster, time, roof, 100 * roof / time);
       }
   return 0;
 }

@@ -3,7 +3,7 @@
 //   row_test layout           index arithmetic against the formulas of the manuals, budgets, refusals
 //   row_test cases            shapes x ranks x clusters x schedules
 //   row_test faults           every fault of the machine must be noticed
-//   row_test mutant           a few cases, for a source that is broken on purpose
+//   row_test mutant N         a few cases with defect N, where the sources have been given one
 //   row_test table            the budget of every configuration, as docs/cuda-sm90.md shows it
 #define MK_HOST_DEVICE
 #include "../../csrc/cuda/sm90/row_kernel.cuh"
@@ -28,12 +28,12 @@ struct Case {
 
 std::string name(const Case& c) {
   char text[320];
-  std::snprintf(text, sizeof text,
-                "%s M=%d N=%d K=%d R=%d rank=%d%s width=%d groups=%d cluster=%d clusters=%d%s%s%s act=%d order=%d seed=%u",
-                c.dtype == DType::bf16 ? "bf16" : "f16", int(c.M), int(c.N), int(c.K), int(c.R), int(c.rank),
-                c.device_rank ? "(device)" : "", c.config.width, c.config.groups, c.config.cluster, c.config.clusters,
-                c.bias ? " bias" : "", c.stores_h ? " h" : "", c.real ? " real" : "", int(c.activation), int(c.order),
-                c.seed);
+  std::snprintf(
+      text, sizeof text,
+      "%s M=%d N=%d K=%d R=%d rank=%d%s width=%d groups=%d cluster=%d clusters=%d%s%s%s act=%d order=%d seed=%u",
+      c.dtype == DType::bf16 ? "bf16" : "f16", int(c.M), int(c.N), int(c.K), int(c.R), int(c.rank),
+      c.device_rank ? "(device)" : "", c.config.width, c.config.groups, c.config.cluster, c.config.clusters,
+      c.bias ? " bias" : "", c.stores_h ? " h" : "", c.real ? " real" : "", int(c.activation), int(c.order), c.seed);
   return text;
 }
 
@@ -56,15 +56,24 @@ Kernel find(DType dtype, const Config& c) {
     return key == 1921 ? Kernel{run_row_kernel<false, 192, 1>} : nullptr;
   }
   switch (key) {
-    case 641: return run_row_kernel<true, 64, 1>;
-    case 642: return run_row_kernel<true, 64, 2>;
-    case 1281: return run_row_kernel<true, 128, 1>;
-    case 1282: return run_row_kernel<true, 128, 2>;
-    case 1921: return run_row_kernel<true, 192, 1>;
-    case 1922: return run_row_kernel<true, 192, 2>;
-    case 2561: return run_row_kernel<true, 256, 1>;
-    case 2562: return run_row_kernel<true, 256, 2>;
-    default: return nullptr;
+    case 641:
+      return run_row_kernel<true, 64, 1>;
+    case 642:
+      return run_row_kernel<true, 64, 2>;
+    case 1281:
+      return run_row_kernel<true, 128, 1>;
+    case 1282:
+      return run_row_kernel<true, 128, 2>;
+    case 1921:
+      return run_row_kernel<true, 192, 1>;
+    case 1922:
+      return run_row_kernel<true, 192, 2>;
+    case 2561:
+      return run_row_kernel<true, 256, 1>;
+    case 2562:
+      return run_row_kernel<true, 256, 2>;
+    default:
+      return nullptr;
   }
 #endif
 }
@@ -80,11 +89,16 @@ struct Buffer {
 
 double activated(Activation a, double z) {
   switch (a) {
-    case Activation::relu: return z < 0 ? 0 : z;
-    case Activation::gelu: return 0.5 * z * (1 + std::erf(z / std::sqrt(2.0)));
-    case Activation::gelu_tanh: return 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
-    case Activation::silu: return z / (1 + std::exp(-z));
-    default: return z;
+    case Activation::relu:
+      return z < 0 ? 0 : z;
+    case Activation::gelu:
+      return 0.5 * z * (1 + std::erf(z / std::sqrt(2.0)));
+    case Activation::gelu_tanh:
+      return 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
+    case Activation::silu:
+      return z / (1 + std::exp(-z));
+    default:
+      return z;
   }
 }
 
@@ -109,21 +123,38 @@ class Run {
   void operator()() {
     const Kernel kernel = find(c_.dtype, c_.config);
     if (!kernel) throw std::logic_error("no such instance: " + name(c_));
-    const int32_t device_rank = static_cast<int32_t>(c_.rank);
-    const Layer layer{c_.M,       c_.N,       c_.K,      c_.R,       bound(),    c_.device_rank ? &device_rank : nullptr,
-                      ptr(x_),    x_.stride,  ptr(u_),   u_.stride,  ptr(v_),    v_.stride,
-                      c_.bias ? ptr(bias_) : nullptr,    ptr(y_),    y_.stride,  c_.stores_h ? ptr(h_) : nullptr,
-                      h_.stride,  c_.activation};
+    // The kernel clamps what it finds there to 0..R.
+    const auto beyond = static_cast<int32_t>(c_.seed % 3) * 9;
+    const int32_t device_rank = static_cast<int32_t>(c_.rank) + (c_.rank == c_.R ? beyond : c_.rank == 0 ? -beyond : 0);
+    const Layer layer{c_.M,
+                      c_.N,
+                      c_.K,
+                      c_.R,
+                      bound(),
+                      c_.device_rank ? &device_rank : nullptr,
+                      ptr(x_),
+                      x_.stride,
+                      ptr(u_),
+                      u_.stride,
+                      ptr(v_),
+                      v_.stride,
+                      c_.bias ? ptr(bias_) : nullptr,
+                      ptr(y_),
+                      y_.stride,
+                      c_.stores_h ? ptr(h_) : nullptr,
+                      h_.stride,
+                      c_.activation};
     const Device hopper{90, 132, kSharedPerBlock, 228 * 1024};
     if (const char* why = unsupported(layer, c_.dtype, hopper)) throw std::logic_error(name(c_) + ": " + why);
     if (const char* why = invalid(c_.config, layer)) throw std::logic_error(name(c_) + ": " + why);
     const Matrices m = make_matrices(layer, c_.config);
-    const RowMaps maps{map(m.x, &fetches_[0], nullptr), map(m.v, &fetches_[1], nullptr), map(m.u, &fetches_[2], nullptr),
-                       map(m.y, nullptr, &y_writes_), map(m.h, nullptr, c_.stores_h ? &h_writes_ : &y_writes_)};
+    const RowMaps maps{map(m.x, &fetches_[0], nullptr), map(m.v, &fetches_[1], nullptr),
+                       map(m.u, &fetches_[2], nullptr), map(m.y, nullptr, &y_writes_),
+                       map(m.h, nullptr, c_.stores_h ? &h_writes_ : &y_writes_)};
     y_writes_.assign(y_.bits.size(), 0);
     h_writes_.assign(h_.bits.size(), 0);
-    const RowParams params{int32_t(c_.M),   int32_t(c_.N),         int32_t(c_.K),   int32_t(bound()),
-                           layer.rank_ptr,  layer.bias,            c_.stores_h,     c_.activation};
+    const RowParams params{int32_t(c_.M),  int32_t(c_.N), int32_t(c_.K), int32_t(bound()),
+                           layer.rank_ptr, layer.bias,    c_.stores_h,   c_.activation};
     sim::machine.run(c_.config.clusters, c_.config.cluster, 128 * (c_.config.groups + 1), c_.order, c_.seed,
                      [&] { kernel(maps, params, c_.config.cluster); });
     check_fetches(m);
@@ -255,7 +286,7 @@ Case draw(DType dtype, int width, int groups, int cluster, uint32_t i) {
   c.rank = i % 3 == 0 ? width : between(width - 63, width);
   c.device_rank = i % 2 == 1;
   c.R = c.device_rank ? c.rank : (c.rank + 7) / 8 * 8 + 8 * between(0, 4);
-  if (c.device_rank) c.rank = i % 8 == 1 ? 0 : between(1, int(c.R));
+  if (c.device_rank) c.rank = i % 8 == 1 ? 0 : i % 8 == 3 ? c.R : between(1, int(c.R));
   c.bias = i % 3 != 1;
   c.stores_h = i % 4 == 2;
   c.real = i % 6 == 4;
@@ -271,7 +302,8 @@ int run_cases(uint32_t draws) {
   for (const int width : {64, 128, 192, 256})
     for (const int groups : {1, 2})
       for (const int cluster : {1, 2, 4})
-        for (uint32_t j = 0; j < draws; ++j, ++i, ++count) failed += !passes(draw(DType::bf16, width, groups, cluster, i));
+        for (uint32_t j = 0; j < draws; ++j, ++i, ++count)
+          failed += !passes(draw(DType::bf16, width, groups, cluster, i));
   for (const int width : {64, 192})
     for (uint32_t j = 0; j < draws; ++j, ++i, ++count)
       failed += !passes(draw(DType::f16, width, width == 64 ? 2 : 1, 2, i));
@@ -284,19 +316,21 @@ Case small_case(uint32_t i) {
   c.config = {128, 2, 2, 1};
   c.M = 300 + i % 200;
   c.N = 200 + i;
-  c.K = 500 + i;
+  c.K = 250 + i;
   c.rank = 101;
   c.R = 104;
   c.order = static_cast<Order>(i % uint32_t(Order::count));
   c.seed = i;
   if (i % 2) {
-    c.device_rank = true;
-    c.stores_h = true;
+    c.device_rank = c.stores_h = true;
+    c.R = 120;
   }
+  if (i == 5) c.rank = 0;
   return c;
 }
 
-int run_mutant() {
+int run_mutant(int mutant) {
+  sim::mutant = mutant;
   for (uint32_t i = 0; i < 7; ++i)
     if (!passes(small_case(i))) return 1;
   return 0;
@@ -328,7 +362,7 @@ int main(int argc, char** argv) {
   if (what == "layout") return run_layout();
   if (what == "cases") return run_cases(argc > 2 ? static_cast<uint32_t>(std::atoi(argv[2])) : 6);
   if (what == "faults") return run_faults();
-  if (what == "mutant") return run_mutant();
+  if (what == "mutant") return run_mutant(argc > 2 ? std::atoi(argv[2]) : 0);
   if (what == "table") return print_table();
   std::fprintf(stderr, "row_test: expected layout, cases, faults, mutant or table, got '%s'\n", what.c_str());
   return 2;

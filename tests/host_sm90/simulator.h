@@ -35,20 +35,23 @@ inline void require(bool condition, const char* what) {
   if (!condition) throw Failure(what);
 }
 
+// The defect of a copy of the kernel that test_cuda_sm90.py has broken on purpose.
+inline int mutant = 0;
+
 // Faults in the machine, to show that the tests notice them.
 enum class Fault {
   none,
-  early_empty,     // barriers with several arrivals complete one arrival early
-  lost_arrival,    // arrivals at other blocks get lost
-  parity,          // waits for parity 1 return at once
-  short_expect,    // barriers expect 128 bytes less
+  early_empty,   // barriers with several arrivals complete one arrival early
+  lost_arrival,  // arrivals at other blocks get lost
+  parity,        // waits for parity 1 return at once
+  short_expect,  // barriers expect 128 bytes less
   no_proxy_fence,
   no_named_barrier,
   no_store_wait,
   early_wgmma_wait,  // one more group may be pending
   no_first_cluster_sync,
   no_last_cluster_sync,
-  own_multicast,   // a box arrives in the issuing block only
+  own_multicast,  // a box arrives in the issuing block only
   count
 };
 
@@ -251,8 +254,10 @@ class Machine {
       const bool can_run = !ready_[0].empty() || !ready_[1].empty();
       bool event = !events_.empty();
       if (event && can_run) {
-        if (order_ == Order::events_last) event = false;
-        else if (order_ != Order::events_first) event = random_() % 64 < (ready_[0].empty() ? 48 : 1);
+        if (order_ == Order::events_last)
+          event = false;
+        else if (order_ != Order::events_first)
+          event = random_() % 64 < (ready_[0].empty() ? 48 : 1);
       }
       if (event) {
         std::swap(events_[random_() % events_.size()], events_.back());

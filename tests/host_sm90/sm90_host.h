@@ -1,5 +1,5 @@
-// Host twins of csrc/cuda/sm90/ptx.cuh and wgmma.cuh on the machine of simulator.h: the same names, with the meaning that
-// the PTX manual gives to the instructions behind them.
+// Host twins of csrc/cuda/sm90/ptx.cuh and wgmma.cuh on the machine of simulator.h: the same names, with the meaning
+// that the PTX manual gives to the instructions behind them.
 #pragma once
 
 #include "simulator.h"
@@ -132,7 +132,8 @@ inline void load_box_multicast(const TensorMap* map, uint32_t barrier, uint32_t 
     });
   }
 }
-inline void load_box(const TensorMap* map, uint32_t barrier, uint32_t to, int32_t column, int32_t row, uint64_t policy) {
+inline void load_box(const TensorMap* map, uint32_t barrier, uint32_t to, int32_t column, int32_t row,
+                     uint64_t policy) {
   load_box_multicast(map, barrier, to, column, row, static_cast<uint16_t>(1u << cluster_rank()), policy);
 }
 inline void store_box(const TensorMap* map, uint32_t from, int32_t column, int32_t row, uint64_t) {

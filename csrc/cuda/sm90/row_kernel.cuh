@@ -221,6 +221,12 @@ struct ConsumerOps {
     }
   }
 
+  MK_INLINE void move_sums() {
+    wgmma_settle(y_sum[1]);
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; ++i) y_sum[0][i] = y_sum[1][i];
+  }
+
   MK_INLINE void wait_stores() {
     if (thread == 0) ptx::wait_stores_read();
   }

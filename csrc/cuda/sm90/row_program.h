@@ -104,35 +104,41 @@ MK_HD void begin_tile(Ops& ops, const Ring<make_tile(Ops::WIDTH, Ops::GROUPS).st
   ops.template expand<SET>(ring.slot);
 }
 
-// Ends a tile whose products have begun. Unless it is the last one, those of the next tile run meanwhile, into the
-// other set of registers. Written without a branch: products in flight over a branch would be serialized by the
-// compiler.
-template <int SET, bool LAST, class Ops>
-MK_HD void end_tile(Ops& ops, Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring, int32_t row, int32_t i_n) {
+// Starts the products of the next tile and, while they run, sends tile i_n from the other set of registers.
+template <int SET, class Ops>
+MK_HD void next_tile(Ops& ops, Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring, int32_t row, int32_t i_n) {
   const int32_t reading = ring.slot;
   ring.next();
   ops.fetch_bias(i_n * kBlockN);
-  if constexpr (!LAST) begin_tile<1 - SET>(ops, ring);
-  ops.template wait_products<LAST ? 0 : 1>();
+  begin_tile<1 - SET>(ops, ring);
+  ops.template wait_products<1>();
   ops.release(reading);
   store_tile(ops, [&] { ops.template write_y<SET>(); }, [&] { ops.send_y(row, i_n * kBlockN); });
 }
 
+// The loop leaves with no products in flight: where paths meet, the compiler would serialize those that are.
 template <class Ops>
 MK_HD void expand_tiles(const Walk& walk, Ops& ops, Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring,
                         int32_t row) {
+  const int32_t last = walk.n_tiles - 1;
   begin_tile<0>(ops, ring);
-  int32_t i_n = 0;
-  for (; i_n + 2 < walk.n_tiles; i_n += 2) {
-    end_tile<0, false>(ops, ring, row, i_n);
-    end_tile<1, false>(ops, ring, row, i_n + 1);
+  for (int32_t i_n = 0;; ++i_n) {
+    if (i_n == last) {
+      ops.template wait_products<0>();
+      break;
+    }
+    next_tile<0>(ops, ring, row, i_n++);
+    if (i_n == last) {
+      ops.template wait_products<0>();
+      ops.move_sums();
+      break;
+    }
+    next_tile<1>(ops, ring, row, i_n);
   }
-  if (i_n + 1 < walk.n_tiles) {
-    end_tile<0, false>(ops, ring, row, i_n);
-    end_tile<1, true>(ops, ring, row, i_n + 1);
-  } else {
-    end_tile<0, true>(ops, ring, row, i_n);
-  }
+  ops.release(ring.slot);
+  ring.next();
+  ops.fetch_bias(last * kBlockN);
+  store_tile(ops, [&] { ops.template write_y<0>(); }, [&] { ops.send_y(row, last * kBlockN); });
 }
 
 template <class Ops>
