@@ -71,8 +71,10 @@ def latency(
         packed = profile.latency(N=N, K=K, rank="dense", M=M, strategy=DENSE_PACKED)
         axes.axhline(scale * packed, color=palette.ink, linewidth=1.2, linestyle=":",
                      label="dense layer, packed")  # fmt: skip
+    # What is much slower than both is let out of the picture, not allowed to flatten it.
+    top = max([dense, *(knot.ms for knot in profile.curve(N=N, K=K, M=M).values())])
+    axes.set_ylim(0, 1.35 * scale * top)
     _mark(profile, axes, (N, K, M), scale, palette)
-    axes.set_ylim(bottom=0)
     plots.legend(figure, axes, palette)
     return figure
 
@@ -87,15 +89,27 @@ def _mark(
     if limit is not None and math.isfinite(limit):
         axes.axvline(limit, color=palette.soft, linewidth=1.2, linestyle="--", zorder=2)
         axes.annotate(
-            f"break-even {limit:.0f}",
-            (limit, 0),
-            xytext=(-4, 6),
-            textcoords="offset points",
-            rotation=90,
+            f"break-even {limit:.0f} ",
+            (limit, 0.975),
+            xycoords=("data", "axes fraction"),
             ha="right",
-            va="bottom",
+            va="top",
             fontsize=9.5,
             color=palette.soft,
+        )
+    worth = profile.preferred(N=N, K=K, M=M)
+    if worth:
+        axes.plot(
+            worth,
+            [0.035] * len(worth),
+            transform=axes.get_xaxis_transform(),
+            linestyle="",
+            marker="|",
+            markersize=13,
+            markeredgewidth=2,
+            color=palette.series[0],
+            label="worth choosing",
+            zorder=6,
         )
     steps = [step.rank for step in staircase.steps(curve)]
     if steps:
@@ -220,6 +234,10 @@ def pareto(front: Front, palette: Palette = PAGE) -> Figure:
         label="chosen",
         zorder=6,
     )
+    worst = max((y for points in front.curves.values() for _, y in points), default=0.0)
+    if chosen.error > 0:
+        # The fastest models are wrong by far more than anyone would choose.
+        axes.set_ylim(-0.3 * chosen.error, min(1.05 * worst, 6 * chosen.error))
     plots.legend(figure, axes, palette)
     return figure
 

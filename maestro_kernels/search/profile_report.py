@@ -158,11 +158,14 @@ def page(
     if front is not None:
         blocks.append(_accuracy(front))
     if device is not None and dict(device.peak_flops).get(profile.dtype):
-        drawing = _svg(drawings.roofline(profile, device), "Roofline")
+        rooflines = [
+            html.figure(_svg(drawings.roofline(profile, device, cache=c), f"Roofline, {c} caches"))
+            for c in ("cold", "warm")
+        ]
         blocks.append(
             html.section(
                 "Against the roofline",
-                html.grid(html.figure(drawing)),
+                html.grid(*rooflines),
                 lead="One point per rank, size and rows. The ceilings are short probes: the best "
                 "library matmul, and reading from memory and from cache. Operations and bytes are "
                 "those of the function, each operand once.",
@@ -215,7 +218,9 @@ def _latency(profile: Profile) -> Html:
         html.grid(*figures),
         lead="Medians with cold caches, as in a model whose other layers ran in between; the band "
         "is the 20th to 80th percentile. Left of the dashed line low rank is faster than the "
-        "dense layer. A circled rank lies just below a step: the next one costs far more." + rest,
+        "dense layer. A rank is worth choosing if no larger one is as fast; a circled one lies "
+        "just below a step, where the next costs far more. What is much slower than the dense "
+        "layer leaves the picture." + rest,
     )
 
 
@@ -302,7 +307,9 @@ def save_pngs(
             name = f"latency-{s.K}-{s.N}-rows-{M}"
             made.append((name, draw(drawings.latency, profile, **size)))
     if device is not None and dict(device.peak_flops).get(profile.dtype):
-        made.append(("roofline", draw(drawings.roofline, profile, device)))
+        for cache in ("cold", "warm"):
+            name = f"roofline-{cache}"
+            made.append((name, draw(drawings.roofline, profile, device, cache=cache)))
     if front is not None:
         made.append(("pareto", draw(drawings.pareto, front)))
         made.append(("ranks", draw(drawings.rank_chart, front.chosen)))

@@ -61,11 +61,14 @@ def _of_module(module: nn.Module, fn: str) -> list[Shape]:
     modules = dict(module.named_modules())
     found = []
     for name, c in classify(module, fn=fn).items():
-        if c.kind in _LINEAR and min(c.N, c.K) > 1:
+        can_be = c.reason is None or c.kind == "lod_linear"
+        if c.kind in _LINEAR and can_be and min(c.N, c.K) > 1:
             bias = getattr(modules[name], "bias", None) is not None
             found.append(Shape(c.N, c.K, bias, (name,)))
     if not found:
-        raise ValueError(f"{fn}: target: expected a model with linear layers, got none in it")
+        raise ValueError(
+            f"{fn}: target: expected a model with linear layers that can be factorised, got none"
+        )
     return found
 
 
