@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from training_support import fade, lod
 
@@ -288,8 +289,24 @@ def wrappers_that_hide_parameters_are_refused():
         training.rewrap(net(), None, lambda model: None)
     inner = net()
     inner.b = DDP(inner.b)
-    with pytest.raises(ValueError, match=r"got DistributedDataParallel at 'b'"):
+    with pytest.raises(
+        NotImplementedError, match=r"rewrap: model: .*DistributedDataParallel at 'b"
+    ):
         training.rewrap(inner, None, DDP)
+
+
+def other_shards_are_refused():
+    """Tensor parallelism, alone and beside fully_shard; nothing changes."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = net()
+    model.a.bias = nn.Parameter(distribute_tensor(model.a.bias.detach(), mesh, [Shard(0)]))
+    for beside in (False, True):
+        if beside:
+            fully_shard(model.b)
+        before = list(model.parameters())
+        with pytest.raises(NotImplementedError, match=r"fully_shard alone, got a DTensor at 'a\.b"):
+            training.rewrap(model, None, fully_shard)
+        assert all(p is q for p, q in zip(before, model.parameters(), strict=True))
 
 
 CASES = {
@@ -308,6 +325,7 @@ CASES = {
     "freezing": (frozen_factors_are_synchronised_later,),
     **{f"dense-{w}": (layers_become_dense, w) for w in ("ddp", "fsdp")},
     "wrap-fn": (wrappers_that_hide_parameters_are_refused,),
+    "other-shards": (other_shards_are_refused,),
 }
 
 
@@ -334,7 +352,7 @@ def outcomes(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("two_processes"))
     context = mp.spawn(worker, (folder,), nprocs=WORLD, join=False)
     # A case that fails in one process alone leaves the other waiting.
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while not context.join(timeout=1) and time.monotonic() < end:
         pass
     for process in context.processes:

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from maestro_kernels.training.freezing import thawed
 from maestro_kernels.training.layers import require_layers, unwrapped
 from maestro_kernels.training.optimizer_state import Optimizers, check_optimizers
-from maestro_kernels.training.shrink import Report, ShrinkOptions, refuse_wrapped, shrink_plain
-from maestro_kernels.training.unshard import is_sharded, replaced_everywhere, unshard
+from maestro_kernels.training.shrink import Report, ShrinkOptions, shrink_plain, wrappers
+from maestro_kernels.training.unshard import replaced_everywhere, unshard
 
 __all__ = ["rewrap"]
 
@@ -67,13 +67,12 @@ def rewrap(
     layers = require_layers(fn, model)
     optimizers = check_optimizers(fn, optimizer)
     bare = unwrapped(model)
-    sharded = any(is_sharded(module) for module in bare.modules())
+    sharded = _is_sharded(fn, bare)
     groups = [] if sharded else _groups_of(model)
     _drop_gradients(bare, optimizers)
     if sharded:
         groups = unshard(fn, bare, optimizers)
     try:
-        refuse_wrapped(fn, bare)
         report = shrink_plain(fn, bare, layers, optimizers, options, lambda n: _least(n, groups))
     except Exception:
         if sharded:
@@ -81,6 +80,24 @@ def rewrap(
             _wrap(fn, bare, wrap_fn, optimizers)
         raise
     return _wrap(fn, bare, wrap_fn, optimizers), report
+
+
+def _is_sharded(fn: str, bare: nn.Module) -> bool:
+    """Whether fully_shard was applied to the model or parts of it; raises for other wrappers."""
+    inside = wrappers(bare)
+    for name, wrapper in inside.items():
+        if wrapper != "FSDPModule":
+            raise NotImplementedError(
+                f"{fn}: model: expected DDP around the whole model, fully_shard or neither, "
+                f"got {wrapper} at {name or 'the model itself'!r}"
+            )
+    for name, parameter in bare.named_parameters():
+        if not inside and type(parameter.data) is not Tensor:
+            raise NotImplementedError(
+                f"{fn}: model: expected parameters sharded by fully_shard alone, "
+                f"got a {type(parameter.data).__name__} at {name!r}"
+            )
+    return bool(inside)
 
 
 def _groups_of(model: nn.Module) -> list[object]:

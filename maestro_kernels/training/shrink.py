@@ -140,22 +140,27 @@ def shrink_plain(
     return {name: report[name] for name in layers}
 
 
+# They keep the parameters they were given, flat copies of them, or the gradients' buckets.
+_WRAPPERS = {"DistributedDataParallel", "DataParallel", "FSDPModule", "FullyShardedDataParallel"}
+
+
+def wrappers(model: nn.Module) -> dict[str, str]:
+    """{module name: data-parallel wrapper} of a model's modules."""
+    found = {
+        name: _WRAPPERS & {cls.__name__ for cls in type(module).__mro__}
+        for name, module in model.named_modules()
+    }
+    return {name: min(kinds) for name, kinds in found.items() if kinds}
+
+
 def refuse_wrapped(fn: str, model: nn.Module) -> None:
-    """Raise for a model whose parameters belong to DDP or FSDP2, or are DTensors."""
-    for name, module in model.named_modules():
-        kinds = {cls.__name__ for cls in type(module).__mro__}
-        wrapper = kinds & {
-            "DistributedDataParallel",
-            "DataParallel",
-            "FSDPModule",
-            "FullyShardedDataParallel",
-        }
-        if wrapper:
-            raise ValueError(
-                f"{fn}: model: expected plain modules, got {wrapper.pop()} at "
-                f"{name or 'the model itself'!r}: it would not see new parameters; use "
-                "training.rewrap"
-            )
+    """Raise for a model whose parameters belong to DDP or FSDP, or are DTensors."""
+    for name, wrapper in wrappers(model).items():
+        raise ValueError(
+            f"{fn}: model: expected plain modules, got {wrapper} at "
+            f"{name or 'the model itself'!r}: it would not see new parameters; use "
+            "training.rewrap"
+        )
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not Tensor:
             raise ValueError(

@@ -41,25 +41,28 @@ def unshard(fn: str, model: nn.Module, optimizers: Iterable[Optimizer]) -> list[
         The process groups that the parameters were spread over.
 
     Raises:
-        NotImplementedError: parameters sharded by something else than data parallelism.
+        NotImplementedError: parameters sharded by something else than data parallelism. Nothing has
+            changed then.
     """
-    for module in model.modules():
-        if is_sharded(module):
-            # After a forward without a backward the root still holds its gathered parameters.
-            module.reshard()  # type: ignore[operator]
+    registered = _registered(fn)
+    roots = {n: m for n, m in model.named_modules() if is_sharded(m)}
+    for module in roots.values():
+        # After a forward without a backward the root still holds its gathered parameters.
+        module.reshard()  # type: ignore[operator]
     sharded = {n: p for n, p in model.named_parameters() if type(p.data) is not Tensor}
     for name, parameter in sharded.items():
-        placements = getattr(parameter, "placements", None)
-        if placements is None or sum(not place.is_replicate() for place in placements) > 1:
+        placements = getattr(parameter, "placements", ())
+        inside = any(not root or name.startswith(f"{root}.") for root in roots)
+        if not inside or sum(not place.is_replicate() for place in placements) > 1:
             raise NotImplementedError(
                 f"{fn}: model: expected parameters sharded by fully_shard alone, got a "
                 f"{type(parameter.data).__name__} at {name!r} with the placements {placements}"
             )
     meshes = {p.device_mesh: None for p in sharded.values()}  # type: ignore[attr-defined]
     replaced_everywhere(model, {p: _plain(p) for p in sharded.values()}, optimizers)
-    for module in model.modules():
-        if is_sharded(module):
-            _strip(fn, module)
+    for module in roots.values():
+        _strip(module)
+        registered.pop(module, None)
     for module in model.modules():
         _strip_hooks(module)
     return [group for mesh in meshes for group in mesh.get_all_groups()]
@@ -113,8 +116,8 @@ def _plain(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(full, requires_grad=parameter.requires_grad)
 
 
-def _strip(fn: str, module: nn.Module) -> None:
-    """Take fully_shard's class, entries and registration off a module."""
+def _registered(fn: str) -> Any:
+    """The table of the modules that fully_shard manages; it takes none twice."""
     try:
         from torch.distributed._composable_state import _module_state_mapping
     except ImportError as error:
@@ -122,10 +125,14 @@ def _strip(fn: str, module: nn.Module) -> None:
             f"{fn}: model: expected a torch whose fully_shard can be undone, "
             f"got {torch.__version__}"
         ) from error
+    return _module_state_mapping
+
+
+def _strip(module: nn.Module) -> None:
+    """Take fully_shard's class and entries off a module."""
     mro = type(module).__mro__
     names = [cls.__name__ for cls in mro]
     module.__class__ = mro[names.index("FSDPModule") + 1]
-    _module_state_mapping.pop(module, None)
     for key in list(vars(module)):
         if key.startswith("__composable_api_state_key") or _from_fsdp(vars(module)[key]):
             del vars(module)[key]
