@@ -227,15 +227,15 @@ int64_t scratch_bytes(int64_t rows, int64_t n) {
 template <class F, int columns, int max_rows>
 void product(const Product& p, char* scratch) {
   constexpr DType D = F::dtype;
-  static constexpr Tiles<F, columns, max_rows> tiles;
+  static constexpr Tiles<F, columns, max_rows> wide;
+  static constexpr Tiles<F, 1, max_rows> narrow;  // for what is left of a panel: half the work at a rank of 16
   char* const copied = scratch;
   char* const own_panel = copied + p.rows * pass_stride<F>();
   float* const sums = reinterpret_cast<float*>(own_panel + kPassUnits * kUnitBytes);
 
   const int64_t total_units = ceil_div(p.k, unit_length(D));
-  // A prepared A may be read beyond k: it is zero there. Others are copied where many tiles share the copy.
-  const bool few = p.rows <= max_rows || (p.rows <= 2 * max_rows && p.n <= 2 * kPanel);
-  const bool in_place = p.prepared || (F::a_dtype == D && p.k % unit_length(D) == 0 && few);
+  // A prepared A may be read beyond k: it is zero there. Copying A without a conversion gained nothing anywhere.
+  const bool in_place = p.prepared || (F::a_dtype == D && p.k % unit_length(D) == 0);
   const bool one_pass = total_units <= kPassUnits || (in_place && p.panels && p.rows <= max_rows);
   const int64_t pass = one_pass && p.panels && in_place ? (total_units ? total_units : 1) : kPassUnits;
   const int64_t tile_count = ceil_div(p.rows, max_rows), tile_rows = ceil_div(p.rows, tile_count);
@@ -297,7 +297,7 @@ void product(const Product& p, char* scratch) {
           t.y = p.out + row * p.stride_out + (column + c) * element_bytes(D);
           t.stride_y = p.stride_out;
           t.n = n - c;
-          tiles.of_rows[rows](t);
+          (t.n > Vec::lanes ? wide.of_rows : narrow.of_rows)[rows](t);
         }
         if (!last) continue;
         const float* sum = result + row * stride_result + (panel_by_panel ? 0 : column);
