@@ -359,3 +359,19 @@ def test_refused_for_another_model(model, sens):
     unknown_rows = search.sensitivity(model, method="svd")
     with pytest.raises(ValueError, match=r"batch: expected a batch that reaches '0'.* got None"):
         search.allocate(model, search.Latency(1), unknown_rows, Machine())
+
+
+def test_with_a_measured_profile():
+    model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 48))
+    batch = torch.randn(40, 48)
+    profile = search.profile(
+        model, ranks=[8, 16, 24], batch_sizes=(40,), seconds=1e-3, cache=False, progress=False
+    )
+    sens = search.sensitivity(model, [batch])
+    found = search.allocate(model, search.Params(1), sens, profile)
+    for choice in found.layers:
+        layer = choice.layer
+        one = profile.latency(N=layer.N, K=layer.K, rank=choice.rank, M=40)
+        assert choice.ms == pytest.approx(one)
+        assert choice.dense_ms == profile.latency(N=layer.N, K=layer.K, rank="dense", M=40)
+    assert found.predicted.ms == pytest.approx(sum(choice.ms for choice in found.layers))
