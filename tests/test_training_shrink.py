@@ -117,6 +117,14 @@ def test_slices_only_when_it_saves_an_eighth(keep, stored):
     assert all((t == 0).all() for t in tails)
 
 
+@pytest.mark.parametrize(("keep", "stored"), [(15, 16), (14, 14)])
+def test_an_eighth_itself_is_enough(keep, stored):
+    layer = mk.LoDLinear(16, 16)
+    fade(layer, keep)
+    training.shrink(layer)
+    assert (layer.max_rank, layer.rank) == (stored, keep)
+
+
 def test_masked_components_stay_dead_and_are_cut_later():
     model, data = mixed(), batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
