@@ -125,14 +125,13 @@ void check_refusals() {
   refused("64 rows", [](Layer& a) { a.M = 63; });
   refused("N >= 1", [](Layer& a) { a.K = 0; });
   refused("2^30", [](Layer& a) { a.M = (int64_t{1} << 30) + 1; });
-  refused("bias must", [](Layer& a) { a.bias = memory + 2; });
+  refused(nullptr, [](Layer& a) { a.bias = memory + 2; });  // not loaded by TMA
   refused("rows of x must", [](Layer& a) { a.stride_xm = 68; });
   refused("rows of x must", [](Layer& a) { a.x = memory + 8; });
   refused("rows of v must", [](Layer& a) { a.stride_vr = 68; });
   refused("rows of u must", [](Layer& a) { a.u = memory + 2; });
   refused("rows of y must", [](Layer& a) { a.stride_ym = 65; });
-  refused("rows of H must", [](Layer& a) { a.h = memory, a.stride_hm = 63; });
-  refused(nullptr, [](Layer& a) { a.stride_hm = 63; });  // nobody wants H
+  refused(nullptr, [](Layer& a) { a.h = memory + 2, a.stride_hm = 63; });  // not stored by TMA
   refused("rows of x overlap", [](Layer& a) { a.stride_xm = 0; });
   refused("rows of u overlap", [](Layer& a) { a.stride_un = 56; });
   refused("rows of v overlap or", [](Layer& a) { a.stride_vr = int64_t{1} << 39; });
@@ -152,16 +151,22 @@ int run_layout() {
   return failures > 0;
 }
 
+template <int WIDTH, int GROUPS>
+void print_budget() {
+  using Split = Registers<WIDTH, GROUPS>;
+  const Tile t = make_tile(WIDTH, GROUPS);
+  const std::string split =
+      Split::MOVE ? std::to_string(Split::PRODUCER) + " / " + std::to_string(Split::CONSUMER) : "not moved";
+  std::printf("| %d | %d | %d | %d | %d | %d | %d | %d | %s |\n", WIDTH, t.block_m, t.stages, t.slot_bytes / 1024,
+              t.u_bytes / 1024, GROUPS * t.out_bytes / 1024, t.smem_bytes, t.blocks_per_sm, split.c_str());
+}
+
 int print_table() {
   std::printf(
-      "| H | rows | stages | slot | staging | shared | blocks per SM | registers: launch, producer, consumer |\n"
-      "|---|---|---|---|---|---|---|---|\n");
-  for (const int width : kWidths)
-    for (const int groups : {1, 2}) {
-      const Tile t = make_tile(width, groups);
-      std::printf("| %d | %d | %d | %d | %d | %d | %d |\n", width, t.block_m, t.stages, t.slot_bytes / 1024,
-                  groups * t.out_bytes / 1024, t.smem_bytes, t.blocks_per_sm);
-    }
+      "| H | rows | stages | slot, KiB | of it u | staging, KiB | shared, bytes | blocks per SM | registers |\n"
+      "|---|---|---|---|---|---|---|---|---|\n");
+  print_budget<64, 1>(), print_budget<64, 2>(), print_budget<128, 1>(), print_budget<128, 2>();
+  print_budget<192, 1>(), print_budget<192, 2>(), print_budget<256, 1>(), print_budget<256, 2>();
   std::printf("\n| M | N | K | r | tiles | predicted | roofline | share |\n|---|---|---|---|---|---|---|---|\n");
   for (const int64_t N : {4096, 14336})
     for (const int64_t M : {2048, 8192, 16384, 32768})

@@ -29,6 +29,11 @@ uint32_t load_read_only(const T* p) {
   require(reinterpret_cast<uintptr_t>(p) % sizeof(T) == 0, "misaligned load");
   return *p;
 }
+template <class T>
+void store(T* to, T value) {
+  require(reinterpret_cast<uintptr_t>(to) % sizeof(T) == 0, "misaligned store");
+  *to = value;
+}
 inline void load_words(uint32_t from, uint32_t (&w)[4]) {
   require(from % 16 == 0, "misaligned 16-byte load");
   std::memcpy(w, shared(machine.block(), from, 16), 16);

@@ -25,6 +25,10 @@ template <class T>
 MK_INLINE uint32_t load_read_only(const T* p) {
   return __ldg(p);
 }
+template <class T>
+MK_INLINE void store(T* to, T value) {
+  *to = value;
+}
 MK_INLINE void load_words(uint32_t from, uint32_t (&w)[4]) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])

@@ -31,7 +31,7 @@ MK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 struct Tile {
   int width, groups, block_m, stages, blocks_per_sm;
   int x_bytes, v_bytes, u_bytes, slot_bytes;  // a ring slot holds (x, v) tiles in the shrink, a u tile in the expand
-  int out_offset, out_bytes;                  // staging of y and H, out_bytes per consumer warpgroup
+  int out_offset, out_bytes;                  // staging of y, out_bytes per consumer warpgroup
   int barrier_offset, smem_bytes;
 };
 
@@ -121,7 +121,7 @@ struct Matrix {
   int32_t box_rows;
 };
 struct Matrices {
-  Matrix x, v, u, y, h;
+  Matrix x, v, u, y;
 };
 // Each block of a cluster fetches its share of the rows of a tile of v or u, for all of them.
 inline Matrices make_matrices(const Layer& a, const Config& c) {
@@ -131,7 +131,6 @@ inline Matrices make_matrices(const Layer& a, const Config& c) {
   m.v = {a.v, bound(a), a.K, a.stride_vr, t.width / c.cluster};
   m.u = {a.u, a.N, bound(a), a.stride_un, kBlockN / c.cluster};
   m.y = {a.y, a.M, a.N, a.stride_ym, kGroupRows};
-  m.h = a.h ? Matrix{a.h, a.M, bound(a), a.stride_hm, kGroupRows} : m.y;
   return m;
 }
 
@@ -166,7 +165,6 @@ inline const char* unsupported(const Layer& a, DType dtype, const Device& device
   if (a.M < kGroupRows) return "needs at least 64 rows";
   if (a.N < 1 || a.K < 1) return "needs N >= 1 and K >= 1";
   if (a.M > kLimit || a.N > kLimit || a.K > kLimit) return "M, N and K must be at most 2^30";
-  if (reinterpret_cast<uintptr_t>(a.bias) % 4) return "bias must start on 4 bytes";
   const struct {
     const void* data;
     int64_t stride, columns;
@@ -180,8 +178,6 @@ inline const char* unsupported(const Layer& a, DType dtype, const Device& device
        "rows of u overlap or lie too far apart"},
       {a.y, a.stride_ym, a.N, "rows of y must start on 16 bytes (N % 8 == 0)",
        "rows of y overlap or lie too far apart"},
-      {a.h, a.h ? a.stride_hm : bound(a) * 8, bound(a), "rows of H must start on 16 bytes",
-       "rows of H overlap or lie too far apart"},
   };
   for (const auto& m : matrices) {
     if (m.stride % 8 || reinterpret_cast<uintptr_t>(m.data) % 16) return m.unaligned;

@@ -21,7 +21,7 @@
 namespace mk::cuda::sm90 {
 
 struct RowMaps {
-  ptx::TensorMap x, v, u, y, h;
+  ptx::TensorMap x, v, u, y;
 };
 
 struct RowParams {
@@ -29,7 +29,8 @@ struct RowParams {
   int32_t rank;             // R where rank_ptr is given
   const int32_t* rank_ptr;  // clamped to 0..rank; or null
   const void* bias;         // (N,) or null
-  bool stores_h;
+  void* h;                  // (M, rank), zero from the active rank on; or null
+  int64_t stride_hm;
   Activation activation;
 };
 
@@ -137,7 +138,6 @@ struct ConsumerOps {
   }
 
   MK_INLINE int32_t group() const { return warpgroup; }
-  MK_INLINE bool stores_h() const { return params.stores_h; }
   MK_INLINE void wait_full(int slot, uint32_t parity) { ptx::mbarrier_wait(slots.full(slot), parity); }
   // One arrival per warp in each block, when the warp is done with the slot.
   MK_INLINE void release(int slot) {
@@ -175,6 +175,28 @@ struct ConsumerOps {
       h[reg] = ptx::pack<BF16>(column < rank ? h_sum[i] : 0.0f, column + 1 < rank ? h_sum[i + 1] : 0.0f);
     }
   }
+  // From the registers: few bytes beside x and y, and rows of any alignment.
+  MK_INLINE void store_h(int32_t first) {
+    if (!params.h) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t column = accumulator_column(thread, a_source(half));
+      const int64_t row = first + accumulator_row(thread, a_source(half));
+      uint16_t* const to = static_cast<uint16_t*>(params.h) + row * params.stride_hm + column;
+      const bool in_pairs = reinterpret_cast<uintptr_t>(to) % 4 == 0;
+      const int32_t left = row < params.M ? params.rank - column : 0;
+#pragma unroll
+      for (int reg = half; reg < WIDTH / 4; reg += 2) {
+        const int32_t at = reg / 2 * 8;  // columns further
+        if (in_pairs && left >= at + 2) {
+          ptx::store(reinterpret_cast<uint32_t*>(to + at), h[reg]);
+        } else if (left > at) {
+          ptx::store(to + at, static_cast<uint16_t>(h[reg]));
+          if (left >= at + 2) ptx::store(to + at + 1, static_cast<uint16_t>(h[reg] >> 16));
+        }
+      }
+    }
+  }
   // TMA zero-fills u from R on. Where the rank is on the device, what lies between it and R is cleared here: H is zero
   // there, but zero times NaN is not.
   MK_INLINE bool masks_u() const { return rank < params.rank; }
@@ -210,17 +232,18 @@ struct ConsumerOps {
   MK_INLINE void fetch_bias(int32_t first) {
     if (!params.bias) return;
     const uint16_t* const from = static_cast<const uint16_t*>(params.bias);
+    const bool in_pairs = reinterpret_cast<uintptr_t>(from) % 4 == 0;
 #pragma unroll
     for (int j = 0; j < kBlockN / 8; ++j) {
       const int32_t n = first + accumulator_column(thread, 4 * j);
-      bias[j] = 0;
-      if (n + 1 < params.N)
+      if (in_pairs && n + 1 < params.N) {
         bias[j] = ptx::load_read_only(reinterpret_cast<const uint32_t*>(from + n));
-      else if (n < params.N)
-        bias[j] = ptx::load_read_only(from + n);
+      } else {
+        bias[j] = n < params.N ? ptx::load_read_only(from + n) : 0;
+        if (n + 1 < params.N) bias[j] |= ptx::load_read_only(from + n + 1) << 16;
+      }
     }
   }
-
   MK_INLINE void move_sums() {
     wgmma_settle(y_sum[1]);
 #pragma unroll
@@ -239,22 +262,6 @@ struct ConsumerOps {
   }
   MK_INLINE void sync_consumers() { ptx::sync_threads<3, GROUPS * 128>(); }
   MK_INLINE void fence_async() { ptx::fence_async(); }
-  MK_INLINE void write_h(int32_t first) {
-#pragma unroll
-    for (int part = 0; part < WIDTH; part += kChunk) {
-      if (part != first) continue;  // registers need constant indices
-#pragma unroll
-      for (int j = 0; j < kChunk / 16; ++j) {
-        const uint32_t* const f = h + part / 4 + 4 * j;
-        put(j, {f[0], f[1], f[2], f[3]});
-      }
-    }
-  }
-  MK_INLINE void send_h(int32_t row, int32_t column) {
-    if (thread != 0) return;
-    if (row < params.M && column < params.rank) ptx::store_box(&maps.h, stage, column, row, once);
-    ptx::commit_stores();
-  }
   template <int SET>
   MK_INLINE void write_y() {
     float (&z)[kBlockN / 2] = y_sum[SET];

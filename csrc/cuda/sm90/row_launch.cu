@@ -61,8 +61,7 @@ std::string encode_all(RowMaps* maps, const Matrices& m, DType dtype) {
     const char* name;
     CUtensorMap* map;
     const Matrix& matrix;
-  } all[] = {
-      {"x", &maps->x, m.x}, {"v", &maps->v, m.v}, {"u", &maps->u, m.u}, {"y", &maps->y, m.y}, {"h", &maps->h, m.h}};
+  } all[] = {{"x", &maps->x, m.x}, {"v", &maps->v, m.v}, {"u", &maps->u, m.u}, {"y", &maps->y, m.y}};
   for (const auto& one : all) {
     if (const CUresult result = encode(one.map, dtype, one.matrix))
       return "cuTensorMapEncodeTiled of " + std::string(one.name) + ": CUresult " + std::to_string(result);
@@ -136,7 +135,8 @@ std::string launch(const Layer& layer, DType dtype, const Config& config, void* 
                          static_cast<int32_t>(bound(layer)),
                          layer.rank_ptr,
                          layer.bias,
-                         layer.h != nullptr,
+                         layer.h,
+                         layer.stride_hm,
                          layer.activation};
   if (const cudaError_t error = cudaLaunchKernelEx(&grid, instance.kernel, maps, params, config.cluster))
     return fail(failure("cudaLaunchKernelEx", error));

@@ -149,11 +149,7 @@ MK_HD void consume(const Walk& walk, Ops& ops) {
     const int32_t row = row_of(walk, tile, group) + ops.group() * kGroupRows;
     shrink_tiles(walk, ops, ring);
     ops.round_h();
-    if (ops.stores_h()) {
-      for (int32_t i_r = 0; i_r < tile.width; i_r += kChunk) {
-        store_tile(ops, [&] { ops.write_h(i_r); }, [&] { ops.send_h(row, i_r); });
-      }
-    }
+    ops.store_h(row);
     expand_tiles(walk, ops, ring, row);
   }
   ops.wait_stores();
