@@ -9,18 +9,31 @@ use the same data-aware factors and the same latency profile, nothing is fine-tu
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import allocation_study as study
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from maestro_kernels import search
 from maestro_kernels.benchmark import encoder as library
 
 TARGETS = (1.1, 1.2, 1.35, 1.5, 1.75, 2.0)
-MEASURES = ("cosine", "Spearman", "output error")
+TITLE = "Sentence encoder, held-out text"
 STAGES = ("prepare", "profile", "measure", "report", "all")
 COMMAND = "python examples/allocate_encoder.py"
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """The last hidden states of each batch."""
+    return [model(**batch)[0] for batch in batches]
+
+
+def embeddings(hidden: Sequence[Tensor], batches: Sequence[dict[str, Tensor]]) -> Tensor:
+    """One unit vector per sentence."""
+    pairs = zip(hidden, batches, strict=True)
+    return torch.cat([library.pooled(y, batch["attention_mask"]) for y, batch in pairs])
 
 
 def main() -> None:
@@ -30,7 +43,7 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--out", type=Path, default=Path("out/allocation"))
     parser.add_argument("--rows", type=Path, default=Path("bench/results/allocation-encoder.jsonl"))
-    parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
+    parser.add_argument("--docs", type=Path, help="write the figures and search.md's block here")
     parser.add_argument("--seconds", type=float, default=7.0, help="of timing per target")
     args = parser.parse_args()
     out = args.out / "encoder"
@@ -39,26 +52,32 @@ def main() -> None:
     batches = list(encoder.batches(calibration))
     served = encoder.tokens(held_out[:16])
     if args.stage in ("prepare", "all"):
-        study.prepare(encoder.model, batches, batches[:2], out)
+        study.prepare(encoder.model, batches, out)
     if args.stage in ("profile", "all"):
         study.profile(encoder.model, served, out, seconds=15.0)
     if args.stage in ("measure", "all"):
         study.measure("MiniLM-L6", encoder.model, served, args.targets, out, args.seconds)
     if args.stage in ("report", "all"):
-        original = encoder.embed(held_out)
         judged = list(encoder.batches(held_out))
+        reference = outputs(encoder.model, judged)
+        original = embeddings(reference, judged)
 
         def quality(model: nn.Module) -> dict[str, float]:
-            close = library.fidelity(encoder.embed(held_out, model), original)
-            error = search.output_error(model, encoder.model, judged)
-            return {"cosine": close.cosine, "Spearman": close.spearman, "output error": error}
+            found = outputs(model, judged)
+            close = library.fidelity(embeddings(found, judged), original)
+            pairs = list(zip(found, reference, strict=True))
+            errors = [float((y - y0).square().sum() / y0.square().sum()) for y, y0 in pairs]
+            return {
+                "cosine": close.cosine,
+                "Spearman": close.spearman,
+                "output error": sum(errors) / len(errors),
+            }
 
         rows = study.evaluate(encoder.model, quality, out)
         study.record(rows, args.rows, COMMAND)
-        print(study.table(rows, MEASURES))
-        args.figures.mkdir(parents=True, exist_ok=True)
-        plot = study.drawing(rows, "cosine", "Sentence encoder, held-out text", log=False)
-        (args.figures / "allocation-encoder.svg").write_text(plot, encoding="utf-8")
+        print(study.table(rows, list(rows[0].quality)))
+        if args.docs:
+            study.publish(rows, "encoder", TITLE, args.docs)
 
 
 if __name__ == "__main__":

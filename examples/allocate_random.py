@@ -30,7 +30,7 @@ def gpt2() -> tuple[nn.Module, list[torch.Tensor]]:
     torch.manual_seed(0)
     config = GPT2Config(use_cache=False)
     model = GPT2Model(config).eval()
-    return model, [torch.randint(config.vocab_size, (2, 64)) for _ in range(12)]
+    return model, [torch.randint(config.vocab_size, (2, 64)) for _ in range(36)]
 
 
 def vit() -> tuple[nn.Module, list[torch.Tensor]]:
@@ -40,7 +40,7 @@ def vit() -> tuple[nn.Module, list[torch.Tensor]]:
     torch.manual_seed(0)
     config = ViTConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6)
     model = ViTModel(config, add_pooling_layer=False).eval()
-    coarse = [torch.randn(2, 3, 28, 28) for _ in range(12)]
+    coarse = [torch.randn(2, 3, 28, 28) for _ in range(16)]
     smooth = [nn.functional.interpolate(c, size=(224, 224), mode="bilinear") for c in coarse]
     return model, smooth
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--out", type=Path, default=Path("out/allocation"))
     parser.add_argument("--rows", type=Path, default=Path("bench/results"))
-    parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
+    parser.add_argument("--docs", type=Path, help="write the figures and search.md's block here")
     parser.add_argument("--seconds", type=float, default=9.0, help="of timing per target")
     args = parser.parse_args()
     for name, (short, build) in MODELS.items():
@@ -65,9 +65,9 @@ def main() -> None:
         out = args.out / short
         model, batches = build()
         # The first batch is what is served; the last four judge, and nothing is chosen by them.
-        calibration, held_out = batches[:8], batches[8:]
+        calibration, held_out = batches[:-4], batches[-4:]
         if args.stage in ("prepare", "all"):
-            study.prepare(model, calibration, calibration[:2], out)
+            study.prepare(model, calibration, out)
         if args.stage in ("profile", "all"):
             study.profile(model, batches[0], out, seconds=20.0)
         if args.stage in ("measure", "all"):
@@ -79,11 +79,9 @@ def main() -> None:
 
             rows = study.evaluate(model, quality, out)
             study.record(rows, args.rows / f"allocation-{short}.jsonl", COMMAND)
-            print(f"\n{name}\n\n{study.table(rows, ('output error',))}")
-            args.figures.mkdir(parents=True, exist_ok=True)
-            plot = study.drawing(rows, "output error", f"{name}, random weights", log=False)
-            path = args.figures / f"allocation-{short}.svg"
-            path.write_text(plot, encoding="utf-8")
+            print(f"\n{name}\n\n{study.table(rows, ['output error'])}")
+            if args.docs:
+                study.publish(rows, short, f"{name}, random weights", args.docs)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 import maestro_kernels as mk
 from maestro_kernels import hardware, search
 from maestro_kernels.benchmark import plots
+from maestro_kernels.benchmark.readme import replace_block
 from maestro_kernels.search.whole_model import measure_models
 
 # Rule -> (method of allocate, method of sensitivity).
@@ -69,23 +70,25 @@ class Row:
     quality: dict[str, float]
 
 
-def prepare(model: nn.Module, batches: Sequence[Any], few: Sequence[Any], out: Path) -> None:
+def prepare(model: nn.Module, batches: Sequence[Any], out: Path, held_out: int = 2) -> None:
     """Write the sensitivities that are not there yet, and the factors at full rank.
 
     Args:
         model: dense.
-        batches: calibrate the data-aware factors and sensitivity.
-        few: of these, what the loss is measured on.
+        batches: calibrate the data-aware factors and sensitivities.
         out: folder.
+        held_out: of the batches, how many the loss is measured on.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for method, data in (("svd", None), ("data", batches), ("loss", few)):
+    options = {"svd": {}, "data": {}, "loss": {"held_out": held_out}}
+    for method, more in options.items():
         path = out / f"{method}.json"
         if path.exists():
             print(f"{path} is there")
             continue
         start = time.perf_counter()
-        search.sensitivity(model, data, method=method).save(path)
+        data = None if method == "svd" else batches
+        search.sensitivity(model, data, method=method, **more).save(path)
         print(f"sensitivity, {method}: {time.perf_counter() - start:.1f} s", flush=True)
     full = mk.convert(model, init="data", data=batches, allow_larger=True, inplace=False)
     torch.save(full.state_dict(), out / "factors.pt")
@@ -211,6 +214,44 @@ def at_equal_latency(rows: Sequence[Row], row: Row, measure: str) -> float | Non
     return None
 
 
+def block(rows: Sequence[Row], short: str, title: str) -> str:
+    """What docs/search.md shows of one model: a table and a drawing."""
+    measures = list(rows[0].quality)
+    off = max(abs(row.predicted / row.ms - 1) for row in rows)
+    return "\n".join(
+        [
+            table(rows, measures),
+            "",
+            f"Predictions are at most {off:.1%} off.",
+            "",
+            f"![{title}: {measures[0]} over measured latency](figures/allocation-{short}.svg)",
+        ]
+    )
+
+
+def publish(rows: Sequence[Row], short: str, title: str, docs: Path) -> None:
+    """Put the block and the drawing of one model into the documentation."""
+    (docs / "figures").mkdir(parents=True, exist_ok=True)
+    plot = drawing(rows, next(iter(rows[0].quality)), title)
+    (docs / "figures" / f"allocation-{short}.svg").write_text(plot, encoding="utf-8")
+    page = docs / "search.md"
+    text = replace_block(page.read_text(encoding="utf-8"), block(rows, short, title), *marks(short))
+    page.write_text(text, encoding="utf-8")
+
+
+def marks(short: str) -> tuple[str, str]:
+    """The lines around a model's block."""
+    script = "allocate_encoder" if short == "encoder" else "allocate_random"
+    return f"<!-- {short}:begin, written by examples/{script}.py -->", f"<!-- {short}:end -->"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file that `record` wrote."""
+    names = {field.name for field in fields(Row)}
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [Row(**{k: v for k, v in record.items() if k in names}) for record in records]
+
+
 def table(rows: Sequence[Row], measures: Sequence[str]) -> str:
     """A Markdown table; the last column compares with uniform ranks at equal measured latency."""
     first = measures[0]
@@ -229,7 +270,7 @@ def table(rows: Sequence[Row], measures: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def drawing(rows: Sequence[Row], measure: str, title: str, log: bool) -> str:
+def drawing(rows: Sequence[Row], measure: str, title: str) -> str:
     """Quality over measured latency, one line per rule."""
     series = {}
     for rule in RULES:
@@ -239,6 +280,6 @@ def drawing(rows: Sequence[Row], measure: str, title: str, log: bool) -> str:
     order = ["exact, loss", *(rule for rule in series if rule != "exact, loss")]
     plot = plots.line_plot(
         {rule: series[rule] for rule in order if rule in series},
-        title=title, xlabel="measured latency, % of the dense model's", ylabel=measure, log=log,
+        title=title, xlabel="measured latency, % of the dense model's", ylabel=measure, log=False,
     )  # fmt: skip
     return plots.standalone(plot)

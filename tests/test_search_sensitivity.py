@@ -174,6 +174,19 @@ def test_loss_is_measured_on_the_whole_model(own):
         assert np.all(np.diff(one.errors) <= 1e-15)
 
 
+@torch.no_grad()
+def test_loss_on_batches_that_made_no_factors():
+    model = mlp()
+    batches = [correlated(30, 16) for _ in range(3)]
+    found = search.sensitivity(model, batches, method="loss", points=1, held_out=1)
+    for name, one in found.layers.items():
+        ((rank, increase),) = one.measured
+        small = whole_model(model, name, rank, batches[1:])
+        assert increase == pytest.approx(
+            search.output_error(small, model, batches[:1]), rel=1e-3, abs=1e-8
+        )
+
+
 def test_loss_of_factorised_layers():
     model = mk.convert(mlp(), rank=6)
     batches = [torch.randn(30, 16)]

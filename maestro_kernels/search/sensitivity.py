@@ -138,6 +138,7 @@ def sensitivity(
     include: Selector = None,
     exclude: Selector = None,
     points: int = 4,
+    held_out: int = 0,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Each layer's error as a function of its rank, all other layers untouched.
@@ -165,6 +166,9 @@ def sensitivity(
         include: only these layers; as `classify`.
         exclude: not these layers; as `classify`.
         points: ranks per layer at which "loss" measures.
+        held_out: "loss" measures on the first so many batches and makes factors by the others, so
+            that factors that fit the batches too well are not taken for good ones; 0 does both by
+            all batches. Worth it where rows are few (below ten times the layers' in_features).
         progress: called with (layers done, layers in all).
 
     Raises:
@@ -184,6 +188,7 @@ def sensitivity(
         Whitening as in SVD-LLM (arXiv 2403.07378); importance from Maestro (arXiv 2308.14929).
     """
     _check_arguments(batches, loss_fn, method, points)
+    check_int(_FN, "held_out", held_out, 0)
     layers = considered(model, include, exclude, fn=_FN)
     if method == "importance":
         layers = {name: layer for name, layer in layers.items() if layer.factorised}
@@ -195,17 +200,18 @@ def sensitivity(
     chosen = {name: modules[name] for name in layers}
     _check_weights(chosen)
     data = None if batches is None else list(batches)
+    measured, fitted = _split(data or [], held_out, method)
     rows, moments = {}, {}
     with at_full_rank(model, layers):
         if data is not None:
             if method in ("data", "loss"):
-                moments = input_moments(model, chosen, data, fn=_FN, argument="batches")
+                moments = input_moments(model, chosen, fitted, fn=_FN, argument="batches")
             if data:
                 rows = count_rows(model, layers, data[0], fn=_FN)
         found = {}
         loss = None
         if method == "loss":
-            loss = _Loss(model, data or [], loss_fn)
+            loss = _Loss(model, measured, loss_fn)
         for i, (name, layer) in enumerate(layers.items()):
             moment = moments.pop(name, None)
             one = _from_weights(layer, modules[name], moment, method)
@@ -233,6 +239,18 @@ def _check_arguments(batches: Any, loss_fn: Any, method: str, points: Any) -> No
         raise ValueError(f"{_FN}: loss_fn: expected None with method={method!r}, got a function")
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"{_FN}: loss_fn: expected a function, got {type(loss_fn).__name__}")
+
+
+def _split(data: list[Any], held_out: int, method: str) -> tuple[list[Any], list[Any]]:
+    """Batches to measure the loss on, and batches whose moments make the factors."""
+    if not held_out:
+        return data, data
+    if method != "loss" or held_out >= len(data):
+        raise ValueError(
+            f"{_FN}: held_out: expected 0, or with method='loss' fewer than the {len(data)} "
+            f"batches, got {held_out} with method={method!r}"
+        )
+    return data[:held_out], data[held_out:]
 
 
 def _check_weights(chosen: Mapping[str, nn.Module]) -> None:
