@@ -170,6 +170,11 @@ def test_loss_is_measured_on_the_whole_model(own):
             increases = [increase for _, increase in one.measured]
             assert increases == sorted(increases, reverse=True)
             assert [one.error(rank) for rank, _ in one.measured] == pytest.approx(increases)
+            # Straight lines in the share lost; below the lowest rank in proportion to it.
+            share = search.sensitivity(model, batches).layers[name].error
+            assert one.error(1) == pytest.approx(increases[0] * share(1) / share(2))
+            t = (share(3) - share(5)) / (share(2) - share(5))
+            assert one.error(3) == pytest.approx(increases[1] + t * (increases[0] - increases[1]))
         assert one.errors[-1] == 0
         assert np.all(np.diff(one.errors) <= 1e-15)
 
