@@ -200,13 +200,15 @@ def record(rows: Sequence[Row], path: Path, command: str) -> None:
 def at_equal_latency(rows: Sequence[Row], row: Row, measure: str) -> float | None:
     """What uniform ranks reach at this row's measured latency, on straight lines between them.
 
-    Latencies are relative to the dense model of the same run; None outside of what was measured.
+    Latencies are relative to the dense model of the same run, which ends the line with nothing
+    lost; None where no uniform model was as fast.
     """
     points = sorted(
         (r.ms / r.dense_ms, r.quality[measure])
         for r in rows
         if r.rule == "uniform" and r.model == row.model
     )
+    points.append((1.0, 0.0 if "error" in measure else 1.0))
     x = row.ms / row.dense_ms
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= x <= x1:
