@@ -208,3 +208,12 @@ def test_summary_counts_what_is_stored():
     assert first.dense_parameters == 48 * 40
     assert report.weights == first.parameters + report.layers[1].parameters
     assert "pivoted_linear" in str(report)
+
+
+def test_to_dense_merges_it():
+    model = pivoted_model()
+    x = torch.randn(3, 40)
+    dense = mk.to_dense(model, inplace=False)
+    assert [type(m) for m in dense] == [nn.Linear, nn.ReLU, nn.Linear]
+    torch.testing.assert_close(dense(x), model(x))
+    assert isinstance(model[0], PivotedLinear)

@@ -21,6 +21,7 @@ from maestro_kernels.nn.factorize import factorize, random_factors
 from maestro_kernels.nn.layer import LoDLayer, check_int
 from maestro_kernels.nn.linear import LoDLinear, copied, trainable
 from maestro_kernels.nn.moments import check_batches, input_moments
+from maestro_kernels.nn.pivoted import PivotedLinear
 
 __all__ = [
     "Candidate",
@@ -162,25 +163,25 @@ def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         raise TypeError(f"to_dense: model: expected an nn.Module, got {type(model).__name__}")
     layers: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, LoDLayer):
+        if isinstance(module, LoDLayer | PivotedLinear):
             layers[module] = dense_form(module, share=inplace)
     dense = swap_layers(model, layers, inplace=inplace)
     vars(dense).pop(_REPORT, None)
     return dense
 
 
-def dense_form(layer: LoDLayer, *, share: bool) -> nn.Module:
+def dense_form(layer: LoDLayer | PivotedLinear, *, share: bool) -> nn.Module:
     """The dense layer of the active prefix, with the mode and call hooks of the factorised one.
 
     Args:
-        layer: a LoDLinear or LoDConv2d.
+        layer: a LoDLinear, PivotedLinear or LoDConv2d.
         share: use the layer's own bias parameter and hooks instead of copies.
 
     Raises:
         ValueError: the layer has an activation of its own, which a dense layer has not.
     """
-    assert isinstance(layer, LoDLinear | LoDConv2d)
-    dense = layer.to_linear() if isinstance(layer, LoDLinear) else layer.to_conv()
+    assert isinstance(layer, LoDLinear | PivotedLinear | LoDConv2d)
+    dense = layer.to_conv() if isinstance(layer, LoDConv2d) else layer.to_linear()
     return in_place_of(layer, dense, share=share)
 
 
