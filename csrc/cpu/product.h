@@ -56,13 +56,22 @@ struct Tile {
 // Sums of `chain` units are added to the total: error grows with the length of a chain of additions, and the library
 // matmul with which we are compared does not add a whole K in one. For few columns it takes dot products, whose vector
 // lanes make short chains; there speed is no question, as most of a panel is empty.
-constexpr int64_t chain_units(int64_t n) { return n < 16 ? 8 : 128; }
+constexpr int64_t kLongChain = 128;
+constexpr int64_t chain_units(int64_t n) { return n < 16 ? 8 : kLongChain; }
+
+// a + b, and what the rounding of that took away (Knuth's TwoSum) onto `lost`.
+inline Vec add(Vec a, Vec b, Vec& lost) {
+  const Vec sum = a + b, b_part = sum - a;
+  lost = lost + ((a - (sum - b_part)) + (b - b_part));
+  return sum;
+}
 
 template <class F, int rows, int columns>
 void tile(const Tile& t) {
   // Few accumulators do not hide the latency of an FMA: sum in several sets.
   constexpr int sets = rows * columns <= 2 ? 4 : rows * columns <= 6 ? 2 : 1;
-  Vec total[rows][columns];
+  const bool careful = columns == 1 && t.chain < kLongChain;
+  Vec total[rows][columns], lost[rows][columns] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
@@ -103,7 +112,7 @@ void tile(const Tile& t) {
 #pragma GCC unroll 4
       for (int j = 0; j < columns; ++j) {
         for (int s = 1; s < sets; ++s) sum[0][i][j] = sum[0][i][j] + sum[s][i][j];
-        total[i][j] = total[i][j] + sum[0][i][j];
+        total[i][j] = careful ? add(total[i][j], sum[0][i][j], lost[i][j]) : total[i][j] + sum[0][i][j];
       }
     }
   }
@@ -111,6 +120,7 @@ void tile(const Tile& t) {
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < columns; ++j) {
+      if (careful) total[i][j] = total[i][j] + lost[i][j];
       if (t.sum) {
         total[i][j].store(t.sum + i * t.stride_sum + j * Vec::lanes);
       } else {
@@ -217,98 +227,140 @@ constexpr int64_t pass_stride() {  // bytes of a copied row of A; odd in cache l
   return kPassUnits * F::parts * 4 + 64;
 }
 
-template <class F, int max_rows>
+template <class F>
 int64_t scratch_bytes(int64_t rows, int64_t n) {
   const int64_t copied = rows * pass_stride<F>(), panel = kPassUnits * kUnitBytes;
   return copied + panel + rows * round_up(n, kPanel) * 4 + 64;
 }
 
-// The product, whatever the target: k in passes, in each the panels, in each the tiles.
+// One product, whatever the target: k in passes, in each the panels, in each the tiles.
+template <class F, int columns, int max_rows>
+class Multiplication {
+ public:
+  Multiplication(const Product& product, char* scratch)
+      : p(product),
+        copied(scratch),
+        own_panel(scratch + p.rows * pass_stride<F>()),
+        total_units(ceil_div(p.k, unit_length(D))),
+        tile_rows(ceil_div(p.rows, ceil_div(p.rows, max_rows))),
+        // A prepared A may be read beyond k: it is zero there. Copying A without a conversion gains nothing.
+        in_place(p.prepared || (F::a_dtype == D && p.k % unit_length(D) == 0)) {
+    const bool read_once = in_place && p.panels && (total_units <= kPassUnits || p.rows <= max_rows);
+    pass = read_once ? most(1, total_units) : kPassUnits;
+    float* const sums = reinterpret_cast<float*>(own_panel + kPassUnits * kUnitBytes);
+    result = p.target == Target::partial ? p.partial : sums;
+    stride_result = p.target == Target::partial ? p.stride_partial : one_pass() ? kPanel : round_up(p.n, kPanel);
+  }
+
+  void run() {
+    do {
+      units = least(pass, total_units - first);
+      a = p.a + (p.prepared ? first * F::parts * 4 : k0() * element_bytes(D));
+      stride_a = p.stride_a;
+      if (!in_place) {
+        copy_rows<F>(a, stride_a, p.rows, pass_k(), copied, pass_stride<F>());
+        a = copied;
+        stride_a = pass_stride<F>();
+      }
+      for (int64_t column = 0; column < p.n; column += kPanel) multiply_panel(column);
+      first += units;
+    } while (first < total_units);
+  }
+
+ private:
+  static constexpr DType D = F::dtype;
+  static constexpr Tiles<F, columns, max_rows> wide{};
+  static constexpr Tiles<F, 1, max_rows> narrow{};  // for what is left of a panel: half the work at a rank of 16
+
+  bool one_pass() const { return pass >= total_units; }
+  bool last_pass() const { return first + units >= total_units; }
+  int64_t k0() const { return first * unit_length(D); }
+  int64_t pass_k() const { return least(units * unit_length(D), p.k - k0()); }
+  // Sums of a panel. Where one pass does, the next panel needs no other place.
+  float* sums_of(int64_t row, int64_t column) const {
+    return result + row * stride_result + (one_pass() && p.target != Target::partial ? 0 : column);
+  }
+
+  const char* weights(int64_t column, int64_t n) {
+    if (p.panels) return p.panels + column / kPanel * p.stride_panel + first * kUnitBytes;
+    const char* w = p.w + column * p.stride_w + k0() * element_bytes(D);
+    pack_units<D>(w, p.stride_w, n, pass_k(), units, own_panel);
+    return own_panel;
+  }
+
+  // What is read after the units of a panel in this pass.
+  const char* next(const char* w, int64_t column) const {
+    if (one_pass()) return w + kAheadBytes;
+    return column + kPanel < p.n ? w + p.stride_panel : p.panels + (first + units) * kUnitBytes;
+  }
+
+  void load_bias(int64_t column, int64_t n, float (&bias)[kPanel]) const {
+    for (int64_t j = 0; j < n; j += Vec::lanes) {
+      load_as<D>(p.bias + (column + j) * element_bytes(D), n - j).store(bias + j);
+    }
+  }
+
+  void multiply_panel(int64_t column) {
+    const int64_t n = least(kPanel, p.n - column);
+    const char* w = weights(column, n);
+    const char* ahead = p.far && p.panels ? next(w, column) : nullptr;
+    float bias[kPanel] = {};
+    const bool with_bias = first == 0 && p.target == Target::output && p.bias;
+    if (with_bias) load_bias(column, n, bias);
+    Tile t{};
+    t.stride_a = stride_a;
+    t.units = units;
+    t.chain = chain_units(p.n);
+    t.stride_start = first ? stride_result : 0;
+    t.stride_sum = stride_result;
+    t.stride_y = p.stride_out;
+    const bool careful = t.chain < kLongChain, direct = p.target == Target::output && p.activation == Activation::none;
+    const bool lone = p.rows <= tile_rows && n <= columns * Vec::lanes;
+    for (int64_t row = 0; row < p.rows; row += tile_rows) {
+      const int64_t rows = least(tile_rows, p.rows - row);
+      t.a = a + row * stride_a;
+      for (int64_t c = 0, width; c < n; c += width) {
+        const bool both = columns > 1 && n - c > Vec::lanes && !careful;
+        width = (both ? columns : 1) * Vec::lanes;
+        t.w = w + c * (D == DType::f16 ? 2 : 4);
+        // The first two tiles fetch a line of each unit, or a lone one both.
+        const bool fetches = ahead && row == 0 ? c < 2 * width : ahead && row == tile_rows && c == 0 && both;
+        t.ahead = fetches ? ahead + (row > 0 || c > 0) * 64 : nullptr;
+        t.ahead_too = ahead && lone ? ahead + 64 : nullptr;
+        t.sum = sums_of(row, column) + c;
+        t.start = first ? t.sum : with_bias ? bias + c : nullptr;
+        if (direct && last_pass()) t.sum = nullptr;
+        t.y = p.out + row * p.stride_out + (column + c) * element_bytes(D);
+        t.n = n - c;
+        (both ? wide.of_rows : narrow.of_rows)[rows](t);
+      }
+      if (last_pass() && !direct) finish(row, rows, column, n);
+    }
+  }
+
+  void finish(int64_t row, int64_t rows, int64_t column, int64_t n) const {
+    const float* sum = sums_of(row, column);
+    if (p.target == Target::hidden) write_hidden<F>(p, sum, stride_result, row, rows, column);
+    if (p.target == Target::output) {
+      write_output<D>(p, sum, stride_result, rows, n, p.out + row * p.stride_out + column * element_bytes(D));
+    }
+  }
+
+  const Product& p;
+  char *const copied, *const own_panel;
+  const int64_t total_units, tile_rows;
+  const bool in_place;
+  int64_t pass;  // units
+  float* result;
+  int64_t stride_result;
+  int64_t first = 0, units = 0;  // of this pass
+  const char* a = nullptr;
+  int64_t stride_a = 0;
+};
+
 template <class F, int columns, int max_rows>
 void product(const Product& p, char* scratch) {
-  constexpr DType D = F::dtype;
-  static constexpr Tiles<F, columns, max_rows> wide;
-  static constexpr Tiles<F, 1, max_rows> narrow;  // for what is left of a panel: half the work at a rank of 16
-  char* const copied = scratch;
-  char* const own_panel = copied + p.rows * pass_stride<F>();
-  float* const sums = reinterpret_cast<float*>(own_panel + kPassUnits * kUnitBytes);
-
-  const int64_t total_units = ceil_div(p.k, unit_length(D));
-  // A prepared A may be read beyond k: it is zero there. Copying A without a conversion gained nothing anywhere.
-  const bool in_place = p.prepared || (F::a_dtype == D && p.k % unit_length(D) == 0);
-  const bool one_pass = total_units <= kPassUnits || (in_place && p.panels && p.rows <= max_rows);
-  const int64_t pass = one_pass && p.panels && in_place ? (total_units ? total_units : 1) : kPassUnits;
-  const int64_t tile_count = ceil_div(p.rows, max_rows), tile_rows = ceil_div(p.rows, tile_count);
-  const bool direct = p.target == Target::output && p.activation == Activation::none;
-  float* const result = p.target == Target::partial ? p.partial : sums;
-  const bool panel_by_panel = pass >= total_units && p.target != Target::partial;  // sums of one panel at a time
-  const int64_t stride_result = p.target == Target::partial ? p.stride_partial
-                                : panel_by_panel            ? kPanel
-                                                            : round_up(p.n, kPanel);
-
-  int64_t u = 0;
-  do {
-    const int64_t units = least(pass, total_units - u), k0 = u * unit_length(D);
-    const int64_t k = least(units * unit_length(D), p.k - k0);
-    const bool last = u + units >= total_units;
-    const char* a = p.a + (p.prepared ? u * F::parts * 4 : k0 * element_bytes(D));
-    int64_t stride_a = p.stride_a;
-    if (!in_place) {
-      copy_rows<F>(a, stride_a, p.rows, k, copied, pass_stride<F>());
-      a = copied;
-      stride_a = pass_stride<F>();
-    }
-    for (int64_t column = 0; column < p.n; column += kPanel) {
-      const int64_t n = least(kPanel, p.n - column);
-      const char* w = p.panels + column / kPanel * p.stride_panel + u * kUnitBytes;
-      if (!p.panels) {
-        pack_units<D>(p.w + column * p.stride_w + k0 * element_bytes(D), p.stride_w, n, k, units, own_panel);
-        w = own_panel;
-      }
-      // What is read after this: the first two tiles fetch a line of each unit, or a lone one both.
-      const char* next = w + kAheadBytes;
-      if (pass < total_units) next = column + kPanel < p.n ? w + p.stride_panel : p.panels + (u + units) * kUnitBytes;
-      const bool fetch = p.far && p.panels, lone = p.rows <= tile_rows && n <= columns * Vec::lanes;
-      int64_t i_tile = 0;
-      float bias[kPanel] = {};
-      const bool with_bias = u == 0 && p.target == Target::output && p.bias;
-      if (with_bias) {
-        for (int64_t j = 0; j < n; j += Vec::lanes) {
-          load_as<D>(p.bias + (column + j) * element_bytes(D), n - j).store(bias + j);
-        }
-      }
-      for (int64_t row = 0; row < p.rows; row += tile_rows) {
-        const int64_t rows = least(tile_rows, p.rows - row);
-        for (int64_t c = 0; c < n; c += columns * Vec::lanes) {
-          Tile t;
-          t.a = a + row * stride_a;
-          t.stride_a = stride_a;
-          t.w = w + c * (D == DType::f16 ? 2 : 4);
-          t.units = units;
-          t.chain = chain_units(p.n);
-          t.ahead = fetch && i_tile < 2 ? next + i_tile * kUnitBytes / 2 : nullptr;
-          t.ahead_too = fetch && lone ? next + kUnitBytes / 2 : nullptr;
-          ++i_tile;
-          float* const target = result + row * stride_result + (panel_by_panel ? 0 : column) + c;
-          t.start = u ? target : with_bias ? bias + c : nullptr;
-          t.stride_start = u ? stride_result : 0;
-          t.sum = direct && last ? nullptr : target;
-          t.stride_sum = stride_result;
-          t.y = p.out + row * p.stride_out + (column + c) * element_bytes(D);
-          t.stride_y = p.stride_out;
-          t.n = n - c;
-          (t.n > Vec::lanes ? wide.of_rows : narrow.of_rows)[rows](t);
-        }
-        if (!last) continue;
-        const float* sum = result + row * stride_result + (panel_by_panel ? 0 : column);
-        if (p.target == Target::hidden) write_hidden<F>(p, sum, stride_result, row, rows, column);
-        if (p.target == Target::output && !direct) {
-          write_output<D>(p, sum, stride_result, rows, n, p.out + row * p.stride_out + column * element_bytes(D));
-        }
-      }
-    }
-    u += units;
-  } while (u < total_units);
+  Multiplication<F, columns, max_rows>(p, scratch).run();
 }
 
 // Sums of products over parts of k, always added in the same order.
@@ -330,14 +382,8 @@ void reduce(const Product& p, int64_t parts, int64_t stride_part) {
 
 template <class F, int columns, int max_rows>
 constexpr Kernel make_kernel(const char* isa, double macs_per_cycle) {
-  return {isa,
-          element_bytes(F::a_dtype),
-          2,
-          macs_per_cycle,
-          scratch_bytes<F, max_rows>,
-          product<F, columns, max_rows>,
-          reduce<F>,
-          pack_panel<F::dtype>};
+  return {isa,       element_bytes(F::a_dtype), 2, macs_per_cycle, scratch_bytes<F>, product<F, columns, max_rows>,
+          reduce<F>, pack_panel<F::dtype>};
 }
 
 }  // namespace
