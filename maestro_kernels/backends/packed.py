@@ -119,11 +119,14 @@ def make_group_form(
     if not all(_packable(u, v) for u, v in zip(us, vs, strict=True)):
         return None
     packed = [native.pack(u, v) for u, v in zip(us, vs, strict=True)]
+    grouped = native.ops().grouped.default
+    codes = [native.ACTIVATION_CODES[act] for act in activations]
+    ranks = list(ranks)
 
     def run(x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-        ys, _ = native.grouped_forward(
-            [x], us, vs, biases, ranks, activations, save_h=False, packed=packed
-        )
+        given = [b for b in biases if b is not None]
+        has_bias = [int(b is not None) for b in biases]
+        ys: list[Tensor] = grouped([x], us, vs, given, has_bias, ranks, None, codes, packed, False)
         return ys
 
     return run

@@ -52,8 +52,8 @@ class LayerGroup:
         self.active = True
         self.packed: PackedGroup | None = None
         self._misses = 0
-        # (x, what else must not have changed, outputs nobody has asked for yet)
-        self._pending: tuple[Tensor, Any, list[Tensor | None]] | None = None
+        # (x, its circumstances, state of each layer, outputs nobody has asked for yet)
+        self._pending: tuple[Tensor, Any, list[Any], list[Tensor | None]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
         import copy
@@ -70,13 +70,20 @@ class LayerGroup:
 
     def __call__(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
         """The output of one member for x, or None when it has to run on its own."""
-        index = next((i for i, member in enumerate(self.layers) if member is layer), None)
-        if index is None or not self.active:
+        if not self.active or (self.packed is not None and self.packed.prefers_alone(x)):
             return None
-        conditions = self._conditions(x)
+        try:
+            index = self.layers.index(layer)
+        except ValueError:
+            return None
         pending = self._pending
-        if pending is not None and pending[0] is x and pending[1] == conditions:
-            outputs = pending[2]
+        if (
+            pending is not None
+            and pending[0] is x
+            and pending[1] == _circumstances(x)
+            and pending[2][index] == _state(layer)
+        ):
+            outputs = pending[3]
             y = outputs[index]
             if y is not None:
                 outputs[index] = None
@@ -88,10 +95,12 @@ class LayerGroup:
             if self._misses >= _MAX_MISSES:
                 self.active, self._pending = False, None
                 return None
+        # Before the call: what changes during it must not be taken for what it was.
+        states = [_state(layer) for layer in self.layers]
         outputs = list(self._compute(x))
         y = outputs[index]
         outputs[index] = None
-        self._pending = (x, conditions, outputs)
+        self._pending = (x, _circumstances(x), states, outputs)
         return y
 
     def _compute(self, x: Tensor) -> list[Tensor]:
@@ -110,18 +119,26 @@ class LayerGroup:
             backend=layers[0].backend,
         )
 
-    def _conditions(self, x: Tensor) -> Any:
-        """What must be as it was for a waiting output to be the right one."""
-        if torch.compiler.is_compiling():
-            return None
-        kind = x.device.type
-        tensors = (x, *(t for m in self.layers for t in (m.u, m.v, m.bias) if t is not None))
-        return (
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-            tuple(layer.rank for layer in self.layers),
-            tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors),
-        )
+
+def _circumstances(x: Tensor) -> Any:
+    """What must be as it was for a waiting output to be the right one, beside its layer."""
+    if torch.compiler.is_compiling():
+        return None
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return torch.is_grad_enabled(), autocast, _version(x)
+
+
+def _state(layer: LoDLinear) -> Any:
+    """What a layer's output depends on beside x; read on every call."""
+    if torch.compiler.is_compiling():
+        return None
+    tensors = layer._parameters.values() if len(layer._parameters) == 3 else layer.parameters()
+    return layer._rank, [(id(t), _version(t)) for t in tensors if t is not None]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def group(model: nn.Module) -> nn.Module:

@@ -159,8 +159,14 @@ class PackedLinear(_Packed):
         return self._forms[key]
 
 
+ALONE = "one by one"
+
+
 class PackedGroup(_Packed):
     """The packed form of layers that read one x: one parallel region, or each layer by itself."""
+
+    _alone = False
+    _K = 1
 
     def __call__(self, layers: Sequence[LoDLinear], x: Tensor) -> list[Tensor] | None:
         """The outputs of all layers, or None where the group has to run unpacked."""
@@ -189,6 +195,10 @@ class PackedGroup(_Packed):
         ys = run(flat if flat.stride(1) == 1 else flat.contiguous(), [m.bias for m in layers])
         return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
+    def prefers_alone(self, x: Tensor) -> bool:
+        """Whether layers called one by one were found faster for as many rows as x has."""
+        return self._alone and self.choices.get(x.numel() // self._K) == ALONE
+
     def _choose(self, layers: Sequence[LoDLinear], x: Tensor, rows: int) -> Any:
         grouped = self._forms.get(("fused", 0)) or packed.make_group_form(
             [m.u for m in layers],
@@ -203,23 +213,27 @@ class PackedGroup(_Packed):
             outputs = [(single(layer, flat), layer) for single, layer in pairs]
             return [_unpacked(layer, flat) if y is None else y for y, layer in outputs]
 
-        biases = [m.bias for m in layers]
-        runs: dict[str, Any] = {"one by one": one_by_one}
-        if grouped is not None and self.form in (None, "fused"):
-            runs["fused"] = grouped
+        biases, shared = [m.bias for m in layers], layers[0].group
         one_by_one(x, biases)
-        key = tuple(
-            (m.out_features, m.in_features, m.max_rank, m.rank, rows, m.u.dtype, m.activation)
-            for m in layers
-        )
-        if self.form == "fused" and grouped is not None:
+        if grouped is None or self.form not in (None, "fused"):
+            name = ALONE
+        elif self.form == "fused" or shared is None:
             name = "fused"
         else:
-            calls = {name: partial(run, x, biases) for name, run in runs.items()}
+            # As a model calls them: finding the output that waits for each layer takes its time.
+            self._by_rows[rows] = grouped
+            calls: dict[str, Callable[[], object]] = {
+                ALONE: partial(one_by_one, x, biases),
+                "fused": lambda: [shared(layer, x) for layer in layers],
+            }
+            sizes = tuple((m.out_features, m.in_features, m.max_rank, m.rank) for m in layers)
+            key = (*sizes, rows, x.dtype, *(m.activation for m in layers))
             name = packed.fastest(key, calls)
         self.choices[rows] = name
+        self._K = layers[0].in_features
+        self._alone = ALONE in self.choices.values()
         self._forms = {("fused", 0): grouped} if "fused" in self.choices.values() else {}
-        return runs[name]
+        return grouped if name == "fused" else one_by_one
 
 
 def _unpacked(layer: LoDLinear, x: Tensor) -> Tensor:
