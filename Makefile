@@ -20,7 +20,7 @@ CLANG_FORMAT = $(dir $(RUN))clang-format
 NATIVE := maestro_kernels/_native.so
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.[ch]*' -o -name CMakeLists.txt)
 
-.PHONY: help bench test native lint format aot-report existing-environment clean
+.PHONY: help bench test native lint format aot-report native-report existing-environment clean
 
 help:
 	@echo "make bench       factorise a real sentence encoder, measure it, write $(OUT)/report.html"
@@ -28,6 +28,7 @@ help:
 	@echo "make native      build the compiled kernels only (CPU, and CUDA where nvcc is found)"
 	@echo "make lint        ruff, ruff format, mypy, clang-format"
 	@echo "make aot-report  compile every Triton configuration for sm_80 and sm_90, print the table"
+	@echo "make native-report  the same for the CUDA kernels: registers, spills, shared memory, occupancy"
 	@echo "PYTHON=... or VENV=... uses an existing environment and installs nothing"
 
 bench: $(READY) native
@@ -55,6 +56,9 @@ format: $(READY)
 
 aot-report: $(READY)
 	$(RUN) -m maestro_kernels.backends.triton.aot
+
+native-report: $(READY)
+	$(RUN) -m maestro_kernels.backends.native_report
 
 # The stamp follows the pins, so that a changed requirement reinstalls. The library is built by its
 # own rule, where a failure shows.
