@@ -35,6 +35,9 @@ struct Ring {
   }
 };
 
+template <class Ops>
+using RingOf = Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>;
+
 // Arrivals that complete a phase. A slot is filled by all blocks of the cluster, so the warps of all of them must have
 // let go of theirs before one block may write.
 MK_HD constexpr uint32_t full_arrivals() { return 1; }
@@ -49,7 +52,7 @@ MK_HD constexpr uint32_t expand_bytes(const Tile& t) { return static_cast<uint32
 template <class Ops>
 MK_HD void produce(const Walk& walk, Ops& ops) {
   constexpr Tile tile = make_tile(Ops::WIDTH, Ops::GROUPS);
-  Ring<tile.stages> ring;
+  RingOf<Ops> ring;
   for (int32_t group = walk.first; group < walk.row_groups; group += walk.stride) {
     const int32_t row = row_of(walk, tile, group);
     for (int32_t i_k = 0; i_k < walk.k_tiles; ++i_k, ring.next()) {
@@ -79,7 +82,7 @@ MK_HD void store_tile(Ops& ops, const Write& write, const Send& send) {
 }
 
 template <class Ops>
-MK_HD void shrink_tiles(const Walk& walk, Ops& ops, Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring) {
+MK_HD void shrink_tiles(const Walk& walk, Ops& ops, RingOf<Ops>& ring) {
   int32_t reading = ring.slot;
   ops.clear_h();
   for (int32_t i_k = 0; i_k < walk.k_tiles; ++i_k, ring.next()) {
@@ -94,7 +97,7 @@ MK_HD void shrink_tiles(const Walk& walk, Ops& ops, Ring<make_tile(Ops::WIDTH, O
 }
 
 template <int SET, class Ops>
-MK_HD void begin_tile(Ops& ops, const Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring) {
+MK_HD void begin_tile(Ops& ops, const RingOf<Ops>& ring) {
   ops.wait_full(ring.slot, ring.parity);
   if (ops.masks_u()) {
     ops.mask_u(ring.slot);
@@ -106,7 +109,7 @@ MK_HD void begin_tile(Ops& ops, const Ring<make_tile(Ops::WIDTH, Ops::GROUPS).st
 
 // Starts the products of the next tile and, while they run, sends tile i_n from the other set of registers.
 template <int SET, class Ops>
-MK_HD void next_tile(Ops& ops, Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring, int32_t row, int32_t i_n) {
+MK_HD void next_tile(Ops& ops, RingOf<Ops>& ring, int32_t row, int32_t i_n) {
   const int32_t reading = ring.slot;
   ring.next();
   ops.fetch_bias(i_n * kBlockN);
@@ -118,22 +121,21 @@ MK_HD void next_tile(Ops& ops, Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& 
 
 // The loop leaves with no products in flight: where paths meet, the compiler would serialize those that are.
 template <class Ops>
-MK_HD void expand_tiles(const Walk& walk, Ops& ops, Ring<make_tile(Ops::WIDTH, Ops::GROUPS).stages>& ring,
-                        int32_t row) {
+MK_HD void expand_tiles(const Walk& walk, Ops& ops, RingOf<Ops>& ring, int32_t row) {
   const int32_t last = walk.n_tiles - 1;
   begin_tile<0>(ops, ring);
-  for (int32_t i_n = 0;; ++i_n) {
+  for (int32_t i_n = 0;; i_n += 2) {
     if (i_n == last) {
       ops.template wait_products<0>();
       break;
     }
-    next_tile<0>(ops, ring, row, i_n++);
-    if (i_n == last) {
+    next_tile<0>(ops, ring, row, i_n);
+    if (i_n + 1 == last) {
       ops.template wait_products<0>();
       ops.move_sums();
       break;
     }
-    next_tile<1>(ops, ring, row, i_n);
+    next_tile<1>(ops, ring, row, i_n + 1);
   }
   ops.release(ring.slot);
   ring.next();
@@ -144,7 +146,7 @@ MK_HD void expand_tiles(const Walk& walk, Ops& ops, Ring<make_tile(Ops::WIDTH, O
 template <class Ops>
 MK_HD void consume(const Walk& walk, Ops& ops) {
   constexpr Tile tile = make_tile(Ops::WIDTH, Ops::GROUPS);
-  Ring<tile.stages> ring;
+  RingOf<Ops> ring;
   for (int32_t group = walk.first; group < walk.row_groups; group += walk.stride) {
     const int32_t row = row_of(walk, tile, group) + ops.group() * kGroupRows;
     shrink_tiles(walk, ops, ring);
