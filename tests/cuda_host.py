@@ -1,4 +1,4 @@
-"""Calls for the kernels of csrc/cuda, run on the CPU by tests/host_cuda/runner.cpp and judged here."""
+"""Calls for the kernels of csrc/cuda: run by tests/host_cuda/runner.cpp, judged here."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def run(
         [str(program), str(folder / "calls"), str(folder / "outputs"), *options],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     problems = judge(calls, (folder / "outputs").read_bytes()) if done.returncode == 0 else []
     return done, problems

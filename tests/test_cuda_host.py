@@ -1,4 +1,4 @@
-"""The CUDA kernels decode and rows, run on the CPU under sanitizers: csrc/cuda/device.h has a host twin.
+"""The CUDA kernels decode and rows on the CPU, under sanitizers: device.h has a host twin.
 
 What this cannot show is listed in docs/cuda.md.
 """
@@ -101,14 +101,14 @@ THREAD = [
     one(3, 21, 48, 24, 19, save_h=True),
     one(17, 40, 136, 40, 33, call={"dtype": F32, "sm_count": 4}, activation="silu"),
     one(33, 24, 1024, 16, 16, call={"sm_count": 5}),
-    one(64, 40, 512, 80, 75, call={"sm_count": 10}),
+    one(64, 16, 512, 80, 75, call={"sm_count": 10}),  # the last split sums H
     one(2, 100, 64, 64, 50, call={"shared_per_block": 16 * 1024}),
     Call(DEVICE_GROUP, ieee=True, dtype=F32),
     Call(QKV, streams=2),
     one(70, 77, 72, 40, 33, call={"only": ROWS, "sm_count": 2}, save_h=True),
-    one(65, 64, 640, 64, 64, call={"only": ROWS, "sm_count": 4}),
+    one(65, 64, 320, 64, 64, call={"only": ROWS, "sm_count": 2}),
     one(130, 130, 72, 136, 130, call={"only": ROWS, "sm_count": 1}),
-    Call(QKV, streams=2, only=ROWS),
+    Call(QKV, streams=2, only=ROWS, sm_count=2, shared_per_block=60 * 1024),
 ]
 
 
@@ -126,3 +126,50 @@ def test_ordered_by_barriers_and_counters(runners, tmp_path):
     done, problems = run(runners["thread"], THREAD, tmp_path)
     assert done.returncode == 0, done.stderr
     assert not problems, "\n".join(problems)
+    by_all = [
+        "every block sums H" in line for line in done.stdout.splitlines() if ": decode:" in line
+    ]
+    assert any(by_all)
+    assert not all(by_all)
+
+
+# What the tests above would say of a defect. Two blocks on small calls, so that both phases have
+# something to wait for.
+DECODE_TRIAL = one(3, 24, 512, 24, 24, call={"sm_count": 2}, save_h=True)
+ROWS_TRIAL = one(
+    70,
+    70,
+    320,
+    72,
+    72,
+    call={"only": ROWS, "sm_count": 1, "shared_per_block": 60 * 1024},
+    save_h=True,
+)
+
+
+@pytest.mark.parametrize("trial", [DECODE_TRIAL, ROWS_TRIAL], ids=["decode", "rows"])
+def test_a_missing_barrier_or_wait_is_noticed(runners, tmp_path, trial):
+    def passes(*options):
+        done, problems = run(runners["address,undefined"], [trial], tmp_path, *options)
+        return done.returncode == 0 and not problems
+
+    assert passes()
+    assert not passes("--fault", "async-wait", "0")
+    assert not passes("--fault", "wait-for-h", "0")
+    # The first barriers of the first block; further on, some orders have no use for one or another.
+    unnoticed = [i for i in range(8) if passes("--fault", "block-barrier", str(i))]
+    assert not unnoticed
+
+
+@pytest.mark.parametrize("trial", [DECODE_TRIAL, ROWS_TRIAL], ids=["decode", "rows"])
+def test_a_counter_that_releases_nothing_is_noticed(runners, tmp_path, trial):
+    done, _ = run(runners["thread"], [trial], tmp_path, "--fault", "release", "0")
+    assert done.returncode == 66, done.stderr
+    assert "data race" in done.stderr
+
+
+@pytest.mark.parametrize("trial", [DECODE_TRIAL, ROWS_TRIAL], ids=["decode", "rows"])
+def test_shared_memory_that_is_short_is_noticed(runners, tmp_path, trial):
+    done, _ = run(runners["address,undefined"], [trial], tmp_path, "--short", "64")
+    assert done.returncode == 67, done.stderr
+    assert "AddressSanitizer" in done.stderr

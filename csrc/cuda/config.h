@@ -20,7 +20,6 @@ constexpr int kVectorBytes = 16;  // of one load, store or asynchronous copy
 constexpr int kTicketCounter = 0;
 constexpr int kExitCounter = 32;  // a 128-byte line away
 constexpr int kFirstArrival = 64;
-constexpr int kCounters = kCounterBytes / 4;
 
 constexpr int kScheduleBytes = 512;  // of shared memory, in front; schedule.cuh
 

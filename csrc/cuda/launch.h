@@ -39,6 +39,7 @@ struct Plan {
   bool sum_by_all = false;   // decode: every block sums the splits of H itself, instead of the last to arrive for all
   int64_t shared_bytes = 0;
   int64_t scratch_bytes = 0;
+  int64_t counter_bytes = 0;  // kCounterBytes at most
   // Why not, as a literal; null for the strategy that was chosen.
   const char* decode_refused = nullptr;
   const char* rows_refused = nullptr;
@@ -63,7 +64,7 @@ std::string query_device(int32_t index, Device* device);
 // Enqueues one kernel on `stream` (a cudaStream_t) of the current device, for the layers that `plan` was made for;
 // pointers, bias, activation and h may differ, and a rank may be lower. What no longer fits the plan is refused.
 //
-// counters: kCounterBytes, 16-byte aligned, zeroed once when allocated and never again: a launch leaves them at zero.
+// counters: plan.counter_bytes, 16-byte aligned, zeroed once when allocated and never again: a launch leaves them at zero.
 // scratch: plan.scratch_bytes at least, 256-byte aligned, contents of no interest before or after.
 // One of each for every (device, stream), and for every captured graph that may be replayed beside others: launches
 // that share them must follow one another. The row kernel uses neither; null will do where scratch_bytes is 0.

@@ -86,6 +86,7 @@ void size_grid(Plan& p, const Layer* layers, int64_t n, DType dtype, int64_t res
   p.split_target = static_cast<int32_t>(resident);
   p.blocks = static_cast<int32_t>(std::min(resident, std::max(split_tiles, count_tiles(p, layers, n).expand)));
   p.scratch_bytes = scratch_bytes(p, layers, n, dtype);
+  p.counter_bytes = 4 * (kFirstArrival + resident + count_tiles(p, layers, n).rows);
 }
 
 // What no kernel takes, as a literal, or null. Tiles and bytes of a row are counted in 32 bits.
@@ -169,7 +170,7 @@ const char* plan_rows(Plan& p, const Layer* layers, int64_t n, DType dtype, Prec
     if (large && tiles.expand < device.sm_count) continue;
     const int64_t fit = std::max<int64_t>(device.shared_per_sm / (p.shared_bytes + 1024), 1);  // 1 KiB is CUDA's own
     const int64_t resident = device.sm_count * std::min<int64_t>(fit, shape.blocks_per_sm);
-    if (kFirstArrival + tiles.rows + resident > kCounters) return "M has more row blocks than there are counters";
+    if (4 * (kFirstArrival + tiles.rows + resident) > kCounterBytes) return "M has more row blocks than there are counters";
     if (tiles.shrink + tiles.expand > int64_t{1} << 30) return "more than 2^30 tiles";
     size_grid(p, layers, n, dtype, resident);
     return nullptr;
@@ -258,12 +259,14 @@ const char* mismatch(const Plan& p, const Layer* layers, int64_t n, DType dtype,
   if (p.strategy == Strategy::decode) {
     const auto rank = static_cast<int>(max_rank(layers, n)), element = static_cast<int>(element_bytes(dtype));
     const bool fits = DecodeShared(p.block_m, p.block_n, rank, element).total() <= p.shared_bytes;
-    return fits && max_rows(layers, n) <= p.block_m ? nullptr : "layers: expected M and rank to be at most those of the plan";
+    const bool counted = 4 * (kFirstArrival + n + p.split_target) <= p.counter_bytes;
+    return fits && counted && max_rows(layers, n) <= p.block_m ? nullptr : "layers: expected number, M and rank to be at most those of the plan";
   }
   for (int64_t i = 0; i < n; ++i)
     if (!wide_factors(layers[i], dtype)) return "x or v is not in whole 16-byte pieces, as it was for the plan";
   const Tiles tiles = count_tiles(p, layers, n);
-  const bool fits = kFirstArrival + tiles.rows + p.split_target <= kCounters && tiles.shrink + tiles.expand <= int64_t{1} << 30;
+  const bool fits = 4 * (kFirstArrival + tiles.rows + p.split_target) <= p.counter_bytes &&
+                    tiles.shrink + tiles.expand <= int64_t{1} << 30;
   return fits ? nullptr : "layers: expected sizes to be at most those of the plan";
 }
 

@@ -208,7 +208,6 @@ rows_kernel(MK_PARAM Params p) {
   auto* const work = carve<unsigned char>(cursor, kShape.work_bytes());
   const uint32_t ticket = first_ticket(p);
   make_schedule(s, p, kShape.block_m, kShape.block_n, kShape.block_n);
-  block_barrier();
   claim_tiles(s, p.counters + kTicketCounter, ticket, s->num_tiles, [&](int index) {
     if (index < s->num_shrink) {
       rows_shrink<Op, kLarge>(p, s, work, index);

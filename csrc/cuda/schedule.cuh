@@ -31,7 +31,7 @@ MK_DEVICE int inclusive_sum(int value) {
 }
 MK_DEVICE int last_lane(int value) { return static_cast<int>(shuffle(static_cast<uint32_t>(value), 31)); }
 
-// By warp 0, a lane for each layer; a block barrier must follow.
+// By warp 0, a lane for each layer; a block barrier must follow, if only that of claim_tiles().
 MK_DEVICE void make_schedule(Schedule* s, const Params& p, int block_m, int block_r, int block_n) {
   if (warp_index() != 0) return;
   const int i = lane_index();
@@ -117,9 +117,8 @@ MK_DEVICE void claim_tiles(Schedule* s, uint32_t* ticket, uint32_t next, const i
   }
 }
 
-// The last block to leave clears the counters for the next launch.
+// The last block to leave clears the counters for the next launch. Only thread 0 has read or added to them so far.
 MK_DEVICE void leave(Schedule* s, const Params& p) {
-  block_barrier();
   if (thread_index() == 0)
     s->is_last = static_cast<int>(atomic_add_acq_rel(p.counters + kExitCounter, 1)) == block_count() - 1;
   block_barrier();
