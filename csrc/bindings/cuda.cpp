@@ -50,8 +50,8 @@ std::vector<Tensor> grouped_cuda(const std::vector<Tensor>& xs, const std::vecto
   MK_REFUSE_UNLESS(plan.strategy != cuda::Strategy::none, "no CUDA kernel takes the call: ", cuda::describe(plan));
   const View zeros(counters);
   MK_REFUSE_UNLESS(zeros.device == x.device && zeros.dims == 1 && zeros.dtype == aoti_torch_dtype_int32() &&
-                       zeros.sizes[0] * 4 >= cuda::kCounterBytes,
-                   "counters: expected ", cuda::kCounterBytes, " bytes of int32 on the device of x");
+                       zeros.sizes[0] * 4 >= plan.counter_bytes,
+                   "counters: expected ", plan.counter_bytes, " bytes of int32 on the device of x");
   std::optional<Tensor> own;
   View room = scratch ? View(*scratch) : View();
   if (plan.scratch_bytes && (!room || room.sizes[0] < plan.scratch_bytes)) {

@@ -24,8 +24,10 @@ __all__ = ["STRATEGIES", "Facts", "device_facts", "grouped", "plan"]
 # The order of mk::cuda::Strategy in csrc/cuda/launch.h.
 STRATEGIES = ("none", "decode", "rows", "row")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# kCounterBytes of csrc/cuda/launch.h, in int32.
-_COUNTERS = 16 * 1024
+# int32 counters of a launch: one per block that fits on the device, one per layer and 64 rows. The
+# library checks; kCounterBytes of csrc/cuda/launch.h is the most it ever asks for.
+_FEW_COUNTERS, _ALL_COUNTERS = 2 * 1024, 16 * 1024
+_FEW_ROWS = 32 * 1024
 # (compute capability as 10 * major + minor, SMs, shared bytes per block, per SM, row kernel built)
 Facts = tuple[int, int, int, int, int]
 
@@ -85,6 +87,8 @@ def grouped(
     """Y and H of all layers in one launch on the current stream; arguments as in native.py."""
     n, is_tensor = len(us), isinstance(ranks, Tensor)
     device = xs[0].device
+    rows = sum(x.shape[0] for x in xs) * (n if len(xs) == 1 else 1)
+    counters = _FEW_COUNTERS if rows <= _FEW_ROWS else _ALL_COUNTERS
     outputs = torch.ops.maestro_native.cuda_grouped.default(
         list(xs),
         list(us),
@@ -97,7 +101,7 @@ def grouped(
         save_h,
         STRATEGIES.index(strategy),
         _tf32(),
-        workspace.counters(device, _COUNTERS),
+        workspace.counters(device, counters),
         workspace.scratch(device),
     )
     return outputs[:n], outputs[n:] if save_h else None
