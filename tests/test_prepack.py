@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import maestro_kernels as mk
+from maestro_kernels import tuned
 from maestro_kernels.backends import native, packed
 from maestro_kernels.backends.reference import ACTIVATIONS, lod_linear_ref
 from maestro_kernels.nn.prepack import unpack
@@ -41,7 +42,8 @@ def check(layer, x, name="y"):
         y = layer(x)
         r, act = layer.rank, layer.activation
         pair = ACTIVATIONS[act](F.linear(F.linear(x, layer.v[:r]), layer.u[:, :r], layer.bias))
-        if layer.packed is not None and layer.packed.form == "merged dense":
+        packing = layer.packed
+        if packing and "merged dense" in (packing.form, *packing.choices.values()):
             # The library's result in the same dtype is then the dense layer's.
             merged = (layer.u[:, :r].double() @ layer.v[:r].double()).to(x.dtype)
             pair = ACTIVATIONS[act](F.linear(x, merged, layer.bias))
@@ -150,6 +152,17 @@ def test_without_a_form_the_fastest_is_measured_once_per_size(monkeypatch):
     check(layer, torch.randn(3, 40))
     assert set(layer.packed.choices) == {1, 3, 8}
     assert f"prepacked: {layer.packed.choices[1]}" in str(mk.summary(layer))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_table_answers_without_a_measurement(form, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tuned, "choose_form", lambda *size: asked.append(size) or form)
+    monkeypatch.setattr(packed, "fastest", lambda *_: pytest.fail("measured"))
+    layer = mk.prepack(make())
+    check(layer, torch.randn(6, 40))
+    assert asked == [(24, 40, 16, 6, torch.float32)]
+    assert layer.packed.choices == {6: form}
 
 
 def test_the_result_of_a_measurement_serves_layers_of_the_same_size(monkeypatch):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from maestro_kernels import tuned
 from maestro_kernels.backends import packed
 from maestro_kernels.functional import lod_linear
 from maestro_kernels.nn.layer import check_int
@@ -131,17 +132,21 @@ class PackedLinear(_Packed):
         return y.view(*x.shape[:-1], layer.out_features)
 
     def _choose(self, layer: LoDLinear, x: Tensor, rows: int) -> Any:
+        N, K, rank = layer.out_features, layer.in_features, layer.rank
         names: tuple[str, ...] = packed.FORMS if self.form is None else (self.form,)
-        if self.form is None and 2 * layer.rank < layer.break_even_rank:
+        known = tuned.choose_form(N, K, rank, rows, x.dtype) if self.form is None else None
+        if known is not None:
+            names = (known,)
+        elif self.form is None and 2 * rank < layer.break_even_rank:
             # The merged matrix costs more than twice what the factors do: not worth its memory.
             names = tuple(name for name in names if name != "merged dense")
         forms = {name: form for name in names if (form := self._make(layer, name, rows))}
         calls: dict[str, Callable[[], object]] = {
             name: partial(form, x, layer.bias) for name, form in forms.items()
         }
-        if self.form is None:
+        if len(names) > 1:
             calls["unpacked"] = partial(_unpacked, layer, x)
-        size = (layer.out_features, layer.in_features, layer.max_rank, layer.rank, rows)
+        size = (N, K, layer.max_rank, rank, rows)
         key = (*size, layer.u.dtype, layer.bias is not None, layer.activation)
         name = next(iter(calls), "unpacked") if len(calls) < 2 else packed.fastest(key, calls)
         self.choices[rows] = name
