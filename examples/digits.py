@@ -74,7 +74,7 @@ def fit(
     lam: float = 0.0,
     lr: float = LR,
 ) -> float:
-    """SGD with momentum, lr / 10 at 50 % and 75 %; returns the last epoch's mean loss.
+    """SGD with momentum, lr / 10 at 50 % and 75 %; returns the last epoch's mean loss, or NaN.
 
     Args:
         model: dense, or factorised where a sampler is named.
@@ -98,15 +98,17 @@ def fit(
     for epoch in range(epochs):
         batches = data.batches(epoch, seed)
         losses.clear()
-        for x, y in maestro.epoch(batches) if maestro else batches:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-        schedule.step()
-        if not all(map(_finite, losses)):
+        try:
+            for x, y in maestro.epoch(batches) if maestro else batches:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
+        except training.NonFiniteLoss:
+            losses.append(float("nan"))
             break
+        schedule.step()
     if maestro:
         maestro.close()
     model.eval()

@@ -261,8 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in range(args.seeds):
         traces += experiments(seed)
         print(f"seed {seed} of {args.seeds} done", file=sys.stderr)
-    args.rows.parent.mkdir(parents=True, exist_ok=True)
-    args.rows.write_text("".join(json.dumps(_short(t)) + "\n" for t in traces), encoding="utf-8")
+    save(traces, args.rows)
+    # From the file, so that it alone accounts for text and drawings.
+    traces = load(args.rows)
     text = markdown(traces)
     print(text)
     folder = args.docs / "figures" if args.docs else args.rows.parent
@@ -274,19 +275,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _short(trace: Trace) -> dict[str, Any]:
-    """The first, every tenth and the last row, to five digits."""
-    kept = sorted({*range(0, len(trace.iterations), 10), len(trace.iterations) - 1})
+def save(traces: Sequence[Trace], path: Path) -> None:
+    """One line per trace, figures to five digits."""
 
     def rounded(rows: list[list[float]]) -> list[list[float]]:
-        return [[float(f"{value:.5g}") for value in rows[i]] for i in kept] if rows else []
+        return [[float(f"{value:.5g}") for value in row] for row in rows]
 
-    return {
-        **asdict(trace),
-        "iterations": [trace.iterations[i] for i in kept],
-        "curves": rounded(trace.curves),
-        "distances": rounded(trace.distances),
-    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for trace in traces:
+            short = {"curves": rounded(trace.curves), "distances": rounded(trace.distances)}
+            file.write(json.dumps({**asdict(trace), **short}) + "\n")
+
+
+def load(path: Path) -> list[Trace]:
+    """What `save` wrote."""
+    return [Trace(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":
