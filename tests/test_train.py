@@ -292,6 +292,17 @@ def test_the_example_configuration_is_valid():
     assert example.task == "digits"
 
 
+def test_the_page_lists_every_key_with_its_default():
+    page = (Path(__file__).parents[1] / "docs" / "train-command.md").read_text()
+    found = TrainConfig("digits").to_dict()
+    for section in ("convert", "train", "maestro"):
+        for key, default in found[section].items():
+            (line,) = (ln for ln in page.splitlines() if ln.startswith(f"| `{section}.{key}` |"))
+            shown = line.split("|")[2].strip().strip("`")
+            words = {"include": "all", "exclude": "none"}
+            assert shown == words.get(key, json.dumps(default)), line
+
+
 def test_tasks_are_found_and_checked(tmp_path):
     with pytest.raises(
         ValueError, match=r"make_task: name: expected 'digits' or 'module:function'"
