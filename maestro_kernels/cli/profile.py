@@ -147,7 +147,7 @@ def _hugging_face(path: Path) -> nn.Module:
         else:
             with torch.device("meta"):
                 model = transformers.AutoModel.from_config(config)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         first = (str(error).strip() or "no message").splitlines()[0]
         raise ValueError(
             f"profile: target: expected a Hugging Face configuration, got {path.name!r}: {first}"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Front", "latency", "pareto", "rank_chart", "roofline"]
 
 # The order of colours and of the legend; what is drawn last lies on top.
-_ORDER = (AUTO, PREPACKED, TWO, "native: fused", "triton: row", "triton: two_phase")
+_ORDER = (AUTO, PREPACKED, TWO, "native: fused", "triton: two_phase", "triton: row")
 _MARKERS = "os^DvPXh"
 # A latency below this is easier read in microseconds.
 _MILLISECONDS = 1.0

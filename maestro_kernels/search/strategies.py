@@ -12,7 +12,6 @@ from functools import partial
 
 from torch import Tensor
 
-import maestro_kernels as mk
 from maestro_kernels import dispatch, problem, tables
 from maestro_kernels.backends import packed
 from maestro_kernels.benchmark.cases import Case
@@ -23,15 +22,20 @@ from maestro_kernels.benchmark.providers import (
     Unavailable,
     default_providers,
 )
-from maestro_kernels.ops import linear
+from maestro_kernels.ops import grouped, linear
 
 __all__ = ["AUTO", "DENSE", "DENSE_PACKED", "PREPACKED", "TWO", "for_profile", "for_table"]
 
 DENSE, TWO, AUTO = "dense", "two matmuls", "ours"
 DENSE_PACKED, PREPACKED = "dense, packed", "prepacked"
 PACKED = "packed: "
-# Forms of the computation inside each backend; its choose_strategy gives one of them.
-STRATEGIES = {"triton": ("row", "two_phase"), "native": ("fused",)}
+# Forms of the computation inside each backend, by device; its choose_strategy gives one of them.
+STRATEGIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {"native": ("fused",)},
+    "cuda": {"triton": ("row", "two_phase"), "native": ("decode", "rows", "row")},
+}
+# The widest H that the Triton row kernel keeps in registers.
+_ROW_WIDTH = 256
 
 
 def for_profile(case: Case) -> list[Provider]:
@@ -57,7 +61,8 @@ def for_table(case: Case) -> list[Provider]:
 def _strategies() -> list[Provider]:
     return [
         Provider(f"{backend}: {name}", "ours", partial(_bind_strategy, backend, name))
-        for backend, names in STRATEGIES.items()
+        for of_device in STRATEGIES.values()
+        for backend, names in of_device.items()
         for name in names
     ]
 
@@ -71,21 +76,23 @@ def _bind_strategy(
     backend: str, strategy: str, case: Case, ring: Sequence[Inputs]
 ) -> list[Forward]:
     """Calls that run one strategy and pay for auto's look-up of a plan, as any call does."""
-    if backend == "triton" and ring[0].x.device.type == "cpu":
-        # TRITON_INTERPRET=1 would serve it, a thousand times slower than any kernel.
-        raise Unavailable("triton kernels need a CUDA device; the interpreter is not timed")
     first = ring[0]
+    # TRITON_INTERPRET=1 would serve CPU tensors, a thousand times slower than any kernel.
+    here = STRATEGIES[first.x.device.type].get(backend, ())
+    if backend != "matmul" and strategy not in here:
+        raise Unavailable(f"{backend} has no {strategy} on {first.x.device.type}")
+    if (backend, strategy) == ("triton", "row") and first.ranks[0] > _ROW_WIDTH:
+        raise Unavailable(f"the row kernel takes ranks up to {_ROW_WIDTH}")
     layers = zip(first.us, first.vs, first.biases, first.ranks, strict=True)
     problems = [problem.describe(first.x, u, v, b, r, None) for u, v, b, r in layers]
     try:
         plan = dispatch.select(problems, backend)
     except NotImplementedError as error:
         raise Unavailable(str(error)) from error
-    if len(problems) > 1:
-        if plan.strategy != strategy:
-            raise Unavailable(f"{backend} serves groups by {plan.strategy}")
-        return [partial(_grouped, i, backend) for i in ring]
-    return [partial(_single, replace(plan, strategy=strategy), i) for i in ring]
+    if len(problems) > 1 and backend == "triton" and plan.strategy != strategy:
+        raise Unavailable(f"triton serves groups by {plan.strategy}")
+    run = _single if len(problems) == 1 else _grouped
+    return [partial(run, replace(plan, strategy=strategy), i) for i in ring]
 
 
 def _single(plan: dispatch.Plan, i: Inputs) -> list[Tensor]:
@@ -97,8 +104,13 @@ def _single(plan: dispatch.Plan, i: Inputs) -> list[Tensor]:
     return [linear.run_forward(plan, *args, rank, bool(i.dys))[0]]
 
 
-def _grouped(i: Inputs, backend: str) -> list[Tensor]:
-    return list(mk.lod_linear_grouped(i.x, i.us, i.vs, i.biases, ranks=i.ranks, backend=backend))
+def _grouped(plan: dispatch.Plan, i: Inputs) -> list[Tensor]:
+    n, xs = len(i.us), [i.x]
+    dispatch.plan_grouped(xs, i.us, i.vs, i.biases, i.ranks, [None] * n, None)
+    if i.dys:
+        call = (plan, i.ranks, True, 1)
+        return list(grouped.EagerGrouped.apply(call, i.x, *i.us, *i.vs, *i.biases))
+    return grouped.run_forward(plan, xs, i.us, i.vs, i.biases, i.ranks, False)[0]
 
 
 def _bind_form(name: str, case: Case, ring: Sequence[Inputs]) -> list[Forward]:

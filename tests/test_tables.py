@@ -1,0 +1,382 @@
+"""Measured tables: files, which one is in use, what it makes auto and prepack choose, tune."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import maestro_kernels as mk
+from maestro_kernels import dispatch, hardware, tables, tuned
+from maestro_kernels.backends import native
+from maestro_kernels.cli import main
+from maestro_kernels.problem import LoDProblem
+from maestro_kernels.search import tuning
+from maestro_kernels.tables import BASELINE, Row, Table
+
+needs_library = pytest.mark.skipif(native.load_error() is not None, reason=str(native.load_error()))
+COLD, WARM, TRAIN = "forward cold eager", "forward warm eager", "training cold eager"
+
+
+def times(us, spread=0.01):
+    return (us * (1 - spread), us, us * (1 + spread))
+
+
+def make_row(M=16, rank=32, N=256, K=256, two=100.0, ours=50.0, train=50.0, warm=None, **packed):
+    us = {
+        COLD: {BASELINE: times(two), "native: fused": times(ours)},
+        WARM: {BASELINE: times(two), "native: fused": times(warm or ours)},
+        TRAIN: {BASELINE: times(two), "native: fused": times(train)},
+    }
+    for name, value in packed.items():
+        for mode in (COLD, WARM):
+            us[mode]["packed: " + name.replace("_", " ")] = times(value)
+    return Row("float32", 1, M, N, K, rank, True, us)
+
+
+def make_table(*rows, **changes):
+    device = {**tables.identity(hardware.current_device("cpu")), **changes}
+    return Table(device, hardware.versions(), rows or cell(), "2026-01-01T00:00:00+00:00", "test")
+
+
+def cell(**changes):
+    """The corners around M 16..64 and rank 32..64."""
+    return tuple(make_row(M, r, **changes) for M in (16, 64) for r in (32, 64))
+
+
+@pytest.fixture
+def use(tmp_path, monkeypatch):
+    """Put a table where auto looks."""
+
+    def put(table):
+        path = tmp_path / "table.json"
+        tables.save(table, path)
+        monkeypatch.setenv("MAESTRO_KERNELS_TABLE", str(path))
+        tuned.forget()
+        return path
+
+    yield put
+    monkeypatch.undo()
+    tuned.forget()
+
+
+def plan(M=32, rank=48, N=256, K=256, R=64, **kwargs):
+    x, u, v = torch.zeros(M, K), torch.zeros(N, R), torch.zeros(R, K)
+    return mk.explain(x, u, v, rank=rank, **kwargs).plan
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def test_a_strategy_wins_that_is_faster_somewhere_and_slower_nowhere():
+    ours = "native: fused"
+    assert make_row().wins(ours)
+    assert make_row().speedup(ours) == pytest.approx(2.0)
+    assert make_row(ours=99.0, train=50.0).wins(ours)
+    assert not make_row(train=103.0).wins(ours)
+    assert not make_row(warm=110.0).wins(ours)
+    assert not make_row(ours=96.0, train=98.0).wins(ours)  # 4 % is noise between runs
+    noisy = make_row(ours=80.0)
+    us = {m: {n: times(t[1], 0.3) for n, t in by.items()} for m, by in noisy.us.items()}
+    us[TRAIN]["native: fused"] = times(100.0)
+    assert not replace(noisy, us=us).wins(ours)
+    # What cannot run in one mode is no choice.
+    us = {**make_row().us, TRAIN: {BASELINE: times(100.0)}}
+    assert not replace(make_row(), us=us).wins(ours)
+
+
+def test_the_fastest_form_of_prepack():
+    assert make_row().fastest_form is None
+    assert make_row(fused=20.0, merged_dense=30.0).fastest_form == "fused"
+    assert make_row(fused=120.0, two_oneDNN_linears=110.0).fastest_form == "unpacked"
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def test_a_table_survives_its_file_one_row_a_line(tmp_path):
+    table = make_table(*cell(fused=20.0))
+    path = tmp_path / "deep" / "table.json"
+    tables.save(table, path)
+    assert tables.load(path) == table
+    assert sum('"dtype"' in line for line in path.read_text().splitlines()) == len(table.rows)
+    assert os.listdir(path.parent) == ["table.json"]
+
+
+def test_an_invalid_table_is_not_written_and_leaves_the_old_one(tmp_path):
+    path = tmp_path / "table.json"
+    tables.save(make_table(), path)
+    before = path.read_text()
+    bad = replace(make_row(), us={COLD: {"native: fused": times(1.0)}})
+    with pytest.raises(ValueError, match=r"row 0: us: forward cold eager: expected times of"):
+        tables.save(make_table(bad), path)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update(schema=7), "schema: expected 1, got 7"),
+        (lambda t: t.pop("rows"), "expected the fields"),
+        (lambda t: t.update(device=3), "device: expected a dict, got 3"),
+        (lambda t: t["rows"][0].update(M=0), r"row 0: M: expected int \(>= 1\), got 0"),
+        (lambda t: t["rows"][1].update(M=True), "row 1: M: expected int"),
+        (lambda t: t["rows"][0].update(us={}), "row 0: us: expected times of a forward mode"),
+        (lambda t: t["rows"][0]["us"][COLD].update({"x: y": [3, 2, 1]}), "p20, median, p80"),
+        (lambda t: t["rows"][0].pop("rank"), "row 0: expected the fields"),
+    ],
+)
+def test_damage_is_named(tmp_path, change, message):
+    path = tmp_path / "table.json"
+    record = json.loads(make_table().to_json())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"load: table.json: .*{message}"):
+        tables.load(path)
+
+
+def test_rows_speak_for_their_cell_and_a_little_beyond():
+    table = make_table()
+    kind = ("float32", 1, True)
+    assert {(r.M, r.rank) for r in table.around(kind, 32, 256, 256, 48)} == {
+        (16, 32), (16, 64), (64, 32), (64, 64)}  # fmt: skip
+    assert [(r.M, r.rank) for r in table.around(kind, 16, 256, 256, 32)] == [(16, 32)]
+    assert [(r.M, r.rank) for r in table.around(kind, 8, 256, 256, 128)] == [(16, 64)]
+    assert table.around(kind, 7, 256, 256, 32) == []
+    assert table.around(kind, 16, 256, 256, 129) == []
+    assert table.around(kind, 16, 512, 256, 32)[0].N == 256
+    assert table.around(kind, 16, 2048, 256, 32) == []
+    assert table.around(("bfloat16", 1, True), 16, 256, 256, 32) == []
+    assert table.around(("float32", 3, True), 16, 256, 256, 32) == []
+
+
+# --- choosing --------------------------------------------------------------------------------
+
+
+@needs_library
+def test_auto_follows_the_table_and_explain_names_table_and_row(use):
+    use(make_table())
+    found = plan()
+    assert (found.backend, found.strategy) == ("native", "fused")
+    assert "table table.json, row" in found.reason
+    assert "256→" in found.reason
+    assert "2.00 times as fast as two matmuls" in found.reason
+    assert "made with other versions" not in found.reason
+    x, u, v = torch.randn(32, 256), torch.randn(256, 64), torch.randn(64, 256)
+    assert torch.equal(mk.lod_linear(x, u, v), mk.lod_linear(x, u, v, backend="native"))
+
+
+@needs_library
+def test_one_corner_that_does_not_win_keeps_two_matmuls(use):
+    rows = list(cell())
+    rows[3] = make_row(64, 64, ours=110.0)
+    use(make_table(*rows))
+    assert plan().backend == "matmul"
+    assert "nothing beats two matmuls in every row around" in plan().reason
+    assert plan(M=16, rank=32).backend == "native"
+
+
+def test_out_of_reach_there_is_no_row_and_two_matmuls_run(use):
+    use(make_table())
+    far = plan(M=4096)
+    assert far.backend == "matmul"
+    assert "has no row near this call" in far.reason
+    assert plan(rank=0).strategy == "degenerate"
+
+
+def test_a_backend_that_cannot_serve_is_not_chosen(use, monkeypatch):
+    use(make_table())
+    monkeypatch.setattr(native, "unsupported", lambda problem: "not today")
+    found = plan()
+    assert found.backend == "matmul"
+    assert found.others["native"] == "not today"
+
+
+def test_a_table_of_another_device_is_refused(use):
+    path = use(make_table(name="another CPU"))
+    found = plan()
+    assert found.backend == "matmul"
+    assert "refused: table.json: device: expected" in found.reason
+    assert "another CPU" in found.reason
+    with pytest.raises(ValueError, match=r"device: expected .* got another CPU"):
+        tables.load(path, hardware.current_device("cpu"))
+    use(make_table(l3_bytes=1))
+    assert "refused" in plan().reason
+
+
+@needs_library
+def test_a_table_made_with_other_versions_is_used_and_says_so(use):
+    table = make_table()
+    use(replace(table, versions={**table.versions, "torch": "1.0"}))
+    found = plan()
+    assert found.backend == "native"
+    assert f"made with other versions: torch 1.0, here {torch.__version__}" in found.reason
+
+
+@needs_library
+def test_the_users_table_goes_before_the_shipped_one(tmp_path, monkeypatch):
+    device = hardware.current_device("cpu")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MAESTRO_KERNELS_TABLE")
+    monkeypatch.setattr(tuned.resources, "files", lambda name: tmp_path / "package")
+    shipped = tmp_path / "package" / "configs" / tables.file_name(device)
+    try:
+        tables.save(make_table(*cell(ours=50.0)), shipped)
+        tuned.forget()
+        assert plan().backend == "native"
+        tables.save(make_table(*cell(ours=200.0)), tables.user_path(device))
+        tuned.forget()
+        assert plan().backend == "matmul"
+        # A damaged one is named, and the shipped one serves.
+        tables.user_path(device).write_text("{")
+        tuned.forget()
+        assert plan().backend == "native"
+        assert "refused: " in plan().reason
+        monkeypatch.setenv("MAESTRO_KERNELS_TABLE", "off")
+        tuned.forget()
+        assert "no measured table" in plan().reason
+    finally:
+        monkeypatch.undo()
+        tuned.forget()
+
+
+def test_tables_are_found_per_device_and_read_once(use, monkeypatch):
+    path = use(make_table())
+    assert tuned.fingerprint(hardware.current_device("cpu"))
+    other = replace(hardware.current_device("cpu"), name="x")
+    assert tuned.fingerprint(other) == ""
+    path.write_text("{")
+    before = tuned.fingerprint(hardware.current_device("cpu"))
+    assert before
+    tuned.forget()
+    assert tuned.fingerprint(hardware.current_device("cpu")) == ""
+
+
+def test_a_gpu_that_is_not_here_has_no_table():
+    there = LoDProblem(1, 8, 8, 8, 8, torch.float32, torch.device("cuda"), x_stride=(8, 1))
+    if not torch.cuda.is_available():
+        assert "it is not here" in tuned.choose([there], ["matmul"])
+
+
+def test_strategy_of_a_recorded_gpu_table(use, monkeypatch):
+    row = make_row()
+    us = {m: {("triton: row" if "native" in n else n): t for n, t in by.items()}
+          for m, by in row.us.items()}  # fmt: skip
+    table = Table(tables.identity(hardware.H100), hardware.versions(), (replace(row, us=us),))
+    use(table)
+    call = LoDProblem(16, 256, 256, 32, 32, torch.float32, torch.device("cuda"))
+    choice = tuned.choose([call], ["matmul", "triton"], hardware.H100)
+    assert (choice.backend, choice.strategy) == ("triton", "row")
+    odd = replace(call, R=33, aligned=False)
+    assert "no row near" in tuned.choose([odd], ["matmul", "triton"], hardware.H100)
+
+
+def test_float32_at_another_precision_is_another_kind_of_row(use):
+    use(make_table())
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert tables.dtype_key(torch.float32) == "float32"
+        torch.set_float32_matmul_precision("high")
+        assert tables.dtype_key(torch.float32) == "float32 rounded"
+        assert tables.dtype_key(torch.bfloat16) == "bfloat16"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_prepack_takes_a_form_where_the_table_is_sure(use):
+    use(make_table(*cell(fused=20.0, merged_dense=40.0)))
+    assert tuned.choose_form(256, 256, 48, 32, torch.float32) == "fused"
+    assert tuned.choose_form(256, 256, 48, 32, torch.bfloat16) is None
+    assert tuned.choose_form(264, 256, 48, 32, torch.float32) is None  # another size: measure
+    assert tuned.choose_form(256, 256, 48, 4096, torch.float32) is None
+    rows = list(cell(fused=20.0))
+    rows[0] = make_row(16, 32, fused=400.0)
+    use(make_table(*rows))
+    assert tuned.choose_form(256, 256, 48, 32, torch.float32) is None  # corners disagree
+    assert tuned.choose_form(256, 256, 64, 64, torch.float32) == "fused"
+
+
+# --- tune ------------------------------------------------------------------------------------
+
+
+def test_a_plan_holds_ranks_that_pay_and_calls_that_end():
+    cases = tuning.plan("cpu").cases
+    assert cases
+    for case in cases:
+        for s in case.layers:
+            assert s.rank * (s.N + s.K) < s.N * s.K
+        assert case.cost("two matmuls").flops <= 4e9
+    assert {len(case.layers) for case in cases} == {1, 2, 3}
+    gpu = tuning.plan("cuda", torch.bfloat16).cases
+    assert {case.layers[0].R % 8 for case in gpu} == {0, 7}
+    assert len(tuning.plan("cuda", quick=True).cases) < len(gpu)
+
+
+def test_tune_writes_a_table_and_goes_on_after_a_stop(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MAESTRO_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MAESTRO_KERNELS_TABLE", str(tmp_path / "table.json"))
+    monkeypatch.setattr(tuning, "ring_bytes", lambda device: 1 << 16)
+    real, measured, allowed = tuning.measure, [], 2
+
+    def counted(case, *args, **kwargs):
+        if len(measured) == allowed:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return real(case, *args, **kwargs)
+
+    monkeypatch.setattr(tuning, "measure", counted)
+    words = ["tune", "--device", "cpu", "--shape", "96,80", "--group", "96+96,80", "--rows", "2"]
+    words += ["--seconds", "0.001"]
+    try:
+        assert main(words) == 130
+        assert not (tmp_path / "table.json").exists()
+        allowed = 100
+        assert main(words) == 0
+        assert len(measured) == len(set(measured)) == 4
+        assert "what auto runs now" in capsys.readouterr().out
+        table = tables.load(tmp_path / "table.json", hardware.current_device("cpu"))
+        assert [(r.layers, r.N, r.rank) for r in table.rows] == [
+            (1, 96, 16), (1, 96, 32), (2, 192, 16), (2, 192, 32)]  # fmt: skip
+        assert table.command.startswith("maestro-kernels tune --device cpu --shape 96,80")
+        assert all(set(row.us) == {COLD, WARM, TRAIN} for row in table.rows)
+        if native.load_error() is None:
+            assert all("native: fused" in row.strategies for row in table.rows)
+            assert "packed: fused" in table.rows[0].us[COLD]
+            assert "packed: fused" not in table.rows[0].us[TRAIN]
+        assert "table table.json" in plan(M=2, N=96, K=80, rank=16, R=16).reason
+        # Another shape joins the table of the same versions; --fresh measures again.
+        quiet = ["--device", "cpu", "--rows", "2", "--seconds", "0.001", "--json"]
+        assert main(["tune", "--shape", "64,80", *quiet]) == 0
+        both = json.loads(capsys.readouterr().out)
+        assert {row["N"] for row in both["rows"]} == {96, 192, 64}
+        before = len(measured)
+        assert main(["tune", "--shape", "64,80", *quiet]) == 0
+        assert len(measured) == before
+        assert main(["tune", "--shape", "64,80", "--fresh", *quiet]) == 0
+        assert len(measured) > before
+    finally:
+        monkeypatch.undo()
+        tuned.forget()
+
+
+def test_wrong_arguments_of_tune_are_one_line(capsys):
+    for words, message in (
+        (["--shape", "8"], "--shape: expected N,K with sizes >= 2, got '8'"),
+        (["--shape", "8+8,8"], "--shape: expected N,K"),
+        (["--group", "8,8"], "--group: expected N+N,K"),
+        (["--rows", "0"], "--rows: expected M,M,..."),
+        (["--threads", "0"], "--threads: expected at least 1"),
+    ):
+        assert main(["tune", *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_small_calls_need_no_table_and_large_factors_are_not_small():
+    if native.load_error() is None:
+        assert plan(M=1, N=64, K=64, rank=16, R=16).backend == "native"
+        assert plan(M=1, N=1024, K=1024, rank=16, R=16).backend == "matmul"
+    assert dispatch.select(LoDProblem(64, 512, 512, 64, 64, torch.float32, torch.device("cpu"))
+                           ).backend == "matmul"  # fmt: skip
