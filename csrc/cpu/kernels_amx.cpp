@@ -135,7 +135,8 @@ void write_part(const Product& p, float* sum, int64_t stride_sum, int64_t rows, 
 }
 
 int64_t scratch_bytes_amx(int64_t rows, int64_t n) {
-  return rows * kTailStride + kPassTiles * kBTileBytes + round_up(rows, kTileRows) * round_up(n, kPanel) * 4;
+  return rows * kTailStride + kPassTiles * kBTileBytes +
+         round_up(rows, kTileRows) * least(kBlockColumns, round_up(n, kPanel)) * 4;
 }
 
 // The k of A that do not fill a tile, followed by zeros.
@@ -167,54 +168,82 @@ void finish(const Product& p, float* sum, int64_t stride_sum, int64_t row, int64
 
 // k in passes, in each the panels, in each pairs of row tiles. All tiles have one height, so that they need one
 // configuration: the last one may overlap the one before it and compute some rows twice.
-void product_amx(const Product& p, char* scratch) {
-  char* const tail = scratch;
-  char* const own_panel = tail + p.rows * kTailStride;
-  float* const sums = reinterpret_cast<float*>(own_panel + kPassTiles * kBTileBytes);
+class TileMultiplication {
+ public:
+  TileMultiplication(const Product& product, char* scratch)
+      : p(product),
+        tail(scratch),
+        own_panel(tail + p.rows * kTailStride),
+        sums(reinterpret_cast<float*>(own_panel + kPassTiles * kBTileBytes)),
+        row_tiles(ceil_div(p.rows, kTileRows)),
+        height(ceil_div(p.rows, row_tiles)),
+        operations(ceil_div(p.k, kTileK)),
+        in_place(p.prepared ? operations : p.k / kTileK),
+        // One pass where a panel is read once only.
+        passes(row_tiles <= 2 && p.panels ? 1 : most(1, ceil_div(operations, kPassTiles))),
+        pass(most(1, ceil_div(operations, passes))),
+        stride_sum(passes == 1 ? kPanel : least(kBlockColumns, round_up(p.n, kPanel))) {
+    if (in_place < operations) copy_tail(p, in_place * kTileK, tail);
+  }
 
-  const int64_t row_tiles = ceil_div(p.rows, kTileRows), height = ceil_div(p.rows, row_tiles);
-  const int64_t operations = ceil_div(p.k, kTileK), in_place = p.prepared ? operations : p.k / kTileK;
-  if (in_place < operations) copy_tail(p, in_place * kTileK, tail);
-  // One pass where a panel is read once only.
-  const int64_t passes = row_tiles <= 2 && p.panels ? 1 : most(1, ceil_div(operations, kPassTiles));
-  const int64_t pass = most(1, ceil_div(operations, passes));
-  const int64_t stride_sum = passes == 1 ? kPanel : round_up(p.n, kPanel);
-
-  const TileShape shape(height);
-  for (int64_t first = 0; first == 0 || first < operations; first += pass) {
-    TileProduct t;
-    t.stride_a = p.stride_a;
-    t.stride_sum = stride_sum * 4;
-    t.operations = least(pass, operations - first);
-    t.in_place = least(t.operations, in_place - first);
-    t.add = first > 0;
-    const bool last = first + pass >= operations;
-    for (int64_t column = 0; column < p.n; column += kPanel) {
-      t.panel = p.panels + column / kPanel * p.stride_panel + first * kBTileBytes;
-      if (!p.panels) {
-        const char* w = p.w + column * p.stride_w + first * kTileK * 2;
-        pack_units<DType::bf16>(w, p.stride_w, least(kPanel, p.n - column), least(pass * kTileK, p.k - first * kTileK),
-                                t.operations * kTileUnits, own_panel);
-        t.panel = own_panel;
-      }
-      const bool last_panel = column + kPanel >= p.n;
-      const char* next = last_panel ? p.panels + (first + t.operations) * kBTileBytes : t.panel + p.stride_panel;
-      for (int64_t i = 0; i < row_tiles; i += 2) {
-        t.next = p.far && p.panels && i == 0 ? next : nullptr;
-        const int64_t rows[] = {least(i * height, p.rows - height), least((i + 1) * height, p.rows - height)};
-        for (int j = 0; j < 2; ++j) {
-          t.a[j] = p.a + rows[j] * p.stride_a + first * kTailStride;
-          t.tail[j] = tail + rows[j] * kTailStride;
-          t.sum[j] = sums + (passes == 1 ? 0 : column) + (i + j) * height * stride_sum;
-        }
-        const bool two = i + 1 < row_tiles;
-        two ? tiles<true>(t) : tiles<false>(t);
-        if (!last) continue;
-        for (int j = 0; j < 1 + two; ++j) finish(p, t.sum[j], stride_sum, rows[j], height, column);
+  void run() {
+    const TileShape shape(height);
+    for (block = 0; block < p.n; block += kBlockColumns) {
+      const int64_t end = least(p.n, block + kBlockColumns);
+      for (int64_t i = 0; i < passes; ++i) {
+        first = i * pass;
+        for (int64_t column = block; column < end; column += kPanel) multiply_panel(column);
       }
     }
   }
-}
+
+ private:
+  void multiply_panel(int64_t column) {
+    TileProduct t;
+    t.stride_a = p.stride_a;
+    t.stride_sum = stride_sum * 4;
+    t.operations = most(0, least(pass, operations - first));
+    t.in_place = least(t.operations, in_place - first);
+    t.add = first > 0;
+    t.panel = weights(column, t.operations);
+    const char* next =
+        column + kPanel < p.n ? t.panel + p.stride_panel : p.panels + (first + t.operations) * kBTileBytes;
+    const bool last = first + pass >= operations;
+    for (int64_t i = 0; i < row_tiles; i += 2) {
+      t.next = p.far && p.panels && i == 0 ? next : nullptr;
+      const int64_t rows[] = {least(i * height, p.rows - height), least((i + 1) * height, p.rows - height)};
+      for (int j = 0; j < 2; ++j) {
+        t.a[j] = p.a + rows[j] * p.stride_a + first * kTailStride;
+        t.tail[j] = tail + rows[j] * kTailStride;
+        t.sum[j] = sums + (i + j) * height * stride_sum + (passes == 1 ? 0 : column - block);
+      }
+      const bool two = i + 1 < row_tiles;
+      two ? tiles<true>(t) : tiles<false>(t);
+      if (!last) continue;
+      for (int j = 0; j < 1 + two; ++j) finish(p, t.sum[j], stride_sum, rows[j], height, column);
+    }
+  }
+
+  const char* weights(int64_t column, int64_t tile_operations) {
+    if (p.panels) return p.panels + column / kPanel * p.stride_panel + first * kBTileBytes;
+    const char* w = p.w + column * p.stride_w + first * kTailStride;
+    pack_units<DType::bf16>(w, p.stride_w, least(kPanel, p.n - column), least(pass * kTileK, p.k - first * kTileK),
+                            tile_operations * kTileUnits, own_panel);
+    return own_panel;
+  }
+
+  const Product& p;
+  char *const tail, *const own_panel;
+  float* const sums;
+  const int64_t row_tiles, height;
+  const int64_t operations, in_place;  // tile operations along k; those on A as it lies
+  const int64_t passes, pass;          // number, tile operations of one
+  const int64_t stride_sum;
+  int64_t block = 0;  // first column of this block
+  int64_t first = 0;  // tile operation of this pass
+};
+
+void product_amx(const Product& p, char* scratch) { TileMultiplication(p, scratch).run(); }
 
 }  // namespace
 

@@ -221,6 +221,7 @@ void pack_panel(const char* w, int64_t stride_w, int64_t n, int64_t k, char* pan
 // Units of one pass: panel and rows of A of a pass stay in the first-level cache.
 constexpr int64_t kPassUnits = 256;
 constexpr int64_t kAheadBytes = 8192;
+constexpr int64_t kBlockColumns = 16 * kPanel;  // columns that take all passes in turn: their sums stay near
 
 template <class F>
 constexpr int64_t pass_stride() {  // bytes of a copied row of A; odd in cache lines, so that rows fall into many sets
@@ -230,7 +231,7 @@ constexpr int64_t pass_stride() {  // bytes of a copied row of A; odd in cache l
 template <class F>
 int64_t scratch_bytes(int64_t rows, int64_t n) {
   const int64_t copied = rows * pass_stride<F>(), panel = kPassUnits * kUnitBytes;
-  return copied + panel + rows * round_up(n, kPanel) * 4 + 64;
+  return copied + panel + rows * least(kBlockColumns, round_up(n, kPanel)) * 4 + 64;
 }
 
 // One product, whatever the target: k in passes, in each the panels, in each the tiles.
@@ -249,10 +250,18 @@ class Multiplication {
     pass = read_once ? most(1, total_units) : kPassUnits;
     float* const sums = reinterpret_cast<float*>(own_panel + kPassUnits * kUnitBytes);
     result = p.target == Target::partial ? p.partial : sums;
-    stride_result = p.target == Target::partial ? p.stride_partial : one_pass() ? kPanel : round_up(p.n, kPanel);
+    stride_result = p.target == Target::partial ? p.stride_partial
+                    : one_pass()                ? kPanel
+                                                : least(kBlockColumns, round_up(p.n, kPanel));
   }
 
   void run() {
+    for (block = 0; block < p.n; block += kBlockColumns) multiply_block(least(p.n, block + kBlockColumns));
+  }
+
+ private:
+  void multiply_block(int64_t end) {
+    first = 0;
     do {
       units = least(pass, total_units - first);
       a = p.a + (p.prepared ? first * F::parts * 4 : k0() * element_bytes(D));
@@ -262,12 +271,11 @@ class Multiplication {
         a = copied;
         stride_a = pass_stride<F>();
       }
-      for (int64_t column = 0; column < p.n; column += kPanel) multiply_panel(column);
+      for (int64_t column = block; column < end; column += kPanel) multiply_panel(column);
       first += units;
     } while (first < total_units);
   }
 
- private:
   static constexpr DType D = F::dtype;
   static constexpr Tiles<F, columns, max_rows> wide{};
   static constexpr Tiles<F, 1, max_rows> narrow{};  // for what is left of a panel: half the work at a rank of 16
@@ -278,7 +286,8 @@ class Multiplication {
   int64_t pass_k() const { return least(units * unit_length(D), p.k - k0()); }
   // Sums of a panel. Where one pass does, the next panel needs no other place.
   float* sums_of(int64_t row, int64_t column) const {
-    return result + row * stride_result + (one_pass() && p.target != Target::partial ? 0 : column);
+    if (p.target == Target::partial) return result + row * stride_result + column;
+    return result + row * stride_result + (one_pass() ? 0 : column - block);
   }
 
   const char* weights(int64_t column, int64_t n) {
@@ -353,6 +362,7 @@ class Multiplication {
   int64_t pass;  // units
   float* result;
   int64_t stride_result;
+  int64_t block = 0;             // first column of this block
   int64_t first = 0, units = 0;  // of this pass
   const char* a = nullptr;
   int64_t stride_a = 0;
