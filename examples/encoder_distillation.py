@@ -35,13 +35,14 @@ from maestro_kernels.benchmark.encoder import Encoder
 from maestro_kernels.benchmark.plots import Point
 from maestro_kernels.benchmark.readme import replace_block
 
-BUDGETS = (0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)
+BUDGETS = (0.8, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.15)
 # Ranks of one step lie within this factor of a common share of the full rank.
 SPREAD = (0.5, 1.5)
 LOWEST_SHARE = 0.1
 HELD_OUT = 400
 BATCH = 16
-LEVELS = 8
+# Of the search: ranks per layer and the lowest of them, and tokens of its sentences.
+LEVELS, MIN_RANK, SHORT = 6, 8, 24
 # Budgets whose models are kept for timing.
 TIMED = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)
 BATCHES = ("batch 1", "batch 64")
@@ -75,13 +76,13 @@ class Data:
     original: Tensor
 
 
-def prepare(encoder: Encoder, texts: Sequence[str], held_out: int, batch: int = BATCH) -> Data:
-    """Split the text, run the teacher once over all of it and keep its answers."""
+def prepare(encoder: Encoder, texts: Sequence[str], held_out: int, *, answers: bool) -> Data:
+    """Split the text; run the teacher once over all of it and keep its answers if asked to."""
     # Mean-pooled embeddings never read the pooler: it would be a layer that costs nothing to cut.
     encoder.model.pooler = None
     train, test = library.split(texts, len(texts) - held_out, held_out)
     train.sort(key=lambda text: len(encoder.tokenizer(text)["input_ids"]))
-    batches = list(encoder.batches(train, batch))
+    batches = list(encoder.batches(train, BATCH)) if answers else []
     hidden, embeddings = [], []
     with torch.no_grad():
         for tokens in batches:
@@ -182,10 +183,11 @@ def train(data: Data, folder: Path, steps: int, lr: float, seed: int) -> nn.Modu
 
 
 def calibration(data: Data, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch of training sentences to search with, and the teacher's embeddings of them."""
+    """A batch of short training sentences to search with, and the teacher's embeddings of them."""
     texts = library.sentences()
     train, _ = library.split(texts, len(texts) - HELD_OUT, HELD_OUT)
-    texts = random.Random(f"calibration {seed}").sample(train, BATCH)
+    short = [text for text in train if len(data.encoder.tokenizer(text)["input_ids"]) <= SHORT]
+    texts = random.Random(f"calibration {seed}").sample(short, BATCH)
     return data.encoder.tokens(texts), data.encoder.embed(texts)
 
 
@@ -212,7 +214,14 @@ def cut(data: Data, folder: Path, seed: int, rows: Rows) -> None:
             continue
         model = student(data, folder)
         model.load_state_dict(torch.load(path))
-        ways = training.ExtractionPath(model, batches=[tokens], loss_fn=loss, levels=LEVELS)
+        ways = training.ExtractionPath(
+            model,
+            batches=[tokens],
+            loss_fn=loss,
+            method="additive",
+            levels=LEVELS,
+            min_rank=MIN_RANK,
+        )
         for budget in BUDGETS:
             small = ways.extract(search.Params(budget))
             judge(method, budget, small)
@@ -359,7 +368,9 @@ def main() -> int:
     }
     rows = Rows(args.rows or args.out / "rows.jsonl", stamp)
     if args.only != "report":
-        data = prepare(library.load_encoder(library.BUNDLED), library.sentences(), HELD_OUT)
+        teacher = library.load_encoder(library.BUNDLED)
+        training_too = args.only in (None, "train")
+        data = prepare(teacher, library.sentences(), HELD_OUT, answers=training_too)
     for seed in args.seeds:
         if args.only in (None, "train"):
             train(data, args.out, args.steps, args.lr, seed)

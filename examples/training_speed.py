@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import hardware, training
+from maestro_kernels.benchmark import plots
 from maestro_kernels.benchmark.readme import replace_block
 from maestro_kernels.benchmark.timing import interleave
 
@@ -260,6 +261,20 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Ratios of time and of peak memory."""
+    times = {r["case"]: ratio(r) for r in rows if r["measure"] == "ms"}
+    memory = {r["case"]: r["straightforward"] / r["LoD"] for r in rows if r["measure"] == "MiB"}
+    drawing = plots.ratio_plot(
+        [plots.Ratio(case, value, memory.get(case)) for case, value in times.items()],
+        title="A LoD training step",
+        xlabel="straightforward / LoD",
+        names=("time", "peak memory"),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(plots.standalone(drawing), encoding="utf-8")
+
+
 def main() -> int:
     """Measure what is asked for, write rows, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -283,14 +298,16 @@ def main() -> int:
     for measure in args.measure:
         for case in args.cases:
             print(f"{case}: {measure}", file=sys.stderr)
-            found = timed(case, args.seconds) if measure == "ms" else peaks(case)
-            rows[case, measure] = {"case": case, "measure": measure, **found, **stamp}
+            one = timed(case, args.seconds) if measure == "ms" else peaks(case)
+            rows[case, measure] = {"case": case, "measure": measure, **one, **stamp}
             args.rows.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(row) + "\n" for row in rows.values()]
             args.rows.write_text("".join(lines), encoding="utf-8")
-    table = markdown([rows[c, m] for c in CASES for m in ("ms", "MiB") if (c, m) in rows])
+    found = [rows[c, m] for c in CASES for m in ("ms", "MiB") if (c, m) in rows]
+    table = markdown(found)
     print(table)
     if args.docs:
+        draw(found, args.docs / "figures" / "training-speed.svg")
         page = args.docs / "deployment.md"
         page.write_text(replace_block(page.read_text("utf-8"), table, *MARKS), encoding="utf-8")
     return 0
