@@ -116,11 +116,13 @@ def test_lightning_trains_as_the_plain_loop_does(lightning_module):
     assert_same(model, other)
 
 
-def test_lightning_goes_on_where_a_checkpoint_was_written(lightning_module):
+@pytest.mark.parametrize(("penalty", "stored"), [("hierarchical", [12, 3]), ("funnel", [12, 4])])
+def test_lightning_goes_on_where_a_checkpoint_was_written(lightning_module, penalty, stored):
     model = net()
-    options = {**OPTIONS, "penalty": "funnel"}
+    options = {**OPTIONS, "penalty": penalty}
     first = StandIn(lightning_module.MaestroCallback(**options), model)
-    first.fit(3)
+    first.fit(5)
+    assert [layer.max_rank for layer in mk.nn.lod_layers(model).values()] == stored
     state = json.loads(json.dumps(first.saved["callback"]))
     callback, again = lightning_module.MaestroCallback(**options), net()
     second = StandIn(callback, again)
@@ -128,9 +130,9 @@ def test_lightning_goes_on_where_a_checkpoint_was_written(lightning_module):
     callback.load_state_dict(state)
     second.optimizers = [torch.optim.SGD(again.parameters(), lr=0.1, momentum=0.9)]
     second.optimizers[0].load_state_dict(first.optimizers[0].state_dict())
-    second.fit(3)
-    assert_same(again, by_hand(6, options))
-    assert (callback.maestro.epochs, callback.maestro.steps) == (6, 48)
+    second.fit(2)
+    assert_same(again, by_hand(7, options))
+    assert (callback.maestro.epochs, callback.maestro.steps) == (7, 56)
 
 
 def test_lightning_stops_on_values_that_are_not_finite(lightning_module):
@@ -219,8 +221,8 @@ def test_the_real_lightning_agrees_and_resumes(tmp_path):
         trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
         return module.net
 
-    fit(3)
-    assert_same(fit(6, tmp_path / "3.ckpt"), by_hand(6))
+    assert fit(5)[2].max_rank < 4
+    assert_same(fit(7, tmp_path / "5.ckpt"), by_hand(7))
 
 
 @pytest.fixture

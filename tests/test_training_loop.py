@@ -153,8 +153,12 @@ def test_frozen_factors_get_no_gradient_of_the_penalty_and_change_places():
         assert {n for n in moved if n[-2:] in (".u", ".v")} == {
             f"{i}.{'uv'.replace(frozen, '')}" for i in (0, 2)
         }
+    state = maestro.state_dict()
     maestro.close()
     assert all(p.requires_grad for p in model.parameters())
+    # A run that goes on within an epoch freezes at once: the third epoch is v's again.
+    maestro.load_state_dict(state)
+    assert [p.requires_grad for p in (model[0].u, model[0].v)] == [True, False]
 
 
 def test_shrinking_waits_for_its_epoch():

@@ -67,14 +67,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, config: TrainConfig, folder: Path) -> Result:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from maestro_kernels.training.runner import train
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=16),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
@@ -87,11 +86,14 @@ def _train(args: argparse.Namespace, config: TrainConfig, folder: Path) -> Resul
             nonlocal note
             if event.get("event") == "epoch":
                 note = _note(event)
-                progress.update(task, note=note)
                 return
-            place = f"epoch {event['epoch'] + 1}/{config.train.epochs}, loss {event['loss']:.3f}"
+            place = f"epoch {event['epoch'] + 1}/{config.train.epochs}"
             progress.update(
-                task, description=place, total=event["steps"], completed=event["step"], note=note
+                task,
+                description=place,
+                total=event["steps"],
+                completed=event["step"],
+                note=f"training loss {event['loss']:.3f}{note}",
             )
 
         beside = args.config.resolve().parent
@@ -106,8 +108,8 @@ def _train(args: argparse.Namespace, config: TrainConfig, folder: Path) -> Resul
 
 
 def _note(row: dict[str, Any]) -> str:
-    figures = [f"{name} {v:.4g}" for name, v in row["metrics"].items() if v is not None]
-    return " ".join([*figures, f"weights {row['weights'] / row['dense_weights']:.0%}"])
+    figures = [f"{name} {v:.3g}" for name, v in row["metrics"].items() if v is not None][:1]
+    return ", ".join(["", *figures, f"weights {row['weights'] / row['dense_weights']:.0%}"])
 
 
 def _finish(args: argparse.Namespace, folder: Path, result: Result, page: Path) -> None:

@@ -169,7 +169,6 @@ class Maestro:
             NonFiniteLoss: a parameter or buffer is NaN or infinite; nothing is shrunk.
             ValueError: as `shrink` does.
         """
-        self.sampler.reset()
         where = first_non_finite(self.model)
         if where is not None:
             raise NonFiniteLoss(
