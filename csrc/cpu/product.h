@@ -203,13 +203,23 @@ void copy_rows(const char* a, int64_t stride_a, int64_t rows, int64_t k, char* t
 template <DType D>
 void pack_units(const char* w, int64_t stride_w, int64_t n, int64_t k, int64_t units, char* panel) {
   constexpr int64_t per_unit = D == DType::f32 ? 1 : 2, bytes = D == DType::f32 ? 4 : 2;
-  std::memset(panel, 0, static_cast<size_t>(units * kUnitBytes));
-  for (int64_t j = 0; j < n; ++j) {
-    for (int64_t i = 0; i < k; ++i) {
-      const int64_t part = i % per_unit;
-      const int64_t slot = D == DType::f16 ? part * kPanel + j : j * per_unit + part;
-      std::memcpy(panel + i / per_unit * kUnitBytes + slot * bytes, w + j * stride_w + i * bytes, bytes);
+  const int64_t whole = k / per_unit;  // units
+  if (n < kPanel || whole < units) std::memset(panel, 0, static_cast<size_t>(units * kUnitBytes));
+  for (int64_t i = 0; i < whole; ++i) {
+    char* const unit = panel + i * kUnitBytes;
+    for (int64_t j = 0; j < n; ++j) {
+      const char* source = w + j * stride_w + i * 4;
+      if constexpr (D == DType::f16) {
+        std::memcpy(unit + j * 2, source, 2);
+        std::memcpy(unit + (kPanel + j) * 2, source + 2, 2);
+      } else {
+        std::memcpy(unit + j * 4, source, 4);
+      }
     }
+  }
+  if (k == whole * per_unit) return;
+  for (int64_t j = 0; j < n; ++j) {  // the even k of the last unit
+    std::memcpy(panel + whole * kUnitBytes + j * (D == DType::f16 ? 2 : 4), w + j * stride_w + (k - 1) * bytes, bytes);
   }
 }
 
