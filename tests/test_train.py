@@ -15,7 +15,7 @@ import maestro_kernels as mk
 from maestro_kernels import training
 from maestro_kernels.cli import main
 from maestro_kernels.training import config as config_module
-from maestro_kernels.training import tasks
+from maestro_kernels.training import report, tasks
 from maestro_kernels.training.config import TrainConfig, load_config
 from maestro_kernels.training.metrics import MetricsFile, load_rows
 from maestro_kernels.training.report import html_report, verdict
@@ -374,6 +374,17 @@ def test_the_verdict_says_what_happened_and_what_did_not():
     assert "f1 &lt;score&gt; not finite" in page
     with pytest.raises(ValueError, match="expected a 'start' row first"):
         html_report(rows[1:])
+
+
+def test_long_names_fit_a_legend_and_stay_apart():
+    long = [f"bert.encoder.layer.{i}.attention.output.dense" for i in (0, 11)]
+    assert report._short([*long, "head"]) == {
+        long[0]: "ber.enc.lay.0.att.out.dense",
+        long[1]: "ber.enc.lay.11.att.out.dense",
+        "head": "head",
+    }
+    alike = ["first_block.linear_projection", "first_other_block.linear_projection"]
+    assert report._short(["a" * 30, *alike]) == {"a" * 30: "a" * 30, **{n: n for n in alike}}
 
 
 def test_training_exports_what_a_task_needs():

@@ -15,6 +15,8 @@ __all__ = ["html_report", "verdict", "write_report"]
 
 # As many as the page has colours.
 _LINES = 8
+# Characters of a name that fit.
+_LEGEND = 24
 # More points than pixels say nothing.
 _POINTS = 240
 
@@ -122,11 +124,12 @@ def _cards(epochs: Sequence[dict[str, Any]]) -> Html:
 
 def _rank_section(start: dict[str, Any], epochs: Sequence[dict[str, Any]]) -> Html:
     names = list(epochs[-1]["ranks"])
+    shown = _short(names)
     parts = [names[i : i + _LINES] for i in range(0, len(names), _LINES)]
     figures = []
     for k, part in enumerate(parts, start=1):
         series = {
-            name: [
+            shown[name]: [
                 Point(0, start["layers"][name]["rank"]),
                 *_thinned([Point(row["epoch"], row["ranks"][name]) for row in epochs]),
             ]
@@ -228,6 +231,16 @@ def _thinned(points: list[Point]) -> list[Point]:
 
 def _break_even(layer: dict[str, Any]) -> float:
     return float(layer["N"] * layer["K"] / (layer["N"] + layer["K"]))
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """Names for a legend of two columns: enc.lay.0.att.self.query, whole where they are short."""
+    short = {}
+    for name in names:
+        *parents, last = name.split(".")
+        fits = len(name) <= _LEGEND
+        short[name] = name if fits else ".".join([*(part[:3] for part in parents), last])
+    return short if len(set(short.values())) == len(names) else {name: name for name in names}
 
 
 def _names(names: Sequence[str]) -> str:
