@@ -229,7 +229,11 @@ def _choose(
     """(backend, strategy or None where it is the backend's to choose, reason) of auto."""
     choice = tuned.choose(group, ["matmul", *(n for n, why in reasons.items() if why is None)])
     if isinstance(choice, tuned.Choice):
-        return choice.backend, choice.strategy, choice.reason
+        # Calls around this one ran so; this one may still be too wide or laid out otherwise.
+        takes = getattr(backend_module(choice.backend), "takes", None)
+        if takes is None or takes(choice.strategy, group):
+            return choice.backend, choice.strategy, choice.reason
+        return "matmul", None, f"{choice.reason}; but {choice.strategy} does not take this call"
     if group[0].device.type == "cpu" and reasons["native"] is None:
         factors = [p.max_active_rank * (p.K + p.N) for p in group]
         flop = sum(2 * p.M * f for p, f in zip(group, factors, strict=True))

@@ -272,6 +272,31 @@ def test_strategy_of_a_recorded_gpu_table(use, monkeypatch):
     assert "no row near" in tuned.choose([odd], ["matmul", "triton"], hardware.H100)
 
 
+@needs_library
+def test_a_strategy_that_does_not_take_the_call_is_not_run(use):
+    rows = [replace(r, us={m: {n.replace("fused", "woven"): t for n, t in by.items()}
+                           for m, by in r.us.items()}) for r in cell()]  # fmt: skip
+    use(make_table(*rows))
+    assert plan().backend == "matmul"
+    assert plan().reason.endswith("; but woven does not take this call")
+
+
+def test_which_strategies_take_a_call():
+    from maestro_kernels.backends import triton
+
+    call = LoDProblem(16, 256, 256, 512, 256, torch.float32, torch.device("cuda"))
+    assert triton.takes("row", [call])
+    assert triton.takes("two_phase", [call, call])
+    assert not triton.takes("row", [call, call])
+    assert not triton.takes("row", [replace(call, rank=257)])
+    assert not triton.takes("row", [replace(call, rank=None)])
+    assert not triton.takes("nonsense", [call])
+    pytest.importorskip("triton")
+    from maestro_kernels.backends.triton.row import MAX_WIDTH
+
+    assert triton._ROW_WIDTH == MAX_WIDTH
+
+
 def test_float32_at_another_precision_is_another_kind_of_row(use):
     use(make_table())
     before = torch.get_float32_matmul_precision()

@@ -134,6 +134,17 @@ def choose_strategy(problems: Sequence[LoDProblem]) -> tuple[str, str]:
     return "fused", f"{isa(problems[0].dtype)} kernels on the factors as they are{many}"
 
 
+def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:
+    """Whether a strategy, as choose_strategy names it, can run one layer or a group."""
+    device = problems[0].device
+    if device.type != "cuda":
+        return strategy == "fused"
+    facts, _ = _facts(device)
+    if facts is None or strategy not in native_cuda.STRATEGIES[1:]:
+        return False
+    return native_cuda.plan(_library(), problems, facts, strategy)[0] == strategy
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 

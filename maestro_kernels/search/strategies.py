@@ -34,8 +34,6 @@ STRATEGIES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"native": ("fused",)},
     "cuda": {"triton": ("row", "two_phase"), "native": ("decode", "rows", "row")},
 }
-# The widest H that the Triton row kernel keeps in registers.
-_ROW_WIDTH = 256
 
 
 def for_profile(case: Case) -> list[Provider]:
@@ -81,16 +79,14 @@ def _bind_strategy(
     here = STRATEGIES[first.x.device.type].get(backend, ())
     if backend != "matmul" and strategy not in here:
         raise Unavailable(f"{backend} has no {strategy} on {first.x.device.type}")
-    if (backend, strategy) == ("triton", "row") and first.ranks[0] > _ROW_WIDTH:
-        raise Unavailable(f"the row kernel takes ranks up to {_ROW_WIDTH}")
     layers = zip(first.us, first.vs, first.biases, first.ranks, strict=True)
     problems = [problem.describe(first.x, u, v, b, r, None) for u, v, b, r in layers]
     try:
         plan = dispatch.select(problems, backend)
     except NotImplementedError as error:
         raise Unavailable(str(error)) from error
-    if len(problems) > 1 and backend == "triton" and plan.strategy != strategy:
-        raise Unavailable(f"triton serves groups by {plan.strategy}")
+    if backend != "matmul" and not dispatch.backend_module(backend).takes(strategy, problems):
+        raise Unavailable(f"{backend} cannot run this by {strategy}")
     run = _single if len(problems) == 1 else _grouped
     return [partial(run, replace(plan, strategy=strategy), i) for i in ring]
 

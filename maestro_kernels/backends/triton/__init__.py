@@ -22,6 +22,8 @@ Grads = list[Tensor | None]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Above this the row kernel would wait for its factors, which every row block reads as a whole.
 _ROW_RANK = 128
+# The widest H that the row kernel keeps in registers; row.MAX_WIDTH, which needs Triton to be read.
+_ROW_WIDTH = 256
 
 
 def interpreted() -> bool:
@@ -82,6 +84,13 @@ def choose_strategy(
     if 4 * blocks < 3 * device.num_cores:
         return "two_phase", f"{blocks} blocks of 64 rows cannot occupy {device.num_cores} cores"
     return "row", f"{blocks} blocks of 64 rows occupy {device.num_cores} cores, H in registers"
+
+
+def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:
+    """Whether a strategy, as choose_strategy names it, can run one layer or a group."""
+    if strategy == "row":
+        return len(problems) == 1 and problems[0].max_active_rank <= _ROW_WIDTH
+    return strategy == "two_phase"
 
 
 def input_precision() -> str:
