@@ -119,7 +119,7 @@ stage() {
   status=$?
   case $status in
     0) echo "$((SECONDS - begin)) s" >"$state/$name.done" ;;
-    3) left=1; echo "later   $name: out of time, goes on at the next call" ;;
+    3) left=1; budget=0; echo "later   $name: out of time, goes on at the next call" ;;
     124 | 137) echo "stopped after $limit s" >"$state/$name.failed"; echo "FAILED  $name: stopped after $limit s" ;;
     *) echo "status $status: $(tail -n 1 "$state/logs/$name" | cut -c1-150)" >"$state/$name.failed"
        echo "FAILED  $name: status $status, see log.txt" ;;
@@ -168,7 +168,7 @@ micro() { "$python" -m bench.gpu_micro --out "$state/micro.json" ${quick:+--quic
 
 tune() {
   "$python" -m maestro_kernels tune --device cuda --dtype bfloat16 ${quick:+--quick --shape 4096,4096 --rows 1,64,1024} \
-    --seconds 0.02 --out "$state/table.json"
+    --seconds 0.02 --limit "$MK_LIMIT" --out "$state/table.json"
 }
 
 speed() {

@@ -356,6 +356,10 @@ def test_tune_writes_a_table_and_goes_on_after_a_stop(tmp_path, monkeypatch, cap
     try:
         assert main(words) == 130
         assert not (tmp_path / "table.json").exists()
+        allowed = 3
+        assert main([*words, "--limit", "-1"]) == 3
+        assert len(tables.load(tmp_path / "table.json").rows) == len(measured) == 2
+        assert "2 calls are left" in capsys.readouterr().out
         allowed = 100
         assert main(words) == 0
         assert len(measured) == len(set(measured)) == 4

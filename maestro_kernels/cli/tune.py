@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +45,13 @@ def register(commands: Any) -> None:
     command.add_argument("--threads", type=int, help="CPU threads torch uses; part of the device")
     command.add_argument("--seconds", type=float, default=0.03, help="per strategy and mode")
     command.add_argument(
-        "--out", type=Path, metavar="FILE", help="not where auto looks"
+        "--limit",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="stop then, with what was measured; the next call goes on (exit status 3)",
     )
+    command.add_argument("--out", type=Path, metavar="FILE", help="not where auto looks")
     command.add_argument("--fresh", action="store_true", help="measure again what was measured")
     command.add_argument("--json", action="store_true", help="print the table as JSON")
     command.set_defaults(run=run)
@@ -62,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     shapes = [_sizes("--shape", text, 1) for text in args.shape or ()]
     groups = [_sizes("--group", text, 2) for text in args.group or ()]
     chosen = bool(args.shape or args.group)
-    parts = []
-    command = _command(args)
+    parts, wanted = [], 0
+    command, begin = _command(args), time.monotonic()
     for name in args.dtype or (["bfloat16"] if "cuda" in args.device else ["float32"]):
         plan = tuning.plan(
             args.device,
@@ -75,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         )
         if not plan.cases:
             raise ValueError(f"tune: --shape: expected calls that can be measured here, got {plan}")
+        wanted += len(plan.cases)
         with progress_bar(None if not args.json else False, f"tune {name}") as advance:
             parts.append(
                 tuning.tune(
@@ -82,9 +90,13 @@ def run(args: argparse.Namespace) -> int:
                     seconds=args.seconds,
                     cache=not args.fresh,
                     command=command,
+                    limit=args.limit - (time.monotonic() - begin),
                     progress=advance,
                 )
             )
+    rows = sum(len(part.rows) for part in parts)
+    if not rows:
+        raise ValueError(f"tune: --limit: expected time for one call, got {args.limit:g}")
     device = hardware.current_device(args.device)
     path = args.out or tables.user_path(device)
     table = _merged(parts, path, device)
@@ -92,10 +104,11 @@ def run(args: argparse.Namespace) -> int:
     tuned.forget()
     if args.json:
         print(table.to_json(), end="")
-        return 0
-    _print(table)
-    print(f"\n{len(table.rows)} rows in {path}")
-    return 0
+    else:
+        _print(table)
+        left = f"; {wanted - rows} calls are left" if rows < wanted else ""
+        print(f"\n{len(table.rows)} rows in {path}{left}")
+    return 0 if rows == wanted else 3
 
 
 def _merged(parts: list[Table], path: Path, device: hardware.Device) -> Table:

@@ -51,9 +51,12 @@ def for_table(case: Case) -> list[Provider]:
     """Two matmuls as auto runs them, every strategy, and every packed form."""
     backend, _, strategy = tables.BASELINE.partition(": ")
     two = Provider(tables.BASELINE, "ours", partial(_bind_strategy, backend, strategy))
-    return [two, *_strategies()] + (
-        _forms() if len(case.layers) == 1 and case.mode == "forward" else []
-    )
+    if len(case.layers) > 1 or case.mode != "forward":
+        return [two, *_strategies()]
+    N, K, rank = case.layers[0].N, case.K, case.layers[0].rank
+    # As prepack does: further down the merged matrix is not worth its memory.
+    merged = 2 * rank * (N + K) >= N * K
+    return [two, *_strategies(), *_forms("" if merged else "merged dense")]
 
 
 def _strategies() -> list[Provider]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -106,17 +108,22 @@ def tune(
     seconds: float = _SECONDS,
     cache: bool = True,
     command: str = "",
+    limit: float = math.inf,
     progress: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> Table:
     """Measure a table; rows are kept in the user's cache folder, so an interrupted run goes on.
+
+    Where time runs out the table holds what was measured: fewer rows than the plan has cases.
 
     Args:
         plan: what to measure; see `plan`.
         seconds: of samples per strategy and mode.
         cache: keep and reuse rows.
         command: what repeats it, for the file.
+        limit: start no further case after this many seconds.
         progress: gets (text, done, total).
     """
+    deadline = time.monotonic() + limit
     device = hardware.current_device(plan.device)
     journal = Journal("tables", software(device), _parse) if cache else None
     known = {str(row): row for row in journal.items} if journal else {}
@@ -125,12 +132,14 @@ def tune(
         blank = _row(case, device, {})
         progress(str(blank), i, len(plan.cases))
         row = known.get(str(blank))
+        if row is None and time.monotonic() > deadline:
+            continue
         if row is None:
             row = _row(case, device, measure(case, plan.device, seconds))
             if journal is not None:
                 journal.add([row])
         rows.append(row)
-    progress("done", len(plan.cases), len(plan.cases))
+    progress("done", len(rows), len(plan.cases))
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return Table(tables.identity(device), hardware.versions(), tuple(rows), now, command)
 
