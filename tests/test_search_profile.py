@@ -63,6 +63,12 @@ def test_steps_preferred_ranks_and_break_even():
     assert staircase.break_even(curve(r16=1.0, r32=3.0), 2.0) == 24
     assert staircase.break_even(curve(r16=1.0, r32=3.0), 0.5) is None
     assert staircase.break_even(curve(r16=1.0, r32=3.0), 9.0) == math.inf
+    # One disturbed rank is no crossing while a larger one is faster; a real one is.
+    bump = {16: Knot(1.0), 32: Knot(3.0, noise=2.5), 48: Knot(1.5), 64: Knot(2.5)}
+    assert staircase.break_even(bump, 2.0) == 56
+    assert staircase.break_even({**bump, 32: Knot(3.0, noise=0.5)}, 2.0) == 24
+    assert staircase.break_even({16: Knot(2.2, noise=1.0), 32: Knot(1.0)}, 2.0) == math.inf
+    assert staircase.break_even({16: Knot(2.2, noise=0.1), 32: Knot(1.0)}, 2.0) is None
 
 
 def test_a_rank_off_the_grid_is_a_probe_and_no_part_of_the_curve():

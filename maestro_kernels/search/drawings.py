@@ -161,8 +161,7 @@ def roofline(
     ):
         if rate:
             corner = min(max(peak / rate, left), right)
-            roof = [(left, min(left * rate, peak)), (corner, min(corner * rate, peak))]
-            roof.append((right, peak))
+            roof = [(x, min(x * rate, peak)) for x in (left, corner, right)]
             axes.plot(
                 [x for x, _ in roof],
                 [y / 1e12 for _, y in roof],

@@ -173,15 +173,25 @@ def preferred(curve: Curve) -> list[int]:
 def break_even(curve: Curve, dense: float) -> float | None:
     """The rank up to which low rank is faster than dense; None where it never is.
 
-    Infinite where it is faster at every measured rank.
+    Infinite where it is faster at every measured rank. A rank that is slower within its noise does
+    not count while a larger one is faster.
     """
     ranks = sorted(curve)
-    if curve[ranks[0]].ms >= dense:
+    faster = [r for r in ranks if curve[r].ms < dense]
+    slower = [
+        r
+        for r in ranks
+        if curve[r].ms >= dense
+        and (curve[r].ms - curve[r].noise >= dense or not faster or r > faster[-1])
+    ]
+    if not slower:
+        return math.inf
+    b = slower[0]
+    below = [r for r in faster if r < b]
+    if not below:
         return None
-    for a, b in itertools.pairwise(ranks):
-        if curve[b].ms >= dense:
-            return a + (b - a) * (dense - curve[a].ms) / (curve[b].ms - curve[a].ms)
-    return math.inf
+    a = below[-1]
+    return a + (b - a) * (dense - curve[a].ms) / (curve[b].ms - curve[a].ms)
 
 
 def interpolate(curve: Curve, rank: int) -> float:
