@@ -52,6 +52,7 @@ class Row:
         p20: see ms.
         p80: see ms.
         dense_ms: of the dense model in the same run.
+        threads: it was timed with.
         weights: share of the layers' weights that is left.
         ranks: chosen.
         quality: of the outputs against the dense model's, by name.
@@ -65,6 +66,7 @@ class Row:
     p20: float
     p80: float
     dense_ms: float
+    threads: int
     weights: float
     ranks: dict[str, int | str]
     quality: dict[str, float]
@@ -92,6 +94,7 @@ def prepare(model: nn.Module, batches: Sequence[Any], out: Path, held_out: int =
         print(f"sensitivity, {method}: {time.perf_counter() - start:.1f} s", flush=True)
     full = mk.convert(model, init="data", data=batches, allow_larger=True, inplace=False)
     torch.save(full.state_dict(), out / "factors.pt")
+    (out / "quality.json").unlink(missing_ok=True)
 
 
 def factors(model: nn.Module, out: Path) -> nn.Module:
@@ -157,7 +160,7 @@ def measure(
             assert predicted.ms is not None
             rows.append(
                 Row(name, rule, target, predicted.ms, m.ms, m.p20, m.p80, dense,
-                    predicted.weights / a.dense.weights, dict(a), {})
+                    torch.get_num_threads(), predicted.weights / a.dense.weights, dict(a), {})
             )  # fmt: skip
             print(f"{target}x {rule}: predicted {predicted.ms:.2f} ms, measured {m.ms:.2f} ms")
         lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
@@ -171,12 +174,16 @@ def evaluate(
     full = factors(model, out)
     files = sorted(out.glob("measured-*.jsonl"))
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    rows, cache = [], {}
+    known = out / "quality.json"
+    # Judging takes longer than measuring: what an interrupted run found is not asked again.
+    cache = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
+    rows = []
     for line in lines:
         row = Row(**json.loads(line))
         key = json.dumps(row.ranks, sort_keys=True)
         if key not in cache:
             cache[key] = quality(small_model(full, model, row.ranks))
+            known.write_text(json.dumps(cache), encoding="utf-8")
         rows.append(Row(**{**asdict(row), "quality": cache[key]}))
     return rows
 
@@ -188,7 +195,6 @@ def record(rows: Sequence[Row], path: Path, command: str) -> None:
         "job": "allocation",
         "command": command,
         "device": hardware.current_device().name,
-        "threads": torch.get_num_threads(),
         "versions": hardware.versions(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
