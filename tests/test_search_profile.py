@@ -125,6 +125,15 @@ def test_latency_is_measured_interpolated_or_fitted_and_says_which():
     assert rows.source == "interpolated"
     assert rows.ms == pytest.approx((low * high) ** 0.5)  # 8 is half-way from 1 to 64
     assert prof.latency(N=N, K=K, rank=64, M=128) == pytest.approx(2 * high)
+    # A rank off the grid costs what a probe beside the grid showed.
+    probe = point(N, K, 1, 63, "ours", 1.5 * low_rank_ms(N, K, 63, 1))
+    odd = replace(prof, points=(*prof.points, probe))
+    assert odd.odd_penalty(N=N, K=K, M=1) == pytest.approx(1.5)
+    plain = prof.latency(N=N, K=K, rank=40, M=1)
+    assert odd.latency(N=N, K=K, rank=40, M=1) == plain
+    below, above = (prof.latency(N=N, K=K, rank=r, M=1) for r in (40, 42))
+    assert odd.latency(N=N, K=K, rank=42, M=1) == pytest.approx(1.5 * above)
+    assert below < above
     assert prof.estimate(N=256, K=512, rank=64, M=1).source == "fitted"
     assert prof.latency(N=N, K=K, rank="dense", M=1) == dense_ms(N, K, 1)
     assert prof.latency(N=N, K=K, rank=None, M=1, cache="warm") == dense_ms(N, K, 1) / 2
@@ -367,6 +376,8 @@ def test_a_torn_journal_loses_its_last_line_and_a_foreign_one_is_replaced(tmp_pa
     torn.finish("part")
     assert Journal("x", {"a": 1}, point_from).done == {"part"}
     assert Journal("x", {"a": 2}, point_from).items == []
+    journal.path.write_text(text.replace('{"a": 1}', '{"a": 3}'))
+    assert Journal("x", {"a": 1}, point_from).items == []
     journal.path.write_text(text.replace('"ours"', "7"))
     assert Journal("x", {"a": 1}, point_from).items == []
 

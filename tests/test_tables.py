@@ -9,10 +9,11 @@ import torch
 
 import maestro_kernels as mk
 from maestro_kernels import dispatch, hardware, tables, tuned
-from maestro_kernels.backends import native
+from maestro_kernels.backends import matmul, native
+from maestro_kernels.benchmark.providers import Unavailable, make_case_inputs
 from maestro_kernels.cli import main
 from maestro_kernels.problem import LoDProblem
-from maestro_kernels.search import tuning
+from maestro_kernels.search import strategies, tuning
 from maestro_kernels.tables import BASELINE, Row, Table
 
 needs_library = pytest.mark.skipif(native.load_error() is not None, reason=str(native.load_error()))
@@ -81,6 +82,10 @@ def test_a_strategy_wins_that_is_faster_somewhere_and_slower_nowhere():
     us = {m: {n: times(t[1], 0.3) for n, t in by.items()} for m, by in noisy.us.items()}
     us[TRAIN]["native: fused"] = times(100.0)
     assert not replace(noisy, us=us).wins(ours)
+    # Intervals that overlap decide nothing, however far apart the medians are.
+    pair = {BASELINE: (90.0, 100.0, 101.0), "native: fused": (78.0, 80.0, 99.0)}
+    assert not replace(make_row(), us={COLD: pair}).wins(ours)
+    assert replace(make_row(), us={COLD: {**pair, "native: fused": (78.0, 80.0, 89.0)}}).wins(ours)
     # What cannot run in one mode is no choice.
     us = {**make_row().us, TRAIN: {BASELINE: times(100.0)}}
     assert not replace(make_row(), us=us).wins(ours)
@@ -387,6 +392,28 @@ def test_tune_writes_a_table_and_goes_on_after_a_stop(tmp_path, monkeypatch, cap
     finally:
         monkeypatch.undo()
         tuned.forget()
+
+
+@needs_library
+def test_a_candidate_runs_the_strategy_it_is_named_after(monkeypatch):
+    ran = []
+
+    def forward(*args, strategy, **kwargs):
+        ran.append(strategy)
+        return matmul.forward(*args, strategy=strategy, **kwargs)
+
+    monkeypatch.setattr(native, "forward", forward)
+    monkeypatch.setattr(native, "takes", lambda strategy, problems: True)
+    monkeypatch.setitem(strategies.STRATEGIES["cpu"], "native", ("fused", "other"))
+    (case,) = tuning.plan(shapes=[(48, 40)], rows=[2]).cases
+    found = {p.name: p for p in strategies.for_table(case)}
+    inputs = make_case_inputs(case, "cpu")
+    for name in ("native: fused", "native: other"):
+        (bound,) = found[name].bound(case, [inputs])
+        bound()
+    assert ran == ["fused", "other"]
+    with pytest.raises(Unavailable, match="triton has no row on cpu"):
+        found["triton: row"].bound(case, [inputs])
 
 
 def test_wrong_arguments_of_tune_are_one_line(capsys):
