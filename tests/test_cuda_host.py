@@ -60,9 +60,12 @@ def decode_calls():
     yield from (one(4, N, 40, 16, 16) for N in (1, 7, 8, 9, 33, 131))
     yield one(7, 30, 56, 32, 13, pad=8)
     yield one(6, 24, 64, 16, 9, bias=False, activation="gelu")
-    yield one(64, 40, 512, 80, 75, call={"sm_count": 10}, save_h=True)  # the last split sums H
+    yield one(64, 40, 512, 80, 75, call={"sum_by_all": 0}, save_h=True)
     yield one(2, 400, 64, 256, 250, call={"shared_per_block": 48 * 1024})  # rounds of slices
     yield one(2, 40, 1024, 16, 16, call={"sm_count": 1})  # one block
+    for sum_by_all in (0, 1):
+        yield one(5, 40, 1024, 32, 21, call={"sum_by_all": sum_by_all, "sm_count": 4})
+        yield Call(DEVICE_GROUP, sum_by_all=sum_by_all)
     yield Call(DEVICE_GROUP)
     yield Call(QKV, streams=2)
 
@@ -96,15 +99,15 @@ UNALIGNED = [
     one(3, 21, 48, 24, 24, call={"only": DECODE, "shift": 8}),
     one(3, 21, 48, 24, 0, call={"only": DECODE, "shift": 1}),  # u is not read
 ]
-# ThreadSanitizer is some ten times slower, and blind to shapes.
+# ThreadSanitizer is some ten times slower, keeps 2 MB for each thread, and is blind to shapes.
 THREAD = [
     one(3, 21, 48, 24, 19, save_h=True),
-    one(17, 40, 136, 40, 33, call={"dtype": F32, "sm_count": 4}, activation="silu"),
-    one(33, 24, 1024, 16, 16, call={"sm_count": 5}),
-    one(64, 16, 512, 80, 75, call={"sm_count": 10}),  # the last split sums H
-    one(2, 100, 64, 64, 50, call={"shared_per_block": 16 * 1024}),
-    Call(DEVICE_GROUP, ieee=True, dtype=F32),
-    Call(QKV, streams=2),
+    one(17, 40, 136, 40, 33, call={"dtype": F32, "sm_count": 2}, activation="silu"),
+    one(5, 24, 1024, 16, 16, call={"sm_count": 3}),
+    one(33, 24, 1024, 16, 16, call={"sm_count": 3, "sum_by_all": 0}),
+    one(2, 100, 64, 64, 50, call={"shared_per_block": 16 * 1024, "sum_by_all": 0}),
+    Call(DEVICE_GROUP, ieee=True, dtype=F32, sm_count=2),
+    Call(QKV, streams=2, sm_count=2),
     one(70, 77, 72, 40, 33, call={"only": ROWS, "sm_count": 2}, save_h=True),
     one(65, 64, 320, 64, 64, call={"only": ROWS, "sm_count": 2}),
     one(130, 130, 72, 136, 130, call={"only": ROWS, "sm_count": 1}),
@@ -138,10 +141,10 @@ def test_ordered_by_barriers_and_counters(runners, tmp_path):
 DECODE_TRIAL = one(3, 24, 512, 24, 24, call={"sm_count": 2}, save_h=True)
 ROWS_TRIAL = one(
     70,
-    70,
+    16,
     320,
-    72,
-    72,
+    64,
+    64,
     call={"only": ROWS, "sm_count": 1, "shared_per_block": 60 * 1024},
     save_h=True,
 )

@@ -15,8 +15,8 @@ namespace mk::cuda {
 
 constexpr int kVectorBytes = 16;  // of one load, store or asynchronous copy
 
-// Counters: the next ticket, blocks that have left, from kFirstArrival on arrivals at the split tiles, one for each slot,
-// then one ready counter for each (layer, row block).
+// Counters: the next ticket, blocks that have left, from kFirstArrival on arrivals at the split tiles, one for each
+// slot, then one ready counter for each (layer, row block).
 constexpr int kTicketCounter = 0;
 constexpr int kExitCounter = 32;  // a 128-byte line away
 constexpr int kFirstArrival = 64;
@@ -79,8 +79,8 @@ struct Params {
   int32_t num_layers;
   int32_t split_target;
   // Of decode only:
-  int32_t block_n;     // a constant in the other kernel
-  int32_t max_rank;    // that shared memory is made for
+  int32_t block_n;   // a constant in the other kernel
+  int32_t max_rank;  // that shared memory is made for
   int32_t sum_by_all;
 };
 

@@ -49,7 +49,9 @@ MK_DEVICE void decode_shrink_sum(ShrinkSums<Op, kTilesM>& sums, const Layer& lay
   const T* const x = static_cast<const T*>(layer.x);
   const T* const v = static_cast<const T*>(layer.v) + (rank0 + group) * layer.stride_vr;
   for (int k0 = k_begin + warp_index() * kStep; k0 < k_end; k0 += kBatch * kDecodeWarps * kStep) {
-    const auto column = [&](int b) { return k0 + b * kDecodeWarps * kStep + t * (kVectorBytes / static_cast<int>(sizeof(T))); };
+    const auto column = [&](int b) {
+      return k0 + b * kDecodeWarps * kStep + t * (kVectorBytes / static_cast<int>(sizeof(T)));
+    };
     Pack weights[kBatch][kTilesR];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b)
@@ -87,7 +89,7 @@ MK_DEVICE DecodeTile place_tile(const Params& p, const Schedule* s, int index) {
   const int splits = s->splits[tile.layer], split = tile.index % splits;
   const int k_begin = static_cast<int>(static_cast<int64_t>(steps) * split / splits) * kStep;
   const int k_end = static_cast<int>(static_cast<int64_t>(steps) * (split + 1) / splits) * kStep;
-  return {tile.layer, s->rank[tile.layer], tile.index / splits * kDecodeBlockR, splits, split,
+  return {tile.layer, s->rank[tile.layer],  tile.index / splits * kDecodeBlockR, splits, split,
           k_begin,    k_end < K ? k_end : K};
 }
 
@@ -109,9 +111,8 @@ MK_DEVICE void decode_shrink(const Params& p, Schedule* s, float* partial, int i
   for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
     for (int j = 0; j < kDecodeBlockR / 8; ++j)
-      Op::each(sums.of[i][j], [&](int row, int column, float sum) {
-        mine[(16 * i + row) * kDecodeBlockR + 8 * j + column] = sum;
-      });
+      Op::each(sums.of[i][j],
+               [&](int row, int column, float sum) { mine[(16 * i + row) * kDecodeBlockR + 8 * j + column] = sum; });
   block_barrier();
 
   const int64_t stride_h = h_columns(layer.rank, kDecodeBlockR);
@@ -167,7 +168,8 @@ MK_DEVICE void sum_h(const Params& p, const Schedule* s, int layer, int block_m,
   }
 }
 
-// Rows of whole 16-byte pieces from global to shared memory; zeros from `valid_bytes` to `bytes` and beyond `valid_rows`.
+// Rows of whole 16-byte pieces from global to shared memory; zeros from `valid_bytes` to `bytes` and beyond
+// `valid_rows`.
 MK_DEVICE void fetch_rows(unsigned char* target, int pitch, const unsigned char* source, int64_t stride_bytes, int rows,
                           int valid_rows, int bytes, int valid_bytes) {
   const int pieces = bytes / kVectorBytes;
@@ -202,8 +204,14 @@ MK_DEVICE Slice place_slice(const Params& p, const Schedule* s, int index) {
   const int left = static_cast<int>(p.layers[tile.layer].N) - n_begin;
   // H and u are read to the end of the piece that holds rank r - 1; beyond r, H is zero and u finite.
   const int valid_bytes = div_up(rank * static_cast<int>(sizeof(T)), kVectorBytes) * kVectorBytes;
-  return {tile.layer, tile.index, rank, n_begin, left < p.block_n ? left : p.block_n, decode_pitch(rank, sizeof(T)),
-          div_up(valid_bytes, kStepBytes) * kStepBytes, valid_bytes};
+  return {tile.layer,
+          tile.index,
+          rank,
+          n_begin,
+          left < p.block_n ? left : p.block_n,
+          decode_pitch(rank, sizeof(T)),
+          div_up(valid_bytes, kStepBytes) * kStepBytes,
+          valid_bytes};
 }
 
 template <class T>
@@ -218,7 +226,8 @@ MK_DEVICE void fetch_u(const Params& p, const Schedule* s, unsigned char* u, int
 
 // H whole and the slice of the bias in shared memory, once all of phase 1 is done for the layer.
 template <class T>
-MK_DEVICE void gather_h(const Params& p, const Schedule* s, const Slice& at, int block_m, unsigned char* h, float* bias) {
+MK_DEVICE void gather_h(const Params& p, const Schedule* s, const Slice& at, int block_m, unsigned char* h,
+                        float* bias) {
   const Layer& layer = p.layers[at.layer];
   const int M = static_cast<int>(layer.M);
   for (int i = thread_index(); i < at.columns; i += kDecodeThreads)

@@ -57,7 +57,9 @@ MK_DEVICE float to_float(float value) { return value; }
 MK_DEVICE float to_float(bf16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
 MK_DEVICE float to_float(f16 value) { return __half2float(__ushort_as_half(value.bits)); }
 MK_DEVICE void from_float(float& target, float value) { target = value; }
-MK_DEVICE void from_float(bf16& target, float value) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(target.bits) : "f"(value)); }
+MK_DEVICE void from_float(bf16& target, float value) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(target.bits) : "f"(value));
+}
 MK_DEVICE void from_float(f16& target, float value) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(target.bits) : "f"(value)); }
 MK_DEVICE uint32_t to_tf32(uint32_t bits) {
   uint32_t rounded;
@@ -84,10 +86,10 @@ MK_DEVICE void store16(void* target, const Pack& pack) { *static_cast<Pack*>(tar
 
 // 16 bytes from global to shared memory, through L2; zeros, and no read, unless `valid`.
 MK_DEVICE void async_copy(void* target, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(target))),
-               "l"(__cvta_generic_to_global(source)), "r"(valid ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(target))),
+      "l"(__cvta_generic_to_global(source)), "r"(valid ? 16 : 0)
+      : "memory");
 }
 MK_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kInFlight>
@@ -126,12 +128,13 @@ MK_DEVICE void load_matrices(uint32_t (&words)[4], const void* row) {
 }
 
 // c (16x8) += a (16 x 32 bytes) b (32 bytes x 8), by a whole warp, fragments as in the PTX manual.
-#define MK_MMA(name, shape, types)                                                                                 \
-  MK_DEVICE void name(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                             \
-    asm("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "      \
-        "{%0, %1, %2, %3};"                                                                                        \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                           \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                       \
+#define MK_MMA(name, shape, types)                                                     \
+  MK_DEVICE void name(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm("mma.sync.aligned." shape ".row.col.f32." types                                \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "                          \
+        "{%0, %1, %2, %3};"                                                            \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                               \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));           \
   }
 MK_MMA(mma_bf16, "m16n8k16", "bf16.bf16")
 MK_MMA(mma_f16, "m16n8k16", "f16.f16")

@@ -17,14 +17,19 @@ std::string failure(const char* call, cudaError_t error) {
 }
 
 const char* name_of(const Plan& plan) {
-  return plan.strategy == Strategy::decode ? "decode_kernel" : plan.strategy == Strategy::rows ? "rows_kernel" : "row_kernel";
+  return plan.strategy == Strategy::decode ? "decode_kernel"
+         : plan.strategy == Strategy::rows ? "rows_kernel"
+                                           : "row_kernel";
 }
 
 // "decode_kernel bfloat16 (3 layers, first M=4 N=4096 K=4096 R=256; 132 blocks, 30000 bytes shared): "
 std::string subject(const Plan& plan, const Layer* layers, int64_t n, DType dtype) {
   char text[256];
-  std::snprintf(text, sizeof text, "%s %s (%lld layers, first M=%lld N=%lld K=%lld R=%lld; %d blocks, %lld bytes shared): ",
-                name_of(plan), dtype == DType::f32 ? "float32" : dtype == DType::bf16 ? "bfloat16" : "float16",
+  std::snprintf(text, sizeof text,
+                "%s %s (%lld layers, first M=%lld N=%lld K=%lld R=%lld; %d blocks, %lld bytes shared): ", name_of(plan),
+                dtype == DType::f32    ? "float32"
+                : dtype == DType::bf16 ? "bfloat16"
+                                       : "float16",
                 static_cast<long long>(n), static_cast<long long>(layers[0].M), static_cast<long long>(layers[0].N),
                 static_cast<long long>(layers[0].K), static_cast<long long>(layers[0].R), plan.blocks,
                 static_cast<long long>(plan.shared_bytes));
@@ -75,7 +80,8 @@ std::string query_device(int32_t index, Device* device) {
 std::string launch(const Plan& plan, const Layer* layers, int64_t n, DType dtype, Precision precision, void* counters,
                    void* scratch, int64_t scratch_bytes, void* stream) {
   if (plan.strategy == Strategy::none || n < 1) return "launch: expected a plan and its layers, got " + describe(plan);
-  if (const char* reason = mismatch(plan, layers, n, dtype, scratch_bytes)) return subject(plan, layers, n, dtype) + reason;
+  if (const char* reason = mismatch(plan, layers, n, dtype, scratch_bytes))
+    return subject(plan, layers, n, dtype) + reason;
   if (plan.strategy == Strategy::row) {
 #ifdef MK_CUDA_SM90
     const sm90::Config config{plan.block_r, plan.block_m / sm90::kGroupRows, plan.cluster, plan.blocks / plan.cluster};
@@ -85,7 +91,8 @@ std::string launch(const Plan& plan, const Layer* layers, int64_t n, DType dtype
 #endif
   }
   if (!counters || reinterpret_cast<uintptr_t>(counters) % 16 || reinterpret_cast<uintptr_t>(scratch) % 256)
-    return subject(plan, layers, n, dtype) + "expected counters on a multiple of 16 and scratch on a multiple of 256 bytes";
+    return subject(plan, layers, n, dtype) +
+           "expected counters on a multiple of 16 and scratch on a multiple of 256 bytes";
   const Instance instance = find_instance(plan, dtype, precision);
   if (!instance.kernel) return subject(plan, layers, n, dtype) + "no kernel for this precision";
   if (const cudaError_t error = allow_shared(instance.kernel, instance.slot, plan.shared_bytes)) {
@@ -94,9 +101,9 @@ std::string launch(const Plan& plan, const Layer* layers, int64_t n, DType dtype
   }
   Params params = make_params(plan, layers, n, dtype, counters, scratch);
   void* arguments[] = {&params};
-  if (const cudaError_t error =
-          cudaLaunchKernel(instance.kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)),
-                           arguments, static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream))) {
+  if (const cudaError_t error = cudaLaunchKernel(
+          instance.kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)),
+          arguments, static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream))) {
     static_cast<void>(cudaGetLastError());  // or the next call of somebody else would report it
     return subject(plan, layers, n, dtype) + failure("cudaLaunchKernel", error);
   }

@@ -13,7 +13,7 @@ namespace mk::cuda {
 
 // What a plan depends on; filled in by query_device(), or by hand in a test.
 struct Device {
-  int32_t cc;                // compute capability, 10 * major + minor
+  int32_t cc;  // compute capability, 10 * major + minor
   int32_t sm_count;
   int32_t shared_per_block;  // bytes a block may opt in to
   int32_t shared_per_sm;     // bytes
@@ -64,11 +64,11 @@ std::string query_device(int32_t index, Device* device);
 // Enqueues one kernel on `stream` (a cudaStream_t) of the current device, for the layers that `plan` was made for;
 // pointers, bias, activation and h may differ, and a rank may be lower. What no longer fits the plan is refused.
 //
-// counters: plan.counter_bytes, 16-byte aligned, zeroed once when allocated and never again: a launch leaves them at zero.
-// scratch: plan.scratch_bytes at least, 256-byte aligned, contents of no interest before or after.
-// One of each for every (device, stream), and for every captured graph that may be replayed beside others: launches
-// that share them must follow one another. The row kernel uses neither; null will do where scratch_bytes is 0.
-// Nothing is allocated, cleared or waited for, so a launch can be captured in a CUDA graph.
+// counters: plan.counter_bytes, 16-byte aligned, zeroed once when allocated and never again: a launch leaves them at
+// zero. scratch: plan.scratch_bytes at least, 256-byte aligned, contents of no interest before or after. One of each
+// for every (device, stream), and for every captured graph that may be replayed beside others: launches that share them
+// must follow one another. The row kernel uses neither; null will do where scratch_bytes is 0. Nothing is allocated,
+// cleared or waited for, so a launch can be captured in a CUDA graph.
 std::string launch(const Plan& plan, const Layer* layers, int64_t n, DType dtype, Precision precision, void* counters,
                    void* scratch, int64_t scratch_bytes, void* stream);
 

@@ -71,12 +71,16 @@ MK_DEVICE void apply(float (&z)[kCount], F&& f) {
 template <int kCount>
 MK_DEVICE void activate(float (&z)[kCount], Activation activation) {
   switch (activation) {
-    case Activation::relu: return apply(z, [](float a) { return a < 0.f ? 0.f : a; });  // NaN stays
-    case Activation::gelu: return apply(z, [](float a) { return 0.5f * a * (1.f + erff(a * 0.70710678f)); });
+    case Activation::relu:
+      return apply(z, [](float a) { return a < 0.f ? 0.f : a; });  // NaN stays
+    case Activation::gelu:
+      return apply(z, [](float a) { return 0.5f * a * (1.f + erff(a * 0.70710678f)); });
     case Activation::gelu_tanh:
       return apply(z, [](float a) { return a * sigmoid(1.5957691f * (a + 0.044715f * a * a * a)); });
-    case Activation::silu: return apply(z, [](float a) { return a * sigmoid(a); });
-    case Activation::none: return;
+    case Activation::silu:
+      return apply(z, [](float a) { return a * sigmoid(a); });
+    case Activation::none:
+      return;
   }
 }
 

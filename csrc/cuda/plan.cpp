@@ -82,7 +82,8 @@ int64_t max_rows(const Layer* layers, int64_t n) {
 void size_grid(Plan& p, const Layer* layers, int64_t n, DType dtype, int64_t resident) {
   int64_t split_tiles = 0;
   for (int64_t i = 0; i < n; ++i)
-    split_tiles += div_up(layers[i].M, p.block_m) * div_up(bound(layers[i]), p.block_r) * max_splits(p, layers[i], dtype);
+    split_tiles +=
+        div_up(layers[i].M, p.block_m) * div_up(bound(layers[i]), p.block_r) * max_splits(p, layers[i], dtype);
   p.split_target = static_cast<int32_t>(resident);
   p.blocks = static_cast<int32_t>(std::min(resident, std::max(split_tiles, count_tiles(p, layers, n).expand)));
   p.scratch_bytes = scratch_bytes(p, layers, n, dtype);
@@ -170,7 +171,8 @@ const char* plan_rows(Plan& p, const Layer* layers, int64_t n, DType dtype, Prec
     if (large && tiles.expand < device.sm_count) continue;
     const int64_t fit = std::max<int64_t>(device.shared_per_sm / (p.shared_bytes + 1024), 1);  // 1 KiB is CUDA's own
     const int64_t resident = device.sm_count * std::min<int64_t>(fit, shape.blocks_per_sm);
-    if (4 * (kFirstArrival + tiles.rows + resident) > kCounterBytes) return "M has more row blocks than there are counters";
+    if (4 * (kFirstArrival + tiles.rows + resident) > kCounterBytes)
+      return "M has more row blocks than there are counters";
     if (tiles.shrink + tiles.expand > int64_t{1} << 30) return "more than 2^30 tiles";
     size_grid(p, layers, n, dtype, resident);
     return nullptr;
@@ -209,7 +211,7 @@ Plan plan(const Layer* layers, int64_t n, DType dtype, Precision precision, cons
   struct Candidate {
     Strategy strategy;
     const Plan* plan;
-    const char* Plan::*refused;
+    const char* Plan::* refused;
     const char* later;  // what the ones behind it are told
   };
   const Candidate first = {Strategy::decode, &decode, &Plan::decode_refused, "comes after decode"};
@@ -240,7 +242,8 @@ std::string describe(const Plan& p) {
   if (p.strategy != Strategy::none) {
     char sizes[192];
     std::snprintf(sizes, sizeof sizes, ": %d blocks of %d threads, tiles of H %dx%d and of y %dx%d, %.1f KiB shared",
-                  p.blocks, p.threads, p.block_m, p.block_r, p.block_m, p.block_n, static_cast<double>(p.shared_bytes) / 1024);
+                  p.blocks, p.threads, p.block_m, p.block_r, p.block_m, p.block_n,
+                  static_cast<double>(p.shared_bytes) / 1024);
     text += sizes;
     if (p.sum_by_all) text += ", every block sums H";
     if (p.cluster > 1) text += ", clusters of " + std::to_string(p.cluster);
@@ -260,7 +263,9 @@ const char* mismatch(const Plan& p, const Layer* layers, int64_t n, DType dtype,
     const auto rank = static_cast<int>(max_rank(layers, n)), element = static_cast<int>(element_bytes(dtype));
     const bool fits = DecodeShared(p.block_m, p.block_n, rank, element).total() <= p.shared_bytes;
     const bool counted = 4 * (kFirstArrival + n + p.split_target) <= p.counter_bytes;
-    return fits && counted && max_rows(layers, n) <= p.block_m ? nullptr : "layers: expected number, M and rank to be at most those of the plan";
+    return fits && counted && max_rows(layers, n) <= p.block_m
+               ? nullptr
+               : "layers: expected number, M and rank to be at most those of the plan";
   }
   for (int64_t i = 0; i < n; ++i)
     if (!wide_factors(layers[i], dtype)) return "x or v is not in whole 16-byte pieces, as it was for the plan";

@@ -1,5 +1,5 @@
-// Any number of rows: phase 1 cuts H into tiles by splits of K, phase 2 cuts y into tiles. A tile of y waits for its own
-// row block of H only, and fetches the first steps of u before it does.
+// Any number of rows: phase 1 cuts H into tiles by splits of K, phase 2 cuts y into tiles. A tile of y waits for its
+// own row block of H only, and fetches the first steps of u before it does.
 #pragma once
 
 #include "schedule.cuh"
@@ -66,7 +66,8 @@ MK_DEVICE ShrinkPlace place_shrink(const Schedule* s, int index) {
   const Tile tile = find_tile(s->shrink_end, index);
   const int rank = s->rank[tile.layer], splits = s->splits[tile.layer], unsplit = tile.index / splits;
   const int tiles_r = div_up(rank, kShape.block_n), block = unsplit / tiles_r;
-  return {tile.layer, rank, splits, tile.index % splits, block, block * kShape.block_m, unsplit % tiles_r * kShape.block_n};
+  return {
+      tile.layer, rank, splits, tile.index % splits, block, block * kShape.block_m, unsplit % tiles_r * kShape.block_n};
 }
 
 template <class Op, bool kLarge>
@@ -81,12 +82,12 @@ MK_DEVICE RowsTile<kLarge> rows_shrink_sum(const Params& p, const Schedule* s, u
   const int64_t stride_x = layer.stride_xm * static_cast<int64_t>(sizeof(T));
   const int64_t stride_v = layer.stride_vr * static_cast<int64_t>(sizeof(T));
   const Operand x{static_cast<const unsigned char*>(layer.x) + at.m0 * stride_x + offset, stride_x,
-                  static_cast<int>(layer.M) - at.m0, bytes - offset};
+                  static_cast<int>(layer.M) - at.m0};
   // Rows of v from r on count as zeros: that is the rank mask.
   const Operand v{static_cast<const unsigned char*>(layer.v) + at.rank0 * stride_v + offset, stride_v,
-                  at.rank - at.rank0, bytes - offset};
+                  at.rank - at.rank0};
   RowsTile<kLarge> sums = {};
-  sums.template run<Op>(work, x, v, last - first, [] {});
+  sums.template run<Op>(work, x, v, last - first, bytes - offset, [] {});
   return sums;
 }
 
@@ -170,12 +171,12 @@ MK_DEVICE RowsTile<kLarge> rows_expand_sum(const Params& p, const Schedule* s, u
   const int bytes = div_up(at.rank * static_cast<int>(sizeof(T)), kVectorBytes) * kVectorBytes;
   const int64_t stride_h = h_columns(layer.rank, kShape.block_n) * static_cast<int64_t>(sizeof(T));
   const int64_t stride_u = layer.stride_un * static_cast<int64_t>(sizeof(T));
-  const Operand h{p.h[at.layer] + at.m0 * stride_h, stride_h, static_cast<int>(layer.M) - at.m0, bytes};
+  const Operand h{p.h[at.layer] + at.m0 * stride_h, stride_h, static_cast<int>(layer.M) - at.m0};
   const Operand u{static_cast<const unsigned char*>(layer.u) + at.n0 * stride_u, stride_u,
-                  static_cast<int>(layer.N) - at.n0, bytes};
+                  static_cast<int>(layer.N) - at.n0};
   const uint32_t* const ready = p.counters + s->ready[at.layer] + at.block;
   RowsTile<kLarge> sums = {};
-  sums.template run<Op>(work, h, u, div_up(bytes, kRowsStepBytes),
+  sums.template run<Op>(work, h, u, div_up(bytes, kRowsStepBytes), bytes,
                         [&] { wait_for_h(ready, div_up(at.rank, kShape.block_n)); });
   return sums;
 }

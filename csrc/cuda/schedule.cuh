@@ -48,7 +48,8 @@ MK_DEVICE void make_schedule(Schedule* s, const Params& p, int block_m, int bloc
   const int unsplit = last_lane(inclusive_sum(tiles));
   const int target = unsplit > 0 && unsplit < p.split_target ? p.split_target / unsplit : 1;
   const int splits = i < p.num_layers && target > p.max_splits[i] ? p.max_splits[i] : target;
-  const int shrink_end = inclusive_sum(tiles * splits), expand_end = inclusive_sum(columns), ready = inclusive_sum(rows);
+  const int shrink_end = inclusive_sum(tiles * splits), expand_end = inclusive_sum(columns),
+            ready = inclusive_sum(rows);
   if (i < p.num_layers) {
     s->rank[i] = rank;
     s->splits[i] = splits;
@@ -103,8 +104,8 @@ MK_DEVICE void wait_for_h(const uint32_t* counter, int count) {
 }
 
 // Calls work(index) for the tiles below `end` that this block claims. `next` is thread 0's first ticket; the following
-// ones are drawn while a tile is worked on. A block that waits in phase 2 may so hold another tile of phase 2, but never
-// one of phase 1, and tiles of phase 1 do not wait. `end` is in shared memory: registers are scarce.
+// ones are drawn while a tile is worked on. A block that waits in phase 2 may so hold another tile of phase 2, but
+// never one of phase 1, and tiles of phase 1 do not wait. `end` is in shared memory: registers are scarce.
 template <class Work>
 MK_DEVICE void claim_tiles(Schedule* s, uint32_t* ticket, uint32_t next, const int& end, Work&& work) {
   for (int turn = 0;; turn ^= 1) {

@@ -1,16 +1,17 @@
-// One tile of A · B^T by a block: A (block_m, length) and B (block_n, length) in global memory, row-major, through a ring
-// of asynchronous copies in shared memory. K is counted in bytes: nothing here depends on the dtype but the mma itself.
+// One tile of A · B^T by a block: A (block_m, length) and B (block_n, length) in global memory, row-major, through a
+// ring of asynchronous copies in shared memory. K is counted in bytes: nothing here depends on the dtype but the mma
+// itself.
 #pragma once
 
 #include "ops.cuh"
 
 namespace mk::cuda {
 
-// Rows of an operand, 16-byte aligned; reads past valid_rows or valid_bytes give zeros.
+// Rows of an operand, 16-byte aligned; reads past valid_rows give zeros.
 struct Operand {
   const unsigned char* base;
   int64_t stride_bytes;
-  int valid_rows, valid_bytes;
+  int valid_rows;
 };
 
 // A row of a stage is kRowsStepBytes = 8 pieces of 16 bytes. Piece c of row i lies at c ^ i % 8, so that neither the
@@ -37,26 +38,24 @@ struct RowsTile {
     static_assert(kRows % kRowsAtOnce == 0, "every thread copies the same number of pieces");
     const unsigned char* source;
     int64_t stride_bytes;
-    int rows_left, bytes_left;
+    int rows_left;
 
     MK_DEVICE explicit Fetcher(const Operand& from) {
       const int row = thread_index() / kPieces, column = thread_index() % kPieces * kVectorBytes;
       source = from.base + row * from.stride_bytes + column;
       stride_bytes = from.stride_bytes;
       rows_left = from.valid_rows - row;
-      bytes_left = from.valid_bytes - column;
     }
-    // The next step of K to `target`; to be called for one step after the other.
-    MK_DEVICE void fetch(unsigned char* target) {
+    // The next step of K to `target`, zeros unless `valid`; to be called for one step after the other.
+    MK_DEVICE void fetch(unsigned char* target, bool valid) {
       target += swizzled(thread_index() / kPieces, thread_index() % kPieces);
       const unsigned char* piece = source;
 #pragma unroll
       for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-        async_copy(target + i * kRowsAtOnce * kRowsStepBytes, piece, bytes_left > 0 && i * kRowsAtOnce < rows_left);
+        async_copy(target + i * kRowsAtOnce * kRowsStepBytes, piece, valid && i * kRowsAtOnce < rows_left);
         piece += kRowsAtOnce * stride_bytes;
       }
       source += kRowsStepBytes;
-      bytes_left -= kRowsStepBytes;
     }
   };
 
@@ -83,19 +82,21 @@ struct RowsTile {
     }
   }
 
-  // Adds A · B^T over `steps` steps. B is fetched before `wait_for_a` is called, A after it; all of `ring` is free when
-  // this is called and when it returns.
+  // Adds A · B^T over `steps` steps, of which columns from `bytes` on count as zeros. B is fetched before `wait_for_a`
+  // is called, A after it; all of `ring` is free when this is called and when it returns.
   template <class Op, class Wait>
-  MK_DEVICE void run(unsigned char* ring, const Operand& a, const Operand& b, int steps, Wait&& wait_for_a) {
+  MK_DEVICE void run(unsigned char* ring, const Operand& a, const Operand& b, int steps, int bytes, Wait&& wait_for_a) {
     constexpr int kOffsetB = kShape.block_m * kRowsStepBytes, kStage = kShape.stage_bytes(), kRing = kStages * kStage;
+    bytes -= thread_index() % kPieces * kVectorBytes;  // from this thread's pieces of a step
     Fetcher<kShape.block_n> from_b(b);
 #pragma unroll 1
-    for (int s = 0; s < kStages - 1 && s < steps; ++s) from_b.fetch(ring + s * kStage + kOffsetB);
+    for (int s = 0; s < kStages - 1 && s < steps; ++s)
+      from_b.fetch(ring + s * kStage + kOffsetB, s * kRowsStepBytes < bytes);
     wait_for_a();
     Fetcher<kShape.block_m> from_a(a);
 #pragma unroll 1
     for (int s = 0; s < kStages - 1; ++s) {
-      if (s < steps) from_a.fetch(ring + s * kStage);
+      if (s < steps) from_a.fetch(ring + s * kStage, s * kRowsStepBytes < bytes);
       async_commit();  // also where there is nothing: the count of groups is what a step waits for
     }
     int now = 0, ahead = (kStages - 1) * kStage;
@@ -103,9 +104,11 @@ struct RowsTile {
     for (; steps > 0; --steps) {
       async_wait<kStages - 2>();
       block_barrier();  // this step has landed for all threads, and all have left the step before, whose stage is next
+      bytes -= kRowsStepBytes;
       if (steps >= kStages) {
-        from_b.fetch(ring + ahead + kOffsetB);
-        from_a.fetch(ring + ahead);
+        const bool valid = (kStages - 2) * kRowsStepBytes < bytes;
+        from_b.fetch(ring + ahead + kOffsetB, valid);
+        from_a.fetch(ring + ahead, valid);
       }
       async_commit();
       multiply<Op>(ring + now, ring + now + kOffsetB);
@@ -125,8 +128,8 @@ struct RowsTile {
       for (int j = 0; j < kWarpN; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          tile[(warp_row() + 16 * i + group + e / 2 * 8) * kShape.tile_pitch() + warp_column() + 8 * j + 2 * t + e % 2] =
-              sums[i][j][e];
+          tile[(warp_row() + 16 * i + group + e / 2 * 8) * kShape.tile_pitch() + warp_column() + 8 * j + 2 * t +
+               e % 2] = sums[i][j][e];
     block_barrier();
   }
 };

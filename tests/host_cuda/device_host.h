@@ -21,7 +21,9 @@ inline int block_count() { return self().block->grid.blocks; }
 inline bool fault(host::Fault fault) { return host::injection.fault == fault; }
 
 inline void block_barrier() {
-  if (self().block->start == 0 && self().barriers_passed++ == host::injection.ordinal && fault(host::Fault::kBlockBarrier)) return;
+  if (self().block->start == 0 && self().barriers_passed++ == host::injection.ordinal &&
+      fault(host::Fault::kBlockBarrier))
+    return;
   self().block->barrier.wait<host::Edges::kMemory>(static_cast<unsigned>(thread_count()));
 }
 
@@ -128,12 +130,15 @@ inline uint32_t add_to_counter(uint32_t* target, uint32_t value, int order) {
                                      : __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
 }
 inline uint32_t atomic_add(uint32_t* target, uint32_t value) { return add_to_counter(target, value, __ATOMIC_RELAXED); }
-inline uint32_t atomic_add_acq_rel(uint32_t* target, uint32_t value) { return add_to_counter(target, value, __ATOMIC_ACQ_REL); }
+inline uint32_t atomic_add_acq_rel(uint32_t* target, uint32_t value) {
+  return add_to_counter(target, value, __ATOMIC_ACQ_REL);
+}
 inline void add_release(uint32_t* target, uint32_t value) { add_to_counter(target, value, __ATOMIC_RELEASE); }
 inline void wait_until(const uint32_t* counter, uint32_t value) {
   if (fault(host::Fault::kWaitForH)) return;
   const host::Word& writes = host::scheduler.counter_writes;
-  for (unsigned now = writes.load(relaxed); __atomic_load_n(counter, __ATOMIC_ACQUIRE) != value; now = writes.load(relaxed))
+  for (unsigned now = writes.load(relaxed); __atomic_load_n(counter, __ATOMIC_ACQUIRE) != value;
+       now = writes.load(relaxed))
     host::wait_for_change(writes, now);
 }
 

@@ -1,10 +1,10 @@
 // Runs grids on one operating system thread: every CUDA thread is a fiber.
 //
-// Why not std::thread: ThreadSanitizer needs a clock for each CUDA thread, not real concurrency; its fibers have one, and
-// a switch marked "no sync" adds no happens-before edge. In return the order is ours: a thread runs until it must wait,
-// then the first by priority that can run does. Some race ahead as far as the barriers let them, so a missing barrier
-// reads poison even without a sanitizer; failures repeat; a deadlock is reported. Blocks start in the order of their
-// index, no more than `resident` at a time, which stands for a device that is busy with something else.
+// Why not std::thread: ThreadSanitizer needs a clock for each CUDA thread, not real concurrency; its fibers have one,
+// and a switch marked "no sync" adds no happens-before edge. In return the order is ours: a thread runs until it must
+// wait, then the first by priority that can run does. Some race ahead as far as the barriers let them, so a missing
+// barrier reads poison even without a sanitizer; failures repeat; a deadlock is reported. Blocks start in the order of
+// their index, no more than `resident` at a time, which stands for a device that is busy with something else.
 #pragma once
 
 #include <stdint.h>
@@ -33,7 +33,15 @@ constexpr size_t kStackBytes = 256 * 1024;
 constexpr auto relaxed = std::memory_order_relaxed;
 using Word = std::atomic<unsigned>;
 
-enum Status { kPass = 0, kWrongResult = 1, kBadInput = 2, kDeadlock = 3, kMisaligned = 4, kThreadSanitizer = 66, kAddressSanitizer = 67 };
+enum Status {
+  kPass = 0,
+  kWrongResult = 1,
+  kBadInput = 2,
+  kDeadlock = 3,
+  kMisaligned = 4,
+  kThreadSanitizer = 66,
+  kAddressSanitizer = 67
+};
 
 // Faults that the tests of the tests inject. `ordinal` counts the block barriers of the first block.
 enum class Fault { kNone, kBlockBarrier, kAsyncWait, kRelease, kWaitForH };
@@ -68,7 +76,10 @@ struct Grid {
 
 struct Block {
   Block(const Grid& grid_, int index_, int start_)
-      : grid(grid_), index(index_), start(start_), shared(static_cast<unsigned char*>(operator new(grid.shared_bytes, kAlignment))),
+      : grid(grid_),
+        index(index_),
+        start(start_),
+        shared(static_cast<unsigned char*>(operator new(grid.shared_bytes, kAlignment))),
         warps(static_cast<size_t>(grid.threads / kWarpSize)) {
     memset(shared, 0xFF, grid.shared_bytes);  // NaN in every dtype
   }
@@ -180,9 +191,9 @@ inline Fiber* sleep_on(const Word& word, unsigned value) {
     if (const Word* word = fiber->watched.load(relaxed); word && word != &scheduler.never)
       std::fprintf(stderr, "  block %d thread %d waits for %s\n", fiber->block->start, fiber->thread,
                    word == &fiber->block->barrier.phase ? "its block"
-                   : word == &scheduler.counter_writes   ? "a counter"
-                   : word == &scheduler.finished_blocks  ? "an SM"
-                                                         : "its warp");
+                   : word == &scheduler.counter_writes  ? "a counter"
+                   : word == &scheduler.finished_blocks ? "an SM"
+                                                        : "its warp");
   std::_Exit(status);
 }
 
@@ -208,7 +219,8 @@ void Barrier::wait(unsigned threads) {
 
 inline void wait_for_residency(const Block& block) {
   const Word& finished = scheduler.finished_blocks;
-  for (unsigned now = finished.load(relaxed); block.start >= static_cast<int>(now) + scheduler.resident; now = finished.load(relaxed))
+  for (unsigned now = finished.load(relaxed); block.start >= static_cast<int>(now) + scheduler.resident;
+       now = finished.load(relaxed))
     wait_for_change(finished, now);
 }
 
@@ -229,9 +241,12 @@ inline void wait_for_residency(const Block& block) {
     Fiber& me = self();
     if (me.block->running.fetch_sub(1, relaxed) == 1) scheduler.finished_blocks.fetch_add(1, relaxed);
     Fiber* const next = sleep_on(scheduler.never, 0);
-    if (scheduler.alive.fetch_sub(1, std::memory_order_release) == 1) switch_to(me.context, scheduler.main);
-    else if (next == nullptr) fail(kDeadlock, "no thread can continue");
-    else resume(next, me.context);
+    if (scheduler.alive.fetch_sub(1, std::memory_order_release) == 1)
+      switch_to(me.context, scheduler.main);
+    else if (next == nullptr)
+      fail(kDeadlock, "no thread can continue");
+    else
+      resume(next, me.context);
   }
 }
 
@@ -241,7 +256,8 @@ inline std::unique_ptr<Fiber> make_fiber() {
   context.stack_bottom = fiber->stack.get();
   context.stack_bytes = kStackBytes;
   // Six registers, the address for `ret`, and a null return address that keeps the ABI's alignment.
-  auto* frame = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(fiber->stack.get() + kStackBytes) & ~uintptr_t{15}) - 8;
+  auto* frame =
+      reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(fiber->stack.get() + kStackBytes) & ~uintptr_t{15}) - 8;
   std::fill(frame, frame + 8, nullptr);
   frame[6] = reinterpret_cast<void*>(&fiber_main);
   context.stack_pointer = frame;

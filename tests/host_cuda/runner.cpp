@@ -28,10 +28,12 @@ using std::string, std::vector;
 // Exactly `bytes`, `shift` bytes off a multiple of 256: what lies beyond is ASan's.
 class Buffer {
  public:
-  Buffer(size_t bytes, size_t shift) : bytes_(bytes), shift_(shift), memory_(static_cast<unsigned char*>(operator new(shift + bytes, kAlignment))) {
+  Buffer(size_t bytes, size_t shift)
+      : bytes_(bytes), shift_(shift), memory_(static_cast<unsigned char*>(operator new(shift + bytes, kAlignment))) {
     poison();
   }
-  Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), shift_(other.shift_), memory_(std::exchange(other.memory_, nullptr)) {}
+  Buffer(Buffer&& other) noexcept
+      : bytes_(other.bytes_), shift_(other.shift_), memory_(std::exchange(other.memory_, nullptr)) {}
   ~Buffer() {
     if (memory_) operator delete(memory_, kAlignment);
   }
@@ -52,6 +54,7 @@ struct Call {
   Strategy only;
   Device device;
   int streams;
+  int64_t sum_by_all;  // -1: as planned
   vector<Layer> layers;
   vector<Buffer> inputs, outputs;
   vector<int32_t> ranks;
@@ -89,7 +92,9 @@ void read_layer(Reader& in, Call& call) {
     *operand = call.inputs.back().size() ? call.inputs.back().data() : nullptr;
   }
   const int64_t element = call.dtype == DType::f32 ? 4 : 2;
-  const auto bytes = [&](int64_t stride, int64_t columns) { return static_cast<size_t>(((layer.M - 1) * stride + columns) * element); };
+  const auto bytes = [&](int64_t stride, int64_t columns) {
+    return static_cast<size_t>(((layer.M - 1) * stride + columns) * element);
+  };
   call.outputs.emplace_back(bytes(layer.stride_ym, layer.N), shift);
   layer.y = call.outputs.back().data();
   call.outputs.emplace_back(wants_h && layer.rank ? bytes(layer.stride_hm, layer.rank) : 0, shift);
@@ -102,8 +107,10 @@ Call read_call(Reader& in) {
   call.dtype = static_cast<DType>(in.number());
   call.precision = static_cast<Precision>(in.number());
   call.only = static_cast<Strategy>(in.number());
-  call.device = {80, static_cast<int32_t>(in.number()), static_cast<int32_t>(in.number()), static_cast<int32_t>(in.number())};
+  call.device = {80, static_cast<int32_t>(in.number()), static_cast<int32_t>(in.number()),
+                 static_cast<int32_t>(in.number())};
   call.streams = static_cast<int>(in.number());
+  call.sum_by_all = in.number();
   const int64_t n = in.number();
   call.ranks.reserve(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) read_layer(in, call);
@@ -132,11 +139,14 @@ struct Workspace {
 size_t short_bytes = 0;
 host::Grid make_grid(const Call& call, const Plan& plan, Workspace& workspace, const vector<Layer>& layers) {
   const auto n = static_cast<int64_t>(layers.size());
-  if (const char* reason = mismatch(plan, layers.data(), n, call.dtype, plan.scratch_bytes)) stop(host::kBadInput, reason);
-  const Params params = make_params(plan, layers.data(), n, call.dtype, workspace.counters.data(), workspace.scratch.data());
+  if (const char* reason = mismatch(plan, layers.data(), n, call.dtype, plan.scratch_bytes))
+    stop(host::kBadInput, reason);
+  const Params params =
+      make_params(plan, layers.data(), n, call.dtype, workspace.counters.data(), workspace.scratch.data());
   const int arrays = plan.strategy == Strategy::decode ? 4 : 2;
   const Kernel kernel = find_kernel(plan, call.dtype, call.precision);
-  return {plan.blocks, plan.threads, static_cast<size_t>(plan.shared_bytes) + static_cast<size_t>(arrays * kSharedGap) - short_bytes,
+  return {plan.blocks, plan.threads,
+          static_cast<size_t>(plan.shared_bytes) + static_cast<size_t>(arrays * kSharedGap) - short_bytes,
           [=] { kernel(params); }};
 }
 
@@ -152,13 +162,15 @@ vector<Layer> with_outputs(const Call& call, vector<Buffer>& outputs) {
 
 void run(Call& call, const string& name, std::ofstream& out) {
   const auto n = static_cast<int64_t>(call.layers.size());
-  const Plan p = plan(call.layers.data(), n, call.dtype, call.precision, call.device, call.only);
+  Plan p = plan(call.layers.data(), n, call.dtype, call.precision, call.device, call.only);
+  if (call.sum_by_all >= 0) p.sum_by_all = call.sum_by_all;
   std::printf("%s: %s\n", name.c_str(), describe(p).c_str());
   if (p.strategy == Strategy::none) stop(host::kBadInput, name + ": " + describe(p));
   vector<Workspace> workspaces;
   vector<vector<Buffer>> outputs(static_cast<size_t>(call.streams));
   for (auto& buffers : outputs) {
-    workspaces.push_back({vector<uint32_t>(static_cast<size_t>(p.counter_bytes / 4), 0), Buffer(static_cast<size_t>(p.scratch_bytes), 0)});
+    workspaces.push_back({vector<uint32_t>(static_cast<size_t>(p.counter_bytes / 4), 0),
+                          Buffer(static_cast<size_t>(p.scratch_bytes), 0)});
     const auto shift = reinterpret_cast<uintptr_t>(call.outputs[0].data()) % 256;
     for (const Buffer& like : call.outputs) buffers.emplace_back(like.size(), shift);
   }
@@ -180,7 +192,8 @@ void run(Call& call, const string& name, std::ofstream& out) {
         if (counter != 0) stop(host::kWrongResult, name + ": a counter was not left at zero");
       for (size_t b = 0; b < call.outputs.size(); ++b) {
         if (seed == 1 && i == 0) memcpy(call.outputs[b].data(), outputs[i][b].data(), outputs[i][b].size());
-        if (!(outputs[i][b] == call.outputs[b])) stop(host::kWrongResult, name + ": the result depends on the order of execution");
+        if (!(outputs[i][b] == call.outputs[b]))
+          stop(host::kWrongResult, name + ": the result depends on the order of execution");
       }
     }
   }
