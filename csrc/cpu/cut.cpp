@@ -11,8 +11,8 @@ constexpr double kHidingRows = 32;       // more of it where each weight serves 
 constexpr double kHandover = 12000;      // cycles until all threads see H
 constexpr double kHandoverBytes = 4;     // bytes of H per cycle that come from other cores
 constexpr double kRegion = 9000, kRegionThread = 300;
-constexpr int64_t kBlockRows = 96;
-constexpr int64_t kPartStep = 32;  // parts of K begin at whole units
+constexpr int64_t kBlockRows = 192;  // H and the sums of a block stay in the core's cache
+constexpr int64_t kPartStep = 32;    // parts of K begin at whole units
 
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
