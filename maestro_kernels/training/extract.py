@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from maestro_kernels.nn import LoDLinear, lod_layers, to_dense, ungroup
-from maestro_kernels.nn.convert import swap_layers
+from maestro_kernels.nn.convert import in_place_of, swap_layers
 from maestro_kernels.nn.layer import check_int
 from maestro_kernels.nn.moments import check_batches
 from maestro_kernels.nn.pivoted import PivotedLinear, error_ratio
@@ -207,6 +207,8 @@ class ExtractionPath:
         check_int(fn, "min_rank", min_rank, 0)
         check_int(fn, "multiple_of", multiple_of, 1)
         self._fn, self._batches = fn, data
+        # The [I; U] form of (layer, rank), None where it is too inaccurate.
+        self._pivoted: dict[tuple[str, int], PivotedLinear | None] = {}
         self._model = copy.deepcopy(unwrapped(model))
         self._layers = require_layers(fn, self._model)
         for layer in self._layers.values():
@@ -223,7 +225,6 @@ class ExtractionPath:
         self._kind, self._costs = kind, measure_costs(*args)
         if self._costs.unit == "ms":
             self._costs = self._fitted()
-        self._accurate: dict[tuple[str, int], bool] = {}
         self._at = [dict.fromkeys(self._layers, 0)]
         self.steps = [Step(None, self._nominal(self._at[0]), self._objective.full)]
         walk = greedy if method == "greedy" else additive
@@ -300,17 +301,18 @@ class ExtractionPath:
         return found
 
     def _is_accurate(self, name: str, rank: int) -> bool:
-        if (name, rank) not in self._accurate:
+        if (name, rank) not in self._pivoted:
             layer, x = self._layers[name], self._seen[name].x
             assert isinstance(layer, LoDLinear)
             assert x is not None
             rows = x.reshape(-1, layer.in_features)[:_ROWS].to(layer.v.dtype)
             before = layer.rank
             layer.rank = rank
-            ratio = error_ratio(layer, PivotedLinear.from_lod(layer), rows)
+            made = PivotedLinear.from_lod(layer)
+            accurate = error_ratio(layer, made, rows) <= _ERROR_RATIO
             layer.rank = before
-            self._accurate[name, rank] = ratio <= _ERROR_RATIO
-        return self._accurate[name, rank]
+            self._pivoted[name, rank] = made if accurate else None
+        return self._pivoted[name, rank] is not None
 
     def _build(
         self, at: Mapping[str, int], ways: Mapping[str, Way], limit: float, cost: float
@@ -336,7 +338,12 @@ class ExtractionPath:
         layers = dict(zip(self._layers, lod_layers(twin).values(), strict=True))
         made: dict[nn.Module, nn.Module] = {}
         for name, layer in layers.items():
-            new = deployed(layer, self._costs.levels[name][at[name]].rank, ways[name].form)
+            rank = self._costs.levels[name][at[name]].rank
+            made_before = self._pivoted.get((name, rank))
+            if ways[name].form == "pivoted" and made_before is not None:
+                new = in_place_of(layer, copy.deepcopy(made_before), share=True)
+            else:
+                new = deployed(layer, rank, ways[name].form)
             if new is not layer:
                 made[layer] = new
         ungroup(twin, only=made)
