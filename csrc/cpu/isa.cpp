@@ -58,7 +58,7 @@ Isa supported(Isa cap) {
   if (cap < Isa::avx512_bf16 || !all(seven_one.eax, 1u << 5)) return Isa::avx512;
   const bool amx = all(seven.edx, 1u << 22 | 1u << 24) && all(state, tile_state);  // AMX_BF16, AMX_TILE
   if (cap < Isa::amx || !amx || !permit_tiles()) return Isa::avx512_bf16;
-  return Isa::amx;
+  return cap < Isa::amx_fp16 || !all(seven_one.eax, 1u << 21) ? Isa::amx : Isa::amx_fp16;
 }
 
 #else
@@ -69,12 +69,13 @@ Isa supported(Isa) { return Isa::portable; }
 
 Isa cap_from_environment() {
   const char* cap = std::getenv("MK_CPU_ISA");
-  if (cap == nullptr) return Isa::amx;
+  if (cap == nullptr) return Isa::amx_fp16;
   if (std::strcmp(cap, "portable") == 0) return Isa::portable;
   if (std::strcmp(cap, "avx2") == 0) return Isa::avx2;
   if (std::strcmp(cap, "avx512") == 0) return Isa::avx512;
   if (std::strcmp(cap, "avx512_bf16") == 0) return Isa::avx512_bf16;
-  return Isa::amx;
+  if (std::strcmp(cap, "amx") == 0) return Isa::amx;
+  return Isa::amx_fp16;
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// AMX: tiles of 16 x 16 sums, 32 k at a time. The units of a bfloat16 panel are the rows of B tiles as they lie.
+// AMX: tiles of 16 x 16 sums, 32 k at a time. The units of a panel of pairs are the rows of B tiles as they lie;
+// float16 is packed in pairs here, too.
 #include "kernel.h"
 #include "vec_avx512.h"
 
@@ -7,9 +8,10 @@
 namespace mk::cpu {
 namespace {
 
+template <DType D>
 struct TileFormat {
-  static constexpr DType dtype = DType::bf16;
-  static constexpr DType a_dtype = DType::bf16;
+  static constexpr DType dtype = D;
+  static constexpr DType a_dtype = D;
 };
 
 constexpr int64_t kTileRows = 16;
@@ -56,7 +58,15 @@ struct TileProduct {
   bool add;
 };
 
-template <bool two>
+// sums += A B for one tile of each: tdpbf16ps or tdpfp16ps, VEX.128.{F3 or F2}.0F38.W0 5C. GCC 12 and its assembler do
+// not all know the second by name.
+template <DType D, int sums, int a, int b>
+void multiply_tiles() {
+  constexpr int prefix = D == DType::f16 ? 3 : 2;
+  __asm__ volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" ::"i"((~b & 15) << 3 | prefix), "i"(0xc0 | sums << 3 | a));
+}
+
+template <DType D, bool two>
 void multiply_add(const char* a0, const char* a1, int64_t stride_a, const char* panel, const char* ahead) {
   if (ahead) {
 #pragma GCC unroll 32
@@ -65,16 +75,16 @@ void multiply_add(const char* a0, const char* a1, int64_t stride_a, const char* 
   _tile_loadd(6, panel, kUnitBytes);
   _tile_loadd(4, a0, stride_a);
   _tile_loadd(7, panel + kUnitBytes / 2, kUnitBytes);
-  _tile_dpbf16ps(0, 4, 6);
+  multiply_tiles<D, 0, 4, 6>();
   if constexpr (two) _tile_loadd(5, a1, stride_a);
-  _tile_dpbf16ps(1, 4, 7);
+  multiply_tiles<D, 1, 4, 7>();
   if constexpr (two) {
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    multiply_tiles<D, 2, 5, 6>();
+    multiply_tiles<D, 3, 5, 7>();
   }
 }
 
-template <bool two>
+template <DType D, bool two>
 void tiles(const TileProduct& t) {
   TileShape::fence();
   if (t.add) {
@@ -100,11 +110,11 @@ void tiles(const TileProduct& t) {
                                     : t.next + (operation - t.operations) * kBTileBytes;
   };
   for (; i < t.in_place; ++i) {
-    multiply_add<two>(t.a[0] + i * kTailStride, t.a[1] + i * kTailStride, t.stride_a, t.panel + i * kBTileBytes,
-                      ahead(i));
+    multiply_add<D, two>(t.a[0] + i * kTailStride, t.a[1] + i * kTailStride, t.stride_a, t.panel + i * kBTileBytes,
+                         ahead(i));
   }
   for (; i < t.operations; ++i) {
-    multiply_add<two>(t.tail[0], t.tail[1], kTailStride, t.panel + i * kBTileBytes, ahead(i));
+    multiply_add<D, two>(t.tail[0], t.tail[1], kTailStride, t.panel + i * kBTileBytes, ahead(i));
   }
   _tile_stored(0, t.sum[0], t.stride_sum);
   _tile_stored(1, t.sum[0] + 16, t.stride_sum);
@@ -115,15 +125,23 @@ void tiles(const TileProduct& t) {
 }
 
 // Whole panels: sums of 32 columns plus bias to y. `bias` is 32 floats.
+template <DType D>
 void write_whole(const Product& p, const float* sum, int64_t stride_sum, int64_t rows, const float* bias, char* y) {
   const Vec low_bias = Vec::load(bias), high_bias = Vec::load(bias + 16);
   for (int64_t i = 0; i < rows; ++i) {
     const Vec low = apply(p.activation, Vec::load(sum + i * stride_sum) + low_bias);
     const Vec high = apply(p.activation, Vec::load(sum + i * stride_sum + 16) + high_bias);
-    _mm512_storeu_si512(y + i * p.stride_out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
+    char* const row = y + i * p.stride_out;
+    if constexpr (D == DType::bf16) {
+      _mm512_storeu_si512(row, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
+    } else {
+      store_as<D>(row, low, Vec::lanes);
+      store_as<D>(row + 32, high, Vec::lanes);
+    }
   }
 }
 
+template <DType D>
 void write_part(const Product& p, float* sum, int64_t stride_sum, int64_t rows, int64_t n, const float* bias, char* y) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < kPanel; j += Vec::lanes) {
@@ -131,7 +149,7 @@ void write_part(const Product& p, float* sum, int64_t stride_sum, int64_t rows, 
       (Vec::load(s) + Vec::load(bias + j)).store(s);
     }
   }
-  write_output<DType::bf16>(p, sum, stride_sum, rows, n, y);
+  write_output<D>(p, sum, stride_sum, rows, n, y);
 }
 
 int64_t scratch_bytes_amx(int64_t rows, int64_t n) {
@@ -148,8 +166,9 @@ void copy_tail(const Product& p, int64_t first, char* tail) {
   }
 }
 
+template <DType D>
 void finish(const Product& p, float* sum, int64_t stride_sum, int64_t row, int64_t rows, int64_t column) {
-  if (p.target == Target::hidden) return write_hidden<TileFormat>(p, sum, stride_sum, row, rows, column);
+  if (p.target == Target::hidden) return write_hidden<TileFormat<D>>(p, sum, stride_sum, row, rows, column);
   if (p.target == Target::partial) {
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(p.partial + (row + i) * p.stride_partial + column, sum + i * stride_sum, kPanel * sizeof(float));
@@ -159,15 +178,16 @@ void finish(const Product& p, float* sum, int64_t stride_sum, int64_t row, int64
   const int64_t n = least(kPanel, p.n - column);
   alignas(64) float bias[kPanel] = {};
   if (p.bias) {
-    for (int64_t j = 0; j < n; j += Vec::lanes) load_as<DType::bf16>(p.bias + (column + j) * 2, n - j).store(bias + j);
+    for (int64_t j = 0; j < n; j += Vec::lanes) load_as<D>(p.bias + (column + j) * 2, n - j).store(bias + j);
   }
   char* y = p.out + row * p.stride_out + column * 2;
-  if (n == kPanel) return write_whole(p, sum, stride_sum, rows, bias, y);
-  write_part(p, sum, stride_sum, rows, n, bias, y);
+  if (n == kPanel) return write_whole<D>(p, sum, stride_sum, rows, bias, y);
+  write_part<D>(p, sum, stride_sum, rows, n, bias, y);
 }
 
 // k in passes, in each the panels, in each pairs of row tiles. All tiles have one height, so that they need one
 // configuration: the last one may overlap the one before it and compute some rows twice.
+template <DType D>
 class TileMultiplication {
  public:
   TileMultiplication(const Product& product, char* scratch)
@@ -218,9 +238,9 @@ class TileMultiplication {
         t.sum[j] = sums + (i + j) * height * stride_sum + (passes == 1 ? 0 : column - block);
       }
       const bool two = i + 1 < row_tiles;
-      two ? tiles<true>(t) : tiles<false>(t);
+      two ? tiles<D, true>(t) : tiles<D, false>(t);
       if (!last) continue;
-      for (int j = 0; j < 1 + two; ++j) finish(p, t.sum[j], stride_sum, rows[j], height, column);
+      for (int j = 0; j < 1 + two; ++j) finish<D>(p, t.sum[j], stride_sum, rows[j], height, column);
     }
   }
 
@@ -243,14 +263,30 @@ class TileMultiplication {
   int64_t first = 0;  // tile operation of this pass
 };
 
-void product_amx(const Product& p, char* scratch) { TileMultiplication(p, scratch).run(); }
+template <DType D>
+void product_amx(const Product& p, char* scratch) {
+  TileMultiplication<D>(p, scratch).run();
+}
+
+template <DType D>
+constexpr Kernel make_tile_kernel(const char* isa) {
+  // Whatever the dtype, 16 bits are packed in pairs.
+  return {isa,
+          element_bytes(D),
+          kTileRows / 2,
+          220,
+          scratch_bytes_amx,
+          product_amx<D>,
+          reduce<TileFormat<D>>,
+          pack_panel<DType::bf16>};
+}
 
 }  // namespace
 
 const Kernel& kernel_amx(DType dtype) {
-  static constexpr Kernel bf16 = {
-      "amx_bf16",  element_bytes(DType::bf16), kTileRows / 2,          220, scratch_bytes_amx,
-      product_amx, reduce<TileFormat>,         pack_panel<DType::bf16>};
+  static constexpr Kernel bf16 = make_tile_kernel<DType::bf16>("amx_bf16");
+  static constexpr Kernel f16 = make_tile_kernel<DType::f16>("amx_fp16");
+  if (dtype == DType::f16 && best_isa() >= Isa::amx_fp16) return f16;
   return dtype == DType::bf16 ? bf16 : kernel_avx512_bf16(dtype);
 }
 
