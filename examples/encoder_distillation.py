@@ -16,26 +16,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from distillation_report import BATCHES, BUDGETS, MARKS, METHODS, TIMED, Rows, draw, markdown
 from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import hardware, search, training
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark import plots
 from maestro_kernels.benchmark.encoder import Encoder
-from maestro_kernels.benchmark.plots import Point
 from maestro_kernels.benchmark.readme import replace_block
 
-BUDGETS = (0.8, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2)
 # Ranks of one step lie within this factor of a common share of the full rank.
 SPREAD = (0.5, 1.5)
 LOWEST_SHARE = 0.1
@@ -43,15 +39,8 @@ HELD_OUT = 400
 BATCH = 16
 # Of the search: ranks per layer and the lowest of them, and tokens of its sentences.
 LEVELS, MIN_RANK, SHORT = 6, 8, 32
-# Budgets whose models are kept for timing.
-TIMED = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)
-BATCHES = ("batch 1", "batch 64")
-# Weights of the encoder's linear layers.
-DENSE = 10_616_832
-MARKS = (
-    "<!-- distillation:begin, written by examples/encoder_distillation.py -->",
-    "<!-- distillation:end -->",
-)
+# Forms are free, or without [I; U]; seeds other than 0 need not repeat the latter.
+SEARCHED = ("LoD", "SVD", "LoD, factors", "SVD, factors")
 CHECKPOINT_STEPS = 50
 
 
@@ -209,9 +198,9 @@ def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str])
             {**asdict(judged), "weights": sizes.weights, "parameters": sizes.parameters},
         )
 
-    models = {"LoD": folder / f"seed{seed}.pt", "SVD": folder / "svd.pt"}
     for method in methods:
-        path = models[method]
+        path = folder / ("svd.pt" if method.startswith("SVD") else f"seed{seed}.pt")
+        forms = ("factors", "dense", *["pivoted"] * ("factors" not in method))
         if all(rows.has(kind="fidelity", method=method, seed=seed, budget=b) for b in BUDGETS):
             continue
         model = student(data, folder)
@@ -223,6 +212,7 @@ def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str])
             method="additive",
             levels=LEVELS,
             min_rank=MIN_RANK,
+            forms=forms,
         )
         for budget in BUDGETS:
             small = ways.extract(search.Params(budget))
@@ -242,112 +232,18 @@ def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str])
 def time_models(data: Data, folder: Path, rows: Rows, seconds: float) -> None:
     """Latency of the dense model and of the models of seed 0, in turns."""
     models = {"dense": data.encoder.model}
-    for method in ("LoD", "SVD"):
+    for method in SEARCHED:
         for budget in TIMED:
             base = copy.deepcopy(data.encoder.model)
-            models[f"{method} {budget}"] = mk.load_pretrained(folder / f"{method}-{budget}", base)
+            model = mk.load_pretrained(folder / f"{method}-{budget}", base)
+            models[f"{method} {budget}"] = model
+            if "factors" in method:
+                models[f"{method}, prepacked {budget}"] = mk.prepack(copy.deepcopy(model))
     for name, count in zip(BATCHES, (1, 64), strict=True):
         batch = data.encoder.tokens(data.held_out[:count])
         for model, stats in library.latencies(models, batch, seconds).items():
             ms = [t * 1e3 for t in (stats.p20, stats.p50, stats.p80)]
             rows.add({"kind": "latency", "model": model, "batch": name}, {"ms": ms})
-
-
-class Rows:
-    """rows.jsonl: figures by what they are of; written after each addition."""
-
-    def __init__(self, path: Path, stamp: Mapping[str, Any]) -> None:
-        self.path, self.stamp = path, dict(stamp)
-        text = path.read_text("utf-8") if path.is_file() else ""
-        self.all: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
-
-    def has(self, **key: Any) -> bool:
-        """Whether there is such a row."""
-        return any(key.items() <= row.items() for row in self.all)
-
-    def add(self, key: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-        """Put a row in the place of an earlier one."""
-        self.all = [row for row in self.all if not key.items() <= row.items()]
-        self.all.append({**key, **figures, **self.stamp})
-        lines = [json.dumps(row) + "\n" for row in self.all]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(lines), encoding="utf-8")
-
-    def figures(self, field: str, **key: Any) -> list[Any]:
-        """One field of all rows that fit, by seed where they have one."""
-        found = [row for row in self.all if key.items() <= row.items()]
-        return [row[field] for row in sorted(found, key=lambda row: row.get("seed", 0))]
-
-
-METHODS = {"LoD": "LoD", "SVD": "data-aware SVD", "SVD, one share": "SVD, one share for all layers"}
-
-
-def draw(rows: Rows, folder: Path) -> None:
-    """Fidelity against weights, and against latency."""
-    folder.mkdir(parents=True, exist_ok=True)
-    by_size: dict[str, list[Point]] = {name: [] for name in METHODS.values()}
-    by_time: dict[str, list[Point]] = {name: [] for name in list(METHODS.values())[:2]}
-    for method, name in METHODS.items():
-        for budget in sorted(BUDGETS):
-            key = {"method": method, "budget": budget}
-            cosines = rows.figures("cosine", **key)
-            mean = statistics.fmean(cosines)
-            share = 100 * statistics.fmean(rows.figures("weights", **key)) / DENSE
-            by_size[name].append(Point(share, mean, min(cosines), max(cosines)))
-            for ms in rows.figures("ms", model=f"{method} {budget}", batch="batch 64"):
-                by_time[name].append(Point(ms[1], mean, min(cosines), max(cosines)))
-    labels = {
-        "size": ("Fidelity against size", "weights of the linear layers, %", by_size),
-        "latency": ("Fidelity against latency, batch 64", "milliseconds", by_time),
-    }
-    for file, (title, xlabel, series) in labels.items():
-        drawing = plots.line_plot(
-            series, title=title, xlabel=xlabel, ylabel="mean cosine, held-out text", log=False
-        )
-        path = folder / f"distillation-{file}.svg"
-        path.write_text(plots.standalone(drawing), encoding="utf-8")
-
-
-def markdown(rows: Rows) -> str:
-    """The tables of docs/deployment.md."""
-    lines = [
-        "| budget | LoD: cosine | Spearman | SVD: cosine | Spearman | SVD, one share: cosine |",
-        "|--:|--:|--:|--:|--:|--:|",
-    ]
-    better = []
-    for budget in BUDGETS:
-        cells = []
-        found = {}
-        for method in METHODS:
-            for field in ("cosine", "spearman"):
-                values = rows.figures(field, method=method, budget=budget)
-                found[method, field] = values
-                spread = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.fmean(values):.3f}{spread}")
-        better.append(
-            all(
-                min(found["LoD", field]) > max(found["SVD", field])
-                for field in ("cosine", "spearman")
-            )
-        )
-        lines.append(f"| {budget:.0%} | {' | '.join(cells[:5])} |")
-    won = [f"{b:.0%}" for b, wins in zip(BUDGETS, better, strict=True) if wins]
-    lines += ["", f"Every LoD seed is above every SVD seed in both measures at {', '.join(won)}."]
-    lines += ["", "| model | " + " | ".join(BATCHES) + " |", "|---|--:|--:|"]
-    for model in ("dense", *(f"{m} {b}" for m in ("LoD", "SVD") for b in TIMED)):
-        cells = []
-        for batch in BATCHES:
-            low, ms, high = rows.figures("ms", model=model, batch=batch)[0]
-            cells.append(f"{ms:.1f} ms ({low:.1f}-{high:.1f})")
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    first = next(row for row in rows.all if row["kind"] == "latency")
-    versions = first["versions"]
-    lines += [
-        "",
-        f"{first['device']}, {first['threads']} threads, torch {versions['torch']}; median and "
-        "20th to 80th percentile of whole forward passes in turns.",
-    ]
-    return "\n".join(lines)
 
 
 def main() -> int:
@@ -357,7 +253,7 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, help="default: OUT/rows.jsonl")
     parser.add_argument("--docs", type=Path, help="write figures and the block of deployment.md")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", choices=("LoD", "SVD"), nargs="+", default=["LoD", "SVD"])
+    parser.add_argument("--methods", choices=SEARCHED, nargs="+", default=SEARCHED)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--seconds", type=float, default=12.0, help="of timing per batch size")
@@ -378,7 +274,7 @@ def main() -> int:
         if args.only in (None, "train"):
             train(data, args.out, args.steps, args.lr, seed)
         if args.only in (None, "cut"):
-            cut(data, args.out, seed, rows, args.methods)
+            cut(data, args.out, seed, rows, [m for m in args.methods if seed == 0 or m in METHODS])
     if args.only in (None, "time"):
         time_models(data, args.out, rows, args.seconds)
     if args.only in (None, "report"):

@@ -47,3 +47,19 @@ def test_the_page_shows_the_rows_of_training_speed(tmp_path):
     assert torch.tensor(times[:3]).log().mean().exp() > 1.5
     memory = [row for row in rows if row["measure"] == "MiB"]
     assert all(row["LoD"] <= row["straightforward"] for row in memory)
+
+
+def test_the_page_shows_the_rows_of_the_distillation(tmp_path):
+    report = importlib.import_module("distillation_report")
+    rows = report.Rows(ROOT / "examples" / "results" / "distillation.jsonl", {})
+    assert report.markdown(rows) in PAGE.read_text(encoding="utf-8")
+    report.draw(rows, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "distillation-size.svg",
+        "distillation-latency.svg",
+    }
+    for budget in report.BUDGETS:
+        for method in ("LoD", "SVD"):
+            found = rows.figures("weights", method=method, budget=budget)
+            assert len(found) == 3
+            assert max(found) <= budget * report.DENSE
