@@ -82,12 +82,14 @@ def current_device(device: torch.device | str = "cpu") -> Device:
         device: "cpu", "cuda" or "cuda:<index>".
 
     Raises:
-        ValueError: neither a CPU nor a CUDA device.
+        ValueError: neither a CPU nor a CUDA device, or a CUDA device that is not here.
     """
     device = torch.device(device)
     if device.type == "cpu":
         return _cpu(torch.get_num_threads())
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"current_device: device: expected one that is here, got {device}")
         return _cuda(torch.cuda.current_device() if device.index is None else device.index)
     raise ValueError(f"current_device: device: expected 'cpu' or 'cuda', got {str(device)!r}")
 

@@ -220,6 +220,11 @@ def test_wrong_arguments_are_one_line(capsys):
         (["8,8", "--threads", "0"], "--threads: expected at least 1"),
         (["no-such-thing"], "target: expected N,K"),
         (["1,8"], "target: expected N, K >= 2"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [(["8,8", "--device", "cuda"], "device: expected one that is here, got cuda")]
+        ),
     ):
         assert main(["profile", *words]) == 2
         error = capsys.readouterr().err
