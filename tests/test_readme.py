@@ -1,6 +1,9 @@
-"""The README's table is what the committed rows say."""
+"""The README's table is what the committed rows say, its code runs, its links lead somewhere."""
 
+import re
 from pathlib import Path
+
+import pytest
 
 from maestro_kernels.benchmark.readme import main
 
@@ -16,3 +19,27 @@ def test_a_changed_figure_is_noticed(tmp_path):
     changed = (ROOT / "README.md").read_text(encoding="utf-8").replace("µs |", "ms |", 1)
     (tmp_path / "README.md").write_text(changed, encoding="utf-8")
     assert main([str(ROWS), str(tmp_path / "README.md"), "--check"]) != 0
+
+
+def test_the_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) >= 3
+    scope = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert (tmp_path / "small" / "model.safetensors").is_file()
+    assert scope["small"][0].rank < 64
+
+
+@pytest.mark.parametrize(
+    "page",
+    sorted(p.relative_to(ROOT) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]),
+    ids=str,
+)
+def test_links_and_images_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", text)
+    local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
+    missing = [link for link in local if not (ROOT / page).parent.joinpath(link).exists()]
+    assert not missing
