@@ -53,6 +53,9 @@ class Layer:
     save_h: bool = False
     pad: int = 0  # elements between the rows of x, v and y
     pad_u: int = 0  # of u
+    infinite: bool = (
+        False  # x[0, 0]; then rank 1, so that the first row of y is infinite and not NaN
+    )
 
     @property
     def active(self) -> int:
@@ -106,6 +109,8 @@ def _inputs(call: Call, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         bias=layer.bias,
         seed=call.seed + 7 * i,
     )
+    if layer.infinite:
+        x[0, 0] = float("inf")
     # Nobody looks at v beyond r, nor at u beyond the 16 bytes that hold r - 1; inside, u is finite.
     piece = 16 // x.element_size()
     v[layer.active :] = float("nan")
@@ -178,7 +183,12 @@ def _judge_layer(call: Call, i: int, outputs: Outputs) -> str | None:
     tf32 = _tf32 if call.dtype == torch.float32 and not call.ieee else lambda t: t
     torch_h = tf32(x) @ tf32(v).T
     torch_y = act(F.linear(tf32(torch_h), tf32(u), bias))
-    problem = accuracy_error(y, torch_y, act(z64))
+    y64 = act(z64)
+    if layer.infinite:
+        if not torch.equal(y[0].double(), y64[0]):
+            return "what the tensor holds beyond the rank met an infinite x"
+        y, torch_y, y64 = y[1:], torch_y[1:], y64[1:]
+    problem = accuracy_error(y, torch_y, y64)
     if problem is None and layer.save_h:
         problem = accuracy_error(h[:, :r], torch_h, h64)
         if problem is None and bool((h[:, r:] != 0).any()):

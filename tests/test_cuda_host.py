@@ -47,7 +47,7 @@ def decode_calls():
     """(M, N, K, R, rank), every arithmetic."""
     yield from (one(3, 21, 48, 24, rank) for rank in range(25))
     yield from (
-        one(3, 21, 48, 24, 24, device_rank=rank, save_h=True) for rank in (-3, 0, 5, 24, 99)
+        one(3, 21, 48, 24, 24, device_rank=rank, save_h=True) for rank in (-99, 0, 5, 24, 99)
     )
     for call in ARITHMETIC:
         yield one(1, 37, 200, 40, 33, call=call, activation="relu")
@@ -66,6 +66,8 @@ def decode_calls():
     for sum_by_all in (0, 1):
         yield one(5, 40, 1024, 32, 21, call={"sum_by_all": sum_by_all, "sm_count": 4})
         yield Call(DEVICE_GROUP, sum_by_all=sum_by_all)
+    for call in (*ARITHMETIC, {"sum_by_all": 0}):
+        yield one(3, 20, 48, 24, 1, infinite=True, call=call)
     yield Call(DEVICE_GROUP)
     yield Call(QKV, streams=2)
 
@@ -79,12 +81,13 @@ def rows_calls():
     yield from (one(5, 9, 24, 16, rank, call=small) for rank in (0, 1, 8, 9, 16))
     yield from (
         one(66, 72, 24, 16, 16, device_rank=rank, save_h=True, call=small)
-        for rank in (-1, 0, 5, 16, 17)
+        for rank in (-999, 0, 5, 16, 17)
     )
     yield one(65, 64, 640, 64, 64, call=small, save_h=True)  # split K
     yield one(64, 65, 64, 64, 64, call=small, pad=8, pad_u=8)
     yield one(130, 40, 64, 32, 20, call=small, pad=24, bias=False)
     yield one(3, 1, 8, 8, 7, call=small)
+    yield one(3, 20, 48, 24, 1, infinite=True, call=small)
     group = (
         Layer(70, 40, 64, 32, 19, activation="silu", save_h=True),
         Layer(130, 90, 48, 16, 0),
