@@ -53,7 +53,6 @@ METHODS = {"LoD": "LoD", "SVD": "data-aware SVD", "SVD, one share": "SVD, one sh
 TIMES = {
     "LoD, factors, prepacked": "LoD, factors, prepacked",
     "LoD": "LoD, [I; U]",
-    "SVD, factors, prepacked": "SVD, factors, prepacked",
     "SVD": "SVD, [I; U]",
 }
 

@@ -40,7 +40,7 @@ BATCH = 16
 # Of the search: ranks per layer and the lowest of them, and tokens of its sentences.
 LEVELS, MIN_RANK, SHORT = 6, 8, 32
 # Forms are free, or without [I; U]; seeds other than 0 need not repeat the latter.
-SEARCHED = ("LoD", "SVD", "LoD, factors", "SVD, factors")
+SEARCHED = ("LoD", "SVD", "LoD, factors")
 CHECKPOINT_STEPS = 50
 
 
