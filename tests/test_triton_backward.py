@@ -19,8 +19,8 @@ if WHY_NOT is None:
     from triton_interleave import interleaved
     from two_phase_cases import allocations, rank_tensor  # noqa: F401
 
-    from maestro_kernels.backends.triton import activation_grad as activation_module
     from maestro_kernels.backends import workspace
+    from maestro_kernels.backends.triton import activation_grad as activation_module
     from maestro_kernels.backends.triton import wgrad
     from maestro_kernels.backends.triton.activation_grad import (
         ActivationGradConfig,
