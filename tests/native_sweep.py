@@ -15,7 +15,8 @@ from maestro_kernels.backends.reference import ACTIVATIONS, lod_linear_ref
 from maestro_kernels.testing import accuracy_error, make_inputs, poison
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# (M, N, K, R): off every tile, one row, one column, one component, several row blocks, wide.
+# (M, N, K, R): off every tile, one row, one column, one component, several row blocks, several
+# passes over K and R.
 SHAPES = (
     (1, 1, 1, 1),
     (1, 33, 65, 17),
@@ -28,6 +29,7 @@ SHAPES = (
     (129, 70, 257, 40),
     (300, 130, 64, 64),
     (517, 48, 33, 5),
+    (40, 600, 700, 530),
 )
 
 

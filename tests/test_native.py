@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 @needs_library
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", ""])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx", ""])
 def test_every_instruction_set_meets_the_tolerance(isa, threads):
     environment = {**os.environ, "MK_CPU_ISA": isa, "OMP_NUM_THREADS": str(threads)}
     if not isa:
