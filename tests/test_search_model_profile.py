@@ -244,3 +244,18 @@ def test_memory_stays_in_the_process_while_models_are_timed():
         kept = faults(5)
     given_back = faults(5)
     assert given_back > 4 * kept + 10
+
+
+def test_saved_and_loaded(clock, tmp_path):
+    found = search.profile_model(Model(clock), X, seconds=0.0)
+    found.save(tmp_path / "profile.json")
+    again = search.ModelProfile.load(tmp_path / "profile.json")
+    assert again == found
+    assert again.model(RANKS[2]) == found.model(RANKS[2])
+    (tmp_path / "other.json").write_text('{"schema": 1}')
+    with pytest.raises(ValueError, match=r"expected a model profile, got other\.json"):
+        search.ModelProfile.load(tmp_path / "other.json")
+    text = (tmp_path / "profile.json").read_text().replace('"schema": 1', '"schema": 2')
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=r"expected schema 1 in other\.json"):
+        search.ModelProfile.load(tmp_path / "other.json")
