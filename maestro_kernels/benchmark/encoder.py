@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maestro_kernels.benchmark.heap import keeping_memory
 from maestro_kernels.benchmark.timing import Stats, interleave
 from maestro_kernels.nn import LoDLinear, convert, prepack, summary
 
@@ -228,7 +229,8 @@ def latencies(
 ) -> dict[str, Stats]:
     """Interleaved wall time of each model on one token batch."""
     calls = {name: (lambda m=model: m(**batch)) for name, model in models.items()}
-    return interleave(calls, seconds=seconds, min_rounds=5)  # type: ignore[arg-type]
+    with keeping_memory():
+        return interleave(calls, seconds=seconds, min_rounds=5)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

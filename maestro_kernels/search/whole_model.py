@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maestro_kernels.benchmark.heap import keeping_memory
 from maestro_kernels.benchmark.timing import Clock, CpuClock, CudaClock, interleave
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, check_batches, run_batch
-from maestro_kernels.search.heap import keeping_memory
 from maestro_kernels.search.layers import considered, count_rows, first_tensor
 
 __all__ = [
