@@ -9,7 +9,8 @@ from torch import nn
 
 import maestro_kernels as mk
 from maestro_kernels import search
-from maestro_kernels.benchmark import heap, model_profile
+from maestro_kernels.benchmark import heap
+from maestro_kernels.search import model_profile
 
 REST = 7.5
 MS = 1_000_000
