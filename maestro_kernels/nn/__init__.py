@@ -6,6 +6,7 @@ from maestro_kernels.nn.convert import ConversionReport, conversion_report, conv
 from maestro_kernels.nn.grouping import group, groups, ungroup
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.nn.prepack import prepack, unpack
 from maestro_kernels.nn.ranks import lod_layers, ranks, set_ranks, truncate
 from maestro_kernels.nn.serialization import load_pretrained, save_pretrained
@@ -19,6 +20,7 @@ __all__ = [
     "LoDLayer",
     "LoDLinear",
     "ModelSummary",
+    "PivotedLinear",
     "classify",
     "conversion_report",
     "convert",
