@@ -4,26 +4,32 @@ namespace mk::cpu {
 namespace {
 
 // Rough figures of a server core of today; they only have to tell apart cuts that differ by much.
-constexpr double kCacheBytes = 1 << 20;  // of weights that stay in a core's own cache from call to call
-constexpr double kNear = 30, kFar = 9;   // bytes per cycle a core reads from there, and from beyond
-constexpr double kExposed = 0.6;         // of the time to read from beyond: the rest hides behind arithmetic,
-constexpr double kHidingRows = 32;       // more of it where each weight serves more rows
-constexpr double kHandover = 12000;      // cycles until all threads see H
-constexpr double kHandoverBytes = 4;     // bytes of H per cycle that come from other cores
+// Weights that stay in a core's own cache from call to call. Between two calls of a layer a model reads its others, so
+// that is little; but many rows hide the reading anyway, and then the cut that is best for near weights is better.
+constexpr double kCacheBytes = 1 << 20, kCacheBytesFewRows = 1 << 16;
+constexpr int64_t kFewRows = 16;
+constexpr double kNear = 30, kFar = 9;  // bytes per cycle a core reads from there, and from beyond
+constexpr double kExposed = 0.6;        // of the time to read from beyond: the rest hides behind arithmetic,
+constexpr double kHidingRows = 32;      // more of it where each weight serves more rows
+constexpr double kHandover = 12000;     // cycles until all threads see H
+constexpr double kHandoverBytes = 4;    // bytes of H per cycle that come from other cores
 constexpr double kRegion = 9000, kRegionThread = 300;
 constexpr int64_t kBlockRows = 192;  // H and the sums of a block stay in the core's cache
 constexpr int64_t kPartStep = 32;    // parts of K begin at whole units
 
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
-bool is_far(double weights, DType dtype) { return weights * static_cast<double>(element_bytes(dtype)) > kCacheBytes; }
+bool is_far(int64_t rows, double weights, DType dtype) {
+  return weights * static_cast<double>(element_bytes(dtype)) > (rows <= kFewRows ? kCacheBytesFewRows : kCacheBytes);
+}
 
-// One thread, `rows` rows of `columns` values, this many weights.
-double product_cycles(int64_t rows, int64_t columns, double weights, const Kernel& kernel, DType dtype) {
+// One thread, `rows` of all rows, each of `columns` values, this many weights.
+double product_cycles(int64_t all_rows, int64_t rows, int64_t columns, double weights, const Kernel& kernel,
+                      DType dtype) {
   const auto bytes = static_cast<double>(element_bytes(dtype));
   const double multiply = weights * static_cast<double>(most(rows, kernel.least_rows)) / kernel.macs_per_cycle;
   const double x = kExposed * static_cast<double>(rows * columns) * bytes / kFar;
-  if (is_far(weights, dtype)) {
+  if (is_far(all_rows, weights, dtype)) {
     const double hiding = static_cast<double>(rows) / kHidingRows;
     return x + multiply + kExposed * weights * bytes / kFar / (hiding < 1 ? 1 : hiding);
   }
@@ -42,8 +48,8 @@ Cut by_rows(const Size& s, int64_t threads, const Kernel& kernel, DType dtype) {
   c.shrink_groups = c.parts = c.expand_groups = 1;
   c.part_k = s.K;
   const double weights = static_cast<double>((s.N + s.K) * s.rank);
-  c.far = is_far(weights, dtype);
-  c.cycles = product_cycles(ceil_div(s.M, threads), s.K, weights, kernel, dtype);
+  c.far = is_far(s.M, weights, dtype);
+  c.cycles = product_cycles(s.M, ceil_div(s.M, threads), s.K, weights, kernel, dtype);
   return c;
 }
 
@@ -69,8 +75,8 @@ Cut by_panels(const Size& s, int64_t threads, const Kernel& kernel, DType dtype)
   c.parts = ceil_div(s.K, c.part_k);
   const double weights = static_cast<double>((s.N + s.K) * s.rank) / static_cast<double>(threads);
   const double handed_over = static_cast<double>(s.M * s.rank * kernel.a_bytes);
-  c.far = is_far(weights, dtype);
-  c.cycles = product_cycles(s.M, s.K, weights, kernel, dtype) + kHandover + handed_over / kHandoverBytes;
+  c.far = is_far(s.M, weights, dtype);
+  c.cycles = product_cycles(s.M, s.M, s.K, weights, kernel, dtype) + kHandover + handed_over / kHandoverBytes;
   return c;
 }
 
