@@ -183,24 +183,8 @@ def forward(
     return torch.ops.maestro_native.linear.default(*arguments), None
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    h: Tensor | None,
-    y: Tensor | None,
-    rank: int | Tensor,
-    activation: str | None,
-    *,
-    needs: tuple[bool, bool, bool, bool],
-    strategy: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, du, dv, dbias) by library matmuls: factors change every step, so nothing is packed."""
-    return reference.backward(
-        dy, x, u, v, bias, h, y, rank, activation, needs=needs, strategy=strategy
-    )
+# By library matmuls: factors change every step, so that packing them would not pay.
+backward = reference.backward
 
 
 def grouped_forward(

@@ -32,6 +32,7 @@ from maestro_kernels.benchmark.timing import (
     CudaGraphClock,
     Stats,
     interleave,
+    prepared,
 )
 from maestro_kernels.testing import accuracy_error
 
@@ -253,16 +254,8 @@ def _time(
     bounds: dict[str, list[Bound]], cold: bool, clock: Clock, seconds: float
 ) -> tuple[dict[str, Stats], dict[str, tuple[str, str]]]:
     """Time what the clock can time: (name -> stats), (name -> (gate, reason))."""
-    calls: dict[str, Callable[[], object]] = {}
-    unfit: dict[str, tuple[str, str]] = {}
-    for name, ring in bounds.items():
-        call = walk(ring)
-        try:
-            clock.prepare(name, call)
-        except RuntimeError as error:
-            unfit[name] = ("unavailable", f"cannot be captured: {_first_line(error)}")
-        else:
-            calls[name] = call
+    calls, reasons = prepared(clock, {name: walk(ring) for name, ring in bounds.items()})
+    unfit = {n: ("unavailable", f"cannot be captured: {why}") for n, why in reasons.items()}
     if not calls:
         return {}, unfit
     return interleave(calls, seconds=seconds, prime=not cold, clock=clock), unfit

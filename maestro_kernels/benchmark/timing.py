@@ -15,7 +15,16 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Clock", "CpuClock", "CudaClock", "CudaGraphClock", "Stats", "interleave", "rounds"]
+__all__ = [
+    "Clock",
+    "CpuClock",
+    "CudaClock",
+    "CudaGraphClock",
+    "Stats",
+    "interleave",
+    "prepared",
+    "rounds",
+]
 
 Call = Callable[[], object]
 
@@ -118,6 +127,20 @@ def rounds(names: Sequence[str]) -> Iterator[list[str]]:
         shift = (k // 2) % n if n else 0
         order = [*names[shift:], *names[:shift]]
         yield order if k % 2 == 0 else order[::-1]
+
+
+def prepared(clock: Clock, calls: Mapping[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """(calls that the clock can time, name -> why it cannot time the others)."""
+    fit: dict[str, Call] = {}
+    unfit: dict[str, str] = {}
+    for name, call in calls.items():
+        try:
+            clock.prepare(name, call)
+        except RuntimeError as error:
+            unfit[name] = (str(error).strip() or "no message").splitlines()[0]
+        else:
+            fit[name] = call
+    return fit, unfit
 
 
 def interleave(

@@ -13,7 +13,7 @@ from maestro_kernels import hardware
 from maestro_kernels.benchmark.cases import Case, Layer
 from maestro_kernels.benchmark.providers import Inputs, Provider, Unavailable
 from maestro_kernels.benchmark.run import Options, Rings, checked, walk
-from maestro_kernels.benchmark.timing import interleave
+from maestro_kernels.benchmark.timing import interleave, prepared
 from maestro_kernels.search.strategies import DENSE, TWO, for_profile
 from maestro_kernels.testing import make_inputs
 
@@ -156,13 +156,8 @@ class Sweep:
     def _time(self, calls: dict[str, Callable[[], object]], cache: str) -> list[Point]:
         points = []
         for launch, clock in Options(device=str(self.device)).launches.items():
-            timer, fit = clock(), {}
-            for name, call in calls.items():
-                try:
-                    timer.prepare(name, call)
-                except RuntimeError:  # cannot be captured
-                    continue
-                fit[name] = call
+            timer = clock()
+            fit, _ = prepared(timer, calls)
             stats = interleave(
                 fit,
                 seconds=self.seconds * len(fit),

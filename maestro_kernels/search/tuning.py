@@ -15,7 +15,7 @@ from maestro_kernels import hardware, tables
 from maestro_kernels.benchmark.cases import Case, Layer
 from maestro_kernels.benchmark.providers import Provider, Unavailable, make_case_inputs
 from maestro_kernels.benchmark.run import Options, Rings, checked, walk
-from maestro_kernels.benchmark.timing import interleave
+from maestro_kernels.benchmark.timing import interleave, prepared
 from maestro_kernels.search.journal import Journal
 from maestro_kernels.search.measure import ring_bytes
 from maestro_kernels.search.profile import software
@@ -190,13 +190,8 @@ def _timed(
     calls: dict[str, Callable[[], object]], device: torch.device, cache: str, seconds: float
 ) -> Iterator[tuple[str, dict[str, Times]]]:
     for launch, clock in Options(device=str(device)).launches.items():
-        timer, fit = clock(), {}
-        for name, call in calls.items():
-            try:
-                timer.prepare(name, call)
-            except RuntimeError:  # cannot be captured
-                continue
-            fit[name] = call
+        timer = clock()
+        fit, _ = prepared(timer, calls)
         stats = interleave(
             fit,
             seconds=seconds * len(fit),
