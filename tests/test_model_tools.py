@@ -189,6 +189,16 @@ def test_siblings_that_read_different_tensors_stay_right_and_the_group_gives_up(
     assert len(calls) <= 4
 
 
+def test_a_waiting_output_is_not_used_after_its_own_factor_was_written_to():
+    model = mk.group(Attention())
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        model.q_proj(x)
+        model.k_proj.u.mul_(2)
+        got = model.k_proj(x)
+        torch.testing.assert_close(got, mk.ungroup(copy.deepcopy(model)).k_proj(x))
+
+
 def test_nothing_stale_is_returned():
     model = mk.group(Attention())
     x = torch.randn(5, 32)

@@ -259,6 +259,23 @@ def test_groups_run_packed(form):
         assert torch.allclose(block(x)[2], after[2], atol=1e-5)
 
 
+@pytest.mark.skipif(native.load_error() is not None, reason="no native library")
+@pytest.mark.parametrize("choice", ["one by one", "fused"])
+def test_a_group_computes_together_only_where_that_was_chosen(choice, monkeypatch):
+    block = nn.ModuleDict({"q_proj": make(40, 24), "k_proj": make(40, 8, 8), "v_proj": make(40)})
+    mk.prepack(mk.group(block.eval()))
+    shared, x = block["q_proj"].group, torch.randn(6, 40)
+    monkeypatch.setattr(
+        packed, "fastest", lambda key, calls: choice if choice in calls else "unpacked"
+    )
+    with torch.no_grad():
+        for layer in block.values():
+            layer(x)
+        assert shared.packed.choices == {6: choice}
+        block["q_proj"](x)
+        assert (shared._pending is None) == (choice == "one by one")
+
+
 def test_copies_pickles_and_state_dicts_hold_no_packed_bytes():
     layer = mk.prepack(make(), form="unpacked")
     keys = set(layer.state_dict())

@@ -33,6 +33,17 @@ def doubled(leaves):
     return [t.detach().double().requires_grad_() for t in leaves]
 
 
+def test_relu_passes_the_gradient_at_nan_as_torch_does():
+    x, u, v, bias = layer(torch.float32)
+    x.data[3, 5] = float("nan")
+    dy = torch.randn(M, N, device=DEVICE)
+    got = torch.autograd.grad(
+        mk.lod_linear(x, u, v, bias, activation="relu", backend="triton"), bias, dy
+    )[0]
+    want = torch.autograd.grad(plain(x, u, v, bias, R, "relu"), bias, dy)[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def check(names, got, pair, exact):
     for name, a, b, c in zip(names, got, pair, exact, strict=True):
         assert_accurate(name, a, b, c)

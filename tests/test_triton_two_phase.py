@@ -318,6 +318,14 @@ def test_rank_encoding_is_never_special():
         assert encoded >> 4 == rank
 
 
+def test_a_y_that_is_not_written_does_not_narrow_the_loads():
+    x, v, u = (torch.zeros(n, k, dtype=torch.bfloat16) for n, k in ((16, 64), (16, 64), (64, 16)))
+    nothing = x.new_empty(16, 0)
+    assert nothing.stride(0) % 8
+    assert two_phase._layout([x], [v], [u], [nothing]) == "rows"
+    assert two_phase._layout([x], [v], [u], [x.new_empty(16, 65)]) == "any"
+
+
 class TestCounters:
     """Who shares counters with whom."""
 

@@ -70,7 +70,11 @@ class LayerGroup:
 
     def __call__(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
         """The output of one member for x, or None when it has to run on its own."""
-        if not self.active or (self.packed is not None and self.packed.prefers_alone(x)):
+        if not self.active:
+            return None
+        if self.packed is not None and self.packed.prefers_alone(x):
+            # Nobody will ask for what the call that chose has left waiting.
+            self._pending = None
             return None
         try:
             index = self.layers.index(layer)
