@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maestro_kernels.backends import packed
+from maestro_kernels.benchmark.heap import keeping_memory
 from maestro_kernels.benchmark.timing import interleave
 from maestro_kernels.testing import assert_accurate, make_inputs
 
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     done: list[Row] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), keeping_memory():
         for row in measure(
             getattr(torch, args.dtype), args.models, args.rows, args.ranks, args.seconds
         ):

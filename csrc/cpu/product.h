@@ -36,6 +36,9 @@ struct Format {  // float32 arithmetic, values converted when they are loaded
   static Vec multiply_add(Vec a, Vec w, Vec sum) { return fma(a, w, sum); }
 };
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kStep = 4;   // units that stand unrolled in the inner loop
+
 // A register tile: `rows` rows of A times `columns` vectors of a panel.
 struct Tile {
   const char* a;
@@ -43,7 +46,8 @@ struct Tile {
   const char* w;  // first unit, at the first column
   int64_t units;
   int64_t chain;
-  const char *ahead, *ahead_too;  // lines to fetch, one with each unit; or null
+  const char* ahead;    // what to fetch,
+  int64_t ahead_lines;  // so many cache lines with each step of kStep units
   const float* start;             // sums so far, or the bias with stride 0, or null
   int64_t stride_start;
   float* sum;  // float32 result, or null:
@@ -66,69 +70,120 @@ inline Vec add(Vec a, Vec b, Vec& lost) {
   return sum;
 }
 
+// Rows of A behind few pointers: scaled indices reach three rows from each, and units that stand unrolled need no
+// addition either. Every scalar instruction of the inner loop may take a port from an FMA.
+template <int rows>
+struct Rows {
+  static constexpr int groups = (rows + 2) / 3;
+  const char* first[groups];
+  int64_t stride;
+
+  Rows(const char* a, int64_t stride_a) : stride(stride_a) {
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; ++g) {
+      first[g] = a + 3 * g * stride;
+      asm("" : "+r"(first[g]));  // otherwise GCC adds the stride row by row, in the loop
+    }
+  }
+  const char* at(int row, int64_t bytes) const { return first[row / 3] + row % 3 * stride + bytes; }
+  void advance(int64_t bytes) {
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; ++g) first[g] += bytes;
+  }
+};
+
 template <class F, int rows, int columns>
 void tile(const Tile& t) {
   // Few accumulators do not hide the latency of an FMA: sum in several sets.
   constexpr int sets = rows * columns <= 2 ? 4 : rows * columns <= 6 ? 2 : 1;
+  constexpr int a_bytes = F::parts * 4;
   const bool careful = columns == 1 && t.chain < kLongChain;
-  Vec total[rows][columns], lost[rows][columns] = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < columns; ++j) {
-      total[i][j] = t.start ? Vec::load(t.start + i * t.stride_start + j * Vec::lanes) : Vec::zero();
-    }
-  }
-  for (int64_t begin = 0; begin < t.units; begin += t.chain) {
-    const int64_t end = least(t.units, begin + t.chain);
+  Vec lost[rows][columns] = {};
+  alignas(64) float total[rows * columns * Vec::lanes];
+  const float* before = t.start;  // sums of the chains before this one
+  int64_t stride_before = t.stride_start;
+  Rows<rows> a(t.a, t.stride_a);
+  const char *w = t.w, *ahead = t.ahead;
+  for (int64_t left = t.units;;) {
+    const int64_t units = least(left, t.chain);
     Vec sum[sets][rows][columns] = {};
     const auto step = [&](int64_t u, Vec(&set)[rows][columns]) __attribute__((always_inline)) {
-      const char* unit = t.w + u * kUnitBytes;
-      if (t.ahead) __builtin_prefetch(t.ahead + u * kUnitBytes, 0, 2);
-      if (t.ahead_too) __builtin_prefetch(t.ahead_too + u * kUnitBytes, 0, 2);
 #pragma GCC unroll 2
       for (int part = 0; part < F::parts; ++part) {
-        Vec w[columns];
+        Vec weight[columns];
 #pragma GCC unroll 4
-        for (int j = 0; j < columns; ++j) w[j] = F::weights(unit, part, j * Vec::lanes);
+        for (int j = 0; j < columns; ++j) weight[j] = F::weights(w + u * kUnitBytes, part, j * Vec::lanes);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; ++i) {
-          const Vec a = F::element(t.a + i * t.stride_a + (u * F::parts + part) * 4);
+          const Vec element = F::element(a.at(i, u * a_bytes + part * 4));
 #pragma GCC unroll 4
-          for (int j = 0; j < columns; ++j) set[i][j] = F::multiply_add(a, w[j], set[i][j]);
+          for (int j = 0; j < columns; ++j) set[i][j] = F::multiply_add(element, weight[j], set[i][j]);
         }
       }
     };
-    int64_t u = begin;
-    for (; u + sets <= end; u += sets) {
+    const auto advance = [&](int64_t count) __attribute__((always_inline)) {
+      a.advance(count * a_bytes);
+      w += count * kUnitBytes;
+    };
+    int64_t u = units;
+    for (; u >= kStep; u -= kStep) {
+      for (int64_t line = 0; line < t.ahead_lines; ++line, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 4
-      for (int s = 0; s < sets; ++s) step(u + s, sum[s]);
+      for (int s = 0; s < kStep; ++s) step(s, sum[s % sets]);
+      advance(kStep);
     }
+    for (; u > 0; --u) {
+      step(0, sum[0]);
+      advance(1);
+    }
+    left -= units;
+    const auto each = [&](auto&& visit) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; ++j) visit(i, j, sum[0][i][j]);
+      }
+    };
     if constexpr (sets > 1) {
-      for (; u < end; ++u) step(u, sum[0]);
+      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
+        for (int s = 1; s < sets; ++s) chain = chain + sum[s][i][j];
+      });
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < columns; ++j) {
-        for (int s = 1; s < sets; ++s) sum[0][i][j] = sum[0][i][j] + sum[s][i][j];
-        total[i][j] = careful ? add(total[i][j], sum[0][i][j], lost[i][j]) : total[i][j] + sum[0][i][j];
-      }
+    if (before && careful) {
+      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
+        chain = add(Vec::load(before + i * stride_before + j * Vec::lanes), chain, lost[i][j]);
+      });
+    } else if (before) {
+      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
+        chain = Vec::load(before + i * stride_before + j * Vec::lanes) + chain;
+      });
     }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < columns; ++j) {
-      if (careful) total[i][j] = total[i][j] + lost[i][j];
-      if (t.sum) {
-        total[i][j].store(t.sum + i * t.stride_sum + j * Vec::lanes);
-      } else {
-        const int64_t rest = t.n - j * Vec::lanes;
-        store_as<F::dtype>(t.y + i * t.stride_y + j * Vec::lanes * element_bytes(F::dtype), total[i][j],
-                           rest < 0 ? 0 : rest);
-      }
+    if (left > 0) {
+      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
+        chain.store(total + (i * columns + j) * Vec::lanes);
+      });
+      before = total;
+      stride_before = columns * Vec::lanes;
+      continue;
     }
+    if (careful) {
+      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) { chain = chain + lost[i][j]; });
+    }
+    if (t.sum) {
+      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
+        chain.store(t.sum + i * t.stride_sum + j * Vec::lanes);
+      });
+    } else if (t.n >= columns * Vec::lanes) {
+      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
+        store_as<F::dtype>(t.y + i * t.stride_y + j * Vec::lanes * element_bytes(F::dtype), chain, Vec::lanes);
+      });
+    } else {
+      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
+        store_as<F::dtype>(t.y + i * t.stride_y + j * Vec::lanes * element_bytes(F::dtype), chain,
+                           most(0, t.n - j * Vec::lanes));
+      });
+    }
+    return;
   }
 }
 
@@ -307,9 +362,9 @@ class Multiplication {
     return own_panel;
   }
 
-  // What is read after the units of a panel in this pass.
+  // What is read after the units of a panel in this pass; one tile that takes them all fetches ahead of itself.
   const char* next(const char* w, int64_t column) const {
-    if (one_pass()) return w + kAheadBytes;
+    if (one_pass()) return w + (p.rows <= tile_rows ? kAheadBytes : p.stride_panel);
     return column + kPanel < p.n ? w + p.stride_panel : p.panels + (first + units) * kUnitBytes;
   }
 
@@ -334,7 +389,11 @@ class Multiplication {
     t.stride_sum = stride_result;
     t.stride_y = p.stride_out;
     const bool careful = t.chain < kLongChain, direct = p.target == Target::output && p.activation == Activation::none;
-    const bool lone = p.rows <= tile_rows && n <= columns * Vec::lanes;
+    // Every tile fetches its part: all at once would occupy the buffers that rows of A come through.
+    const int64_t lines = ahead ? units * kUnitBytes / kLine : 0, steps = units / kStep;
+    const int64_t tiles = ceil_div(p.rows, tile_rows) * ceil_div(n, (careful ? 1 : columns) * Vec::lanes);
+    const int64_t lines_per_step = ceil_div(lines, tiles * most(1, steps));
+    int64_t fetched = 0;
     for (int64_t row = 0; row < p.rows; row += tile_rows) {
       const int64_t rows = least(tile_rows, p.rows - row);
       t.a = a + row * stride_a;
@@ -342,10 +401,9 @@ class Multiplication {
         const bool both = columns > 1 && n - c > Vec::lanes && !careful;
         width = (both ? columns : 1) * Vec::lanes;
         t.w = w + c * (D == DType::f16 ? 2 : 4);
-        // The first two tiles fetch a line of each unit, or a lone one both.
-        const bool fetches = ahead && row == 0 ? c < 2 * width : ahead && row == tile_rows && c == 0 && both;
-        t.ahead = fetches ? ahead + (row > 0 || c > 0) * 64 : nullptr;
-        t.ahead_too = ahead && lone ? ahead + 64 : nullptr;
+        t.ahead = ahead + fetched * kLine;
+        t.ahead_lines = fetched < lines ? lines_per_step : 0;
+        fetched += t.ahead_lines * steps;
         t.sum = sums_of(row, column) + c;
         t.start = first ? t.sum : with_bias ? bias + c : nullptr;
         if (direct && last_pass()) t.sum = nullptr;
