@@ -45,16 +45,19 @@ def test_every_instruction_set_meets_the_tolerance(isa, threads):
 @pytest.mark.parametrize("packed", [False, True])
 def test_bodies_run_one_after_the_other_inside_a_parallel_region(packed):
     # torch's pool does not nest: a body that waited for a later one would hang here.
+    call = (
+        "native.ops().packed_linear(native.pack([u], [v], [32], [None]), x, b)"
+        if packed
+        else "native.ops().linear(x, u, v, b, 32, None, 0)"
+    )
     x, u, v, b = make_inputs(64, 96, 128, 32)
-    panels = native.pack(u, v) if packed else None
-    expected = native.ops().linear(x, u, v, b, 32, None, 0, panels)
+    expected = F.linear(F.linear(x, v), u, b)
     code = (
         "import sys, torch; from maestro_kernels.backends import native;"
         "from maestro_kernels.testing import make_inputs;"
         "torch.set_num_threads(1); native.load_error();"
         "x, u, v, b = make_inputs(64, 96, 128, 32);"
-        f"p = native.pack(u, v) if {packed} else None;"
-        "y = native.ops().linear(x, u, v, b, 32, None, 0, p); print(float(y.double().sum()))"
+        f"y = {call}; print(float(y.double().sum()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
@@ -145,7 +148,7 @@ def test_what_it_cannot_read_is_refused_with_a_reason():
 def test_the_library_refuses_what_does_not_fit(change):
     arguments = change(make_inputs(4, 8, 16, 4))
     with pytest.raises(RuntimeError, match="maestro_native"):
-        native.ops().linear(*arguments, 4, None, 0, None)
+        native.ops().linear(*arguments, 4, None, 0)
 
 
 @needs_library
@@ -155,15 +158,7 @@ def test_the_library_refuses_what_does_not_fit(change):
 )
 def test_the_library_refuses_wrong_choices(rank, rank_tensor, activation):
     with pytest.raises(RuntimeError, match="maestro_native"):
-        native.ops().linear(*make_inputs(4, 8, 16, 4), rank, rank_tensor, activation, None)
-
-
-@needs_library
-def test_packed_bytes_of_other_factors_are_refused():
-    x, u, v, b = make_inputs(4, 8, 16, 4)
-    other = native.pack(*make_inputs(4, 800, 160, 40)[1:3])
-    with pytest.raises(RuntimeError, match="packed"):
-        native.ops().linear(x, u, v, b, 4, None, 0, other)
+        native.ops().linear(*make_inputs(4, 8, 16, 4), rank, rank_tensor, activation)
 
 
 @needs_library

@@ -1,7 +1,5 @@
 // The ops' schemas and their CPU side.
-#include "../cpu/cpu.h"
-
-#include "tensors.h"
+#include "packed.h"
 
 namespace mk::bindings {
 namespace {
@@ -16,34 +14,23 @@ cpu::Pool pool() {
           }};
 }
 
-const void* packed_pointer(const View& packed, const Layer& layer, DType dtype) {
-  if (!packed) return nullptr;
-  const auto needed = static_cast<int64_t>(cpu::packed_bytes(layer.N, layer.K, layer.R, dtype));
-  MK_REFUSE_UNLESS(
-      needed > 0 && packed.dims == 1 && packed.sizes[0] == needed && reinterpret_cast<uintptr_t>(packed.data) % 64 == 0,
-      "packed: expected the ", needed, " bytes that pack() wrote for these factors");
-  return packed.data;
-}
-
 void run_cpu(const Layer* layers, const void* const* packed, int64_t n, DType dtype) {
   const char* refused = cpu::forward(layers, packed, n, dtype, pool());
   MK_REFUSE_UNLESS(!refused, refused);
 }
 
-// linear and linear_h: (x, u, v, bias?, rank, rank_tensor?, activation, packed?) -> y, or (y, H).
+// linear and linear_h: (x, u, v, bias?, rank, rank_tensor?, activation) -> y, or (y, H).
 template <bool save_h>
 void linear_cpu(StableIValue* stack, uint64_t, uint64_t) {
-  const Argument x(stack[0]), u(stack[1]), v(stack[2]), bias(stack[3], true), rank_tensor(stack[5], true),
-      packed(stack[7], true);
+  const Argument x(stack[0]), u(stack[1]), v(stack[2]), bias(stack[3], true), rank_tensor(stack[5], true);
   const auto rank = static_cast<int64_t>(stack[4]), activation = static_cast<int64_t>(stack[6]);
   const View x_view = x.view();
   Layer layer =
       describe(x_view, u.view(), v.view(), bias.view(), rank, rank_pointer(rank_tensor.view(), x_view, 1), activation);
-  const DType dtype = dtype_of(x_view);
-  const void* panels = packed_pointer(packed.view(), layer, dtype);
   Argument y(reinterpret_cast<StableIValue>(make_y(x_view, layer)));
   Argument h(save_h ? reinterpret_cast<StableIValue>(make_h(x_view, layer)) : 0);
-  run_cpu(&layer, &panels, 1, dtype);
+  const void* const unpacked = nullptr;
+  run_cpu(&layer, &unpacked, 1, dtype_of(x_view));
   stack[0] = y.release();
   if (save_h) stack[1] = h.release();
 }
@@ -52,27 +39,64 @@ std::vector<Tensor> grouped_cpu(const std::vector<Tensor>& xs, const std::vector
                                 const std::vector<Tensor>& vs, const std::vector<Tensor>& biases,
                                 const std::vector<int64_t>& has_bias, const std::vector<int64_t>& ranks,
                                 const std::optional<Tensor>& rank_tensor, const std::vector<int64_t>& activations,
-                                const std::vector<Tensor>& packed, bool save_h) {
+                                bool save_h) {
   Group group = make_group(xs, us, vs, biases, has_bias, ranks, rank_tensor, activations, save_h);
-  const DType dtype = dtype_of(View(xs[0]));
-  std::vector<const void*> panels(us.size(), nullptr);
-  MK_REFUSE_UNLESS(packed.empty() || packed.size() == us.size(), "grouped: packed: expected none or one per layer");
-  for (size_t i = 0; i < packed.size(); ++i) panels[i] = packed_pointer(View(packed[i]), group.layers[i], dtype);
-  run_cpu(group.layers.data(), panels.data(), static_cast<int64_t>(panels.size()), dtype);
+  const std::vector<const void*> unpacked(us.size(), nullptr);
+  run_cpu(group.layers.data(), unpacked.data(), static_cast<int64_t>(unpacked.size()), dtype_of(View(xs[0])));
   return group.outputs;
 }
 
-Tensor pack_cpu(const Tensor& u, const Tensor& v) {
-  const View u_view(u), v_view(v);
-  // v stands in for an input of one row: the checks of a call hold for packing too.
-  const int64_t K = v_view.dims == 2 ? v_view.sizes[1] : 0;
-  MK_REFUSE_UNLESS(v_view.dims == 2 && v_view.sizes[0] > 0, "pack: v: expected (R, K) with R > 0");
-  const Layer layer = describe(v_view, u_view, v_view, View(), -1, nullptr, 0);
-  const DType dtype = dtype_of(u_view);
-  const auto bytes = static_cast<int64_t>(cpu::packed_bytes(layer.N, K, layer.R, dtype));
-  MK_REFUSE_UNLESS(bytes > 0, "pack: this machine has no packed form for the dtype");
-  Tensor packed = torch::stable::empty({bytes}, ScalarType::Byte);
-  cpu::pack(layer, dtype, packed.mutable_data_ptr(), pool());
+// packed_linear: (packed, x, bias?) -> y.
+void packed_linear_cpu(StableIValue* stack, uint64_t, uint64_t) {
+  const Argument packed(stack[0]), x(stack[1]), bias(stack[2], true);
+  const View x_view = x.view();
+  const Packed layers(packed.view(), x_view);
+  MK_REFUSE_UNLESS(layers.n() == 1, "packed: expected the bytes of one layer, got those of ", layers.n());
+  Layer layer = layers.describe(0, x_view, bias.view());
+  Argument y(reinterpret_cast<StableIValue>(make_y(x_view, layer)));
+  const void* const panels = layers.panels(0);
+  run_cpu(&layer, &panels, 1, layers.dtype());
+  stack[0] = y.release();
+}
+
+// packed_grouped: (packed, x, biases) -> ys.
+void packed_grouped_cpu(StableIValue* stack, uint64_t, uint64_t) {
+  const Argument packed(stack[0]), x(stack[1]);
+  const std::vector<Argument> biases = optional_arguments(stack[2]);
+  const View x_view = x.view();
+  const Packed layers(packed.view(), x_view);
+  const auto n = static_cast<size_t>(layers.n());
+  MK_REFUSE_UNLESS(biases.size() == n, "biases: expected one or None for each of ", n, " layers");
+  std::vector<Layer> described(n);
+  std::vector<const void*> panels(n);
+  std::vector<Argument> ys;
+  ys.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    described[i] = layers.describe(i, x_view, biases[i].view());
+    panels[i] = layers.panels(i);
+    ys.emplace_back(reinterpret_cast<StableIValue>(make_y(x_view, described[i])));
+  }
+  run_cpu(described.data(), panels.data(), layers.n(), layers.dtype());
+  stack[0] = result_list(ys);
+}
+
+Tensor pack_cpu(const std::vector<Tensor>& us, const std::vector<Tensor>& vs, const std::vector<int64_t>& ranks,
+                const std::vector<int64_t>& activations) {
+  const size_t n = us.size();
+  MK_REFUSE_UNLESS(n > 0 && vs.size() == n && ranks.size() == n && activations.size() == n,
+                   "pack: expected one entry per layer");
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < n; ++i) {
+    const View u(us[i]), v(vs[i]);
+    MK_REFUSE_UNLESS(v.dims == 2 && v.sizes[0] > 0, "pack: v: expected (R, K) with R > 0");
+    MK_REFUSE_UNLESS(v.like(View(vs[0])), "pack: vs: expected one dtype and device");
+    // v stands in for an input: the checks of a call hold for packing too.
+    layers.push_back(describe(v, u, v, View(), ranks[i], nullptr, activations[i]));
+    MK_REFUSE_UNLESS(layers[i].K == layers[0].K, "pack: vs: expected layers of one K");
+  }
+  const DType dtype = dtype_of(View(vs[0]));
+  Tensor packed = torch::stable::empty({packed_size(layers, dtype)}, ScalarType::Byte);
+  write_packed(layers, dtype, packed.mutable_data_ptr(), pool());
   return packed;
 }
 
@@ -80,16 +104,16 @@ Tensor pack_cpu(const Tensor& u, const Tensor& v) {
 }  // namespace mk::bindings
 
 STABLE_TORCH_LIBRARY(maestro_native, m) {
+  m.def("linear(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank, Tensor? rank_tensor, int activation) -> Tensor");
   m.def(
-      "linear(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank, Tensor? rank_tensor, int activation, "
-      "Tensor? packed) -> Tensor");
-  m.def(
-      "linear_h(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank, Tensor? rank_tensor, int activation, "
-      "Tensor? packed) -> (Tensor, Tensor)");
+      "linear_h(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank, Tensor? rank_tensor, int activation) "
+      "-> (Tensor, Tensor)");
   m.def(
       "grouped(Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, int[] has_bias, int[] ranks, "
-      "Tensor? rank_tensor, int[] activations, Tensor[] packed, bool save_h) -> Tensor[]");
-  m.def("pack(Tensor u, Tensor v) -> Tensor");
+      "Tensor? rank_tensor, int[] activations, bool save_h) -> Tensor[]");
+  m.def("pack(Tensor[] us, Tensor[] vs, int[] ranks, int[] activations) -> Tensor");
+  m.def("packed_linear(Tensor packed, Tensor x, Tensor? bias) -> Tensor");
+  m.def("packed_grouped(Tensor packed, Tensor x, Tensor?[] biases) -> Tensor[]");
   m.def(
       "cuda_grouped(Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, int[] has_bias, int[] ranks, "
       "Tensor? rank_tensor, int[] activations, bool save_h, int strategy, bool tf32, Tensor counters, "
@@ -101,6 +125,8 @@ STABLE_TORCH_LIBRARY_IMPL(maestro_native, CPU, m) {
   m.impl("linear_h", &mk::bindings::linear_cpu<true>);
   m.impl("grouped", TORCH_BOX(&mk::bindings::grouped_cpu));
   m.impl("pack", TORCH_BOX(&mk::bindings::pack_cpu));
+  m.impl("packed_linear", &mk::bindings::packed_linear_cpu);
+  m.impl("packed_grouped", &mk::bindings::packed_grouped_cpu);
 }
 
 // Facts that Python asks through ctypes, no tensor involved.

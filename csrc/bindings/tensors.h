@@ -74,17 +74,10 @@ inline AtenTensorHandle empty(const View& like, const int64_t* sizes, int64_t di
   return handle;
 }
 
-// The layer without its outputs.
-inline Layer describe(const View& x, const View& u, const View& v, const View& bias, int64_t rank,
-                      const int32_t* rank_ptr, int64_t activation) {
+// K of x, its rows and where they lie.
+inline void take_x(const View& x, Layer& layer) {
   MK_REFUSE_UNLESS(x.dims >= 1 && x.steps(x.dims - 1, 1), "x: expected rows of stride 1");
-  MK_REFUSE_UNLESS(u.dims == 2 && u.steps(1, 1) && u.like(x), "u: expected (N, R), rows of stride 1, dtype of x");
-  MK_REFUSE_UNLESS(v.dims == 2 && v.steps(1, 1) && v.like(x), "v: expected (R, K), rows of stride 1, dtype of x");
-  Layer layer{};
-  layer.N = u.sizes[0];
-  layer.R = u.sizes[1];
   layer.K = x.sizes[x.dims - 1];
-  MK_REFUSE_UNLESS(v.sizes[0] == layer.R && v.sizes[1] == layer.K, "u, v: expected (N, R) and (R, K) to fit x");
   layer.M = 1;
   layer.stride_xm = layer.K;
   for (int64_t i = x.dims - 2; i >= 0; --i) {
@@ -93,23 +86,42 @@ inline Layer describe(const View& x, const View& u, const View& v, const View& b
     MK_REFUSE_UNLESS(x.strides[i] == layer.M * layer.stride_xm, "x: leading dimensions do not flatten to rows");
     layer.M *= x.sizes[i];
   }
+  layer.x = x.data;
+}
+
+// The end of a layer whose N is known; `bias` may be empty.
+inline void take_bias(const View& bias, const View& x, Layer& layer) {
+  if (!bias) return;
+  MK_REFUSE_UNLESS(bias.dims == 1 && bias.sizes[0] == layer.N && bias.steps(0, 1) && bias.like(x),
+                   "bias: expected (N,) of stride 1, dtype of x");
+  layer.bias = bias.data;
+}
+
+inline Activation activation_of(int64_t code) {
+  MK_REFUSE_UNLESS(code >= 0 && code <= static_cast<int64_t>(Activation::silu), "activation: got ", code);
+  return static_cast<Activation>(code);
+}
+
+// The layer without its outputs.
+inline Layer describe(const View& x, const View& u, const View& v, const View& bias, int64_t rank,
+                      const int32_t* rank_ptr, int64_t activation) {
+  Layer layer{};
+  take_x(x, layer);
+  MK_REFUSE_UNLESS(u.dims == 2 && u.steps(1, 1) && u.like(x), "u: expected (N, R), rows of stride 1, dtype of x");
+  MK_REFUSE_UNLESS(v.dims == 2 && v.steps(1, 1) && v.like(x), "v: expected (R, K), rows of stride 1, dtype of x");
+  layer.N = u.sizes[0];
+  layer.R = u.sizes[1];
+  MK_REFUSE_UNLESS(v.sizes[0] == layer.R && v.sizes[1] == layer.K, "u, v: expected (N, R) and (R, K) to fit x");
   MK_REFUSE_UNLESS(layer.M && layer.N && layer.K, "x, u: expected at least one row, input and output");
   layer.rank = rank < 0 || rank_ptr ? layer.R : rank;
   MK_REFUSE_UNLESS(layer.rank <= layer.R, "rank: expected 0..", layer.R, ", got ", rank);
   layer.rank_ptr = rank_ptr;
-  layer.x = x.data;
   layer.u = u.data;
   layer.stride_un = u.strides[0];
   layer.v = v.data;
   layer.stride_vr = v.strides[0];
-  if (bias) {
-    MK_REFUSE_UNLESS(bias.dims == 1 && bias.sizes[0] == layer.N && bias.steps(0, 1) && bias.like(x),
-                     "bias: expected (N,) of stride 1, dtype of x");
-    layer.bias = bias.data;
-  }
-  MK_REFUSE_UNLESS(activation >= 0 && activation <= static_cast<int64_t>(Activation::silu), "activation: got ",
-                   activation);
-  layer.activation = static_cast<Activation>(activation);
+  take_bias(bias, x, layer);
+  layer.activation = activation_of(activation);
   return layer;
 }
 
@@ -155,6 +167,7 @@ class Argument {
     }
     handle_ = reinterpret_cast<AtenTensorHandle>(value);
   }
+  Argument(Argument&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
   Argument(const Argument&) = delete;
   Argument& operator=(const Argument&) = delete;
   ~Argument() {
@@ -166,6 +179,30 @@ class Argument {
  private:
   AtenTensorHandle handle_ = nullptr;
 };
+
+// The tensors of an argument Tensor?[]; the list itself is freed here.
+inline std::vector<Argument> optional_arguments(StableIValue value) {
+  const auto list = reinterpret_cast<StableListHandle>(value);
+  std::vector<Argument> arguments;
+  size_t n = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &n));
+  arguments.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    StableIValue item = 0;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+    arguments.emplace_back(item, true);
+  }
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  return arguments;
+}
+
+// The value of a result Tensor[].
+inline StableIValue result_list(std::vector<Argument>& tensors) {
+  StableListHandle list = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(tensors.size(), &list));
+  for (Argument& tensor : tensors) TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, tensor.release()));
+  return reinterpret_cast<StableIValue>(list);
+}
 
 // Layers of a group with their outputs: ys, then hs where they are wanted.
 struct Group {

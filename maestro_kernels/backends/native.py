@@ -68,15 +68,35 @@ def ops() -> Any:
     return torch.ops.maestro_native
 
 
+def raw(name: str) -> Callable[..., Any]:
+    """An op without the Python frame of its overload: 0.2 us of 4."""
+    overload = getattr(ops(), name).default
+    call: Callable[..., Any] = getattr(overload, "_op", overload)
+    return call
+
+
 def raw_linear() -> Callable[..., Tensor]:
-    """The op behind `forward`, without the Python frame of its overload: 0.2 us of 4."""
-    overload = ops().linear.default
-    return getattr(overload, "_op", overload)
+    """The op behind `forward`."""
+    return raw("linear")
 
 
-def pack(u: Tensor, v: Tensor) -> Tensor:
-    """The factors in the order the CPU kernels read them, as bytes; any rank 0..R runs on it."""
-    packed: Tensor = ops().pack(u.detach(), v.detach())
+def pack(
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    ranks: Sequence[int],
+    activations: Sequence[str | None],
+) -> Tensor:
+    """Layers of one K as bytes, in the order the CPU kernels read them.
+
+    The bytes hold u (N, R) and v (R, K), rank and activation of each layer, but no bias:
+    `packed_linear(packed, x, bias)` runs one layer, `packed_grouped(packed, x, biases)` all.
+    """
+    packed: Tensor = ops().pack(
+        [u.detach() for u in us],
+        [v.detach() for v in vs],
+        list(ranks),
+        [ACTIVATION_CODES[activation] for activation in activations],
+    )
     return packed
 
 
@@ -176,7 +196,6 @@ def forward(
         -1 if is_tensor else rank,
         rank if is_tensor else None,
         ACTIVATION_CODES[activation],
-        None,
     )
     if save_h:
         return torch.ops.maestro_native.linear_h.default(*arguments)
@@ -197,7 +216,6 @@ def grouped_forward(
     *,
     save_h: bool,
     strategy: str = "fused",
-    packed: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """`forward` of several layers in one parallel region or launch; xs has one or one each."""
     n, is_tensor = len(us), isinstance(ranks, Tensor)
@@ -217,7 +235,6 @@ def grouped_forward(
         [-1] * n if is_tensor else list(ranks),
         ranks if is_tensor else None,
         codes,
-        list(packed),
         save_h,
     )
     return outputs[:n], outputs[n:] if save_h else None

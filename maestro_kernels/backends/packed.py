@@ -58,14 +58,7 @@ def make_form(
 def _fused(u: Tensor, v: Tensor, rank: int, activation: str | None) -> Form | None:
     if native.load_error() is not None or not _packable(u, v):
         return None
-    packed = native.pack(u, v)
-    linear = native.ops().linear.default
-    code = native.ACTIVATION_CODES[activation]
-
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        return linear(x, u, v, bias, rank, None, code, packed)
-
-    return run
+    return partial(native.raw("packed_linear"), native.pack([u], [v], [rank], [activation]))
 
 
 def _packable(u: Tensor, v: Tensor) -> bool:
@@ -115,21 +108,9 @@ def make_group_form(
     """Layers that read one x in one parallel region on packed factors, or None where it cannot."""
     if native.load_error() is not None:
         return None
-    us, vs = [u.detach() for u in us], [v.detach() for v in vs]
     if not all(_packable(u, v) for u, v in zip(us, vs, strict=True)):
         return None
-    packed = [native.pack(u, v) for u, v in zip(us, vs, strict=True)]
-    grouped = native.ops().grouped.default
-    codes = [native.ACTIVATION_CODES[act] for act in activations]
-    ranks = list(ranks)
-
-    def run(x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-        given = [b for b in biases if b is not None]
-        has_bias = [int(b is not None) for b in biases]
-        ys: list[Tensor] = grouped([x], us, vs, given, has_bias, ranks, None, codes, packed, False)
-        return ys
-
-    return run
+    return partial(native.raw("packed_grouped"), native.pack(us, vs, ranks, activations))
 
 
 _fastest: dict[Any, str] = {}

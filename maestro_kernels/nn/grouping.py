@@ -7,7 +7,7 @@ are called with the same tensor, under the same conditions. Anything else runs o
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.functional import lod_linear_grouped
 from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.ops import eager
 
 if TYPE_CHECKING:
     from maestro_kernels.nn.prepack import PackedGroup
@@ -52,8 +53,7 @@ class LayerGroup:
         self.active = True
         self.packed: PackedGroup | None = None
         self._misses = 0
-        # (x, its circumstances, state of each layer, outputs nobody has asked for yet)
-        self._pending: tuple[Tensor, Any, list[Any], list[Tensor | None]] | None = None
+        self._pending: _Pending | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
         import copy
@@ -81,39 +81,38 @@ class LayerGroup:
         except ValueError:
             return None
         pending = self._pending
-        if (
-            pending is not None
-            and pending[0] is x
-            and pending[1] == _circumstances(x)
-            and pending[2][index] == _state(layer)
-        ):
-            outputs = pending[3]
-            y = outputs[index]
-            if y is not None:
-                outputs[index] = None
-                if all(output is None for output in outputs):
+        if pending is not None:
+            of, circumstances, still, states, waiting = pending
+            if (
+                of is x
+                and index in waiting
+                and circumstances == _circumstances(x)
+                and still(layer, states[index])
+            ):
+                y = waiting.pop(index)
+                if not waiting:
                     self._pending, self._misses = None, 0
                 return y
-        if pending is not None:
             self._misses += 1
             if self._misses >= _MAX_MISSES:
                 self.active, self._pending = False, None
                 return None
-        # Before the call: what changes during it must not be taken for what it was.
-        states = [_state(layer) for layer in self.layers]
-        outputs = list(self._compute(x))
-        y = outputs[index]
-        outputs[index] = None
-        self._pending = (x, _circumstances(x), states, outputs)
+        outputs, still, states = self._compute(x)
+        waiting = dict(enumerate(outputs))
+        y = waiting.pop(index)
+        self._pending = (x, _circumstances(x), still, states, waiting)
         return y
 
-    def _compute(self, x: Tensor) -> list[Tensor]:
+    def _compute(self, x: Tensor) -> tuple[list[Tensor], Callable[..., bool], list[Any]]:
+        """(outputs, whether a layer is still in a state, the states that gave the outputs)."""
         layers = self.layers
         if self.packed is not None:
-            outputs = self.packed(layers, x)
-            if outputs is not None:
-                return outputs
-        return lod_linear_grouped(
+            found = self.packed(layers, x)
+            if found is not None:
+                return found[0], self.packed.still, found[1]
+        # Before the call: what changes during it must not be taken for what it was.
+        states = [_state(layer) for layer in layers]
+        outputs = lod_linear_grouped(
             x,
             [layer.u for layer in layers],
             [layer.v for layer in layers],
@@ -122,15 +121,19 @@ class LayerGroup:
             activation=[layer.activation for layer in layers],
             backend=layers[0].backend,
         )
+        return outputs, _still, states
+
+
+# x, its circumstances, whether a layer is still in a state, the state of each layer, and the
+# outputs nobody has asked for yet.
+_Pending = tuple[Tensor, Any, Callable[[LoDLinear, Any], bool], list[Any], dict[int, Tensor]]
 
 
 def _circumstances(x: Tensor) -> Any:
     """What must be as it was for a waiting output to be the right one, beside its layer."""
     if torch.compiler.is_compiling():
         return None
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return torch.is_grad_enabled(), autocast, _version(x)
+    return torch.is_grad_enabled(), eager.autocast_dtype(x), version(x)
 
 
 def _state(layer: LoDLinear) -> Any:
@@ -138,10 +141,15 @@ def _state(layer: LoDLinear) -> Any:
     if torch.compiler.is_compiling():
         return None
     tensors = layer._parameters.values() if len(layer._parameters) == 3 else layer.parameters()
-    return layer._rank, [(id(t), _version(t)) for t in tensors if t is not None]
+    return layer._rank, [(id(t), version(t)) for t in tensors if t is not None]
 
 
-def _version(tensor: Tensor) -> int:
+def _still(layer: LoDLinear, state: Any) -> bool:
+    return bool(state == _state(layer))
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to, -1 where that is not counted."""
     return -1 if tensor.is_inference() else tensor._version
 
 

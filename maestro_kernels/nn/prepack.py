@@ -22,11 +22,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from maestro_kernels import tuned
 from maestro_kernels.backends import packed
 from maestro_kernels.functional import lod_linear
+from maestro_kernels.nn.grouping import version
 from maestro_kernels.nn.layer import check_int
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.ops import eager
 
 __all__ = ["PackedGroup", "PackedLinear", "prepack", "unpack"]
+
+# Shapes of x remembered per layer; sequences of every length would fill the memory otherwise.
+_MAX_SHAPES = 256
 
 _steps = 0
 _hooked = False
@@ -40,26 +44,49 @@ def _count_step(*_: Any) -> None:
 class _Made:
     """What packed copies were made of: one layer's factors, and all that may change them.
 
-    Read on every call, so attributes of the module are looked up where nn.Module keeps them.
+    Read on every call, mostly from cold caches: few objects, and attributes of the module looked up
+    where nn.Module keeps them.
     """
+
+    __slots__ = (
+        "activation",
+        "address_u",
+        "address_v",
+        "counted",
+        "epoch",
+        "rank",
+        "steps",
+        "u",
+        "v",
+        "version_u",
+        "version_v",
+    )
 
     def __init__(self, layer: LoDLinear, u: Tensor, v: Tensor) -> None:
         self.u, self.v = u, v
-        self.addresses = u.data_ptr(), v.data_ptr()
+        self.address_u, self.address_v = u.data_ptr(), v.data_ptr()
         # An inference tensor counts no versions.
-        counted = not (u.is_inference() or v.is_inference())
-        self.versions = (u._version, v._version) if counted else None
-        self.others = (_steps, layer._epoch, layer._rank, layer.activation)
+        self.counted = not (u.is_inference() or v.is_inference())
+        self.version_u, self.version_v = (u._version, v._version) if self.counted else (0, 0)
+        self.steps, self.epoch = _steps, layer._epoch
+        self.rank, self.activation = layer._rank, layer.activation
 
     def still(self, layer: LoDLinear) -> bool:
-        """Whether the layer's factors are those of then."""
+        """Whether the layer's factors are those of then, and are to run as then."""
         u, v, factors = self.u, self.v, layer._parameters
         return (
             factors.get("u") is u
             and factors.get("v") is v
-            and (u.data_ptr(), v.data_ptr()) == self.addresses
-            and (self.versions is None or (u._version, v._version) == self.versions)
-            and (_steps, layer._epoch, layer._rank, layer.activation) == self.others
+            and u.data_ptr() == self.address_u
+            and v.data_ptr() == self.address_v
+            and (
+                not self.counted or (u._version == self.version_u and v._version == self.version_v)
+            )
+            and layer._rank == self.rank
+            and layer._epoch == self.epoch
+            and _steps == self.steps
+            and layer.activation == self.activation
+            and layer.backend is None
         )
 
 
@@ -72,10 +99,7 @@ class _Packed:
 
     def __init__(self, form: str | None = None) -> None:
         self.form = form
-        self.choices: dict[int, str] = {}
-        self._made: list[_Made] = []
-        self._forms: dict[tuple[str, int], Any] = {}
-        self._by_rows: dict[int, Any] = {}
+        self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
         return type(self)(self.form)
@@ -84,18 +108,36 @@ class _Packed:
         # Packed bytes are of this machine; the values they come from are saved with the layer.
         return type(self), (self.form,)
 
+    def _forget(self) -> None:
+        self.choices: dict[int, str] = {}
+        self._made: list[_Made] = []
+        self._dtype: torch.dtype | None = None
+        self._forms: dict[tuple[str, int], Any] = {}
+        # The form for so many rows, and the same for a contiguous x of a shape: what a call asks.
+        self._by_rows: dict[int, Any] = {}
+        self._by_shape: dict[torch.Size, Any] = {}
+
     def _renew(self, layers: Sequence[LoDLinear]) -> bool:
         """Forget what was made of other values; False where there is nothing to pack."""
-        self._forms, self._by_rows, self.choices, self._made = {}, {}, {}, []
+        self._forget()
         made = []
         for layer in layers:
             u, v = layer._parameters.get("u"), layer._parameters.get("v")
             # A parametrised factor is computed anew on every call.
-            if u is None or v is None or not (u.is_cpu and v.is_cpu) or u.dtype != v.dtype:
+            if u is None or v is None or not (u.is_cpu and v.is_cpu) or layer.backend is not None:
+                return False
+            if u.dtype != v.dtype or u.dtype != layers[0].u.dtype:
                 return False
             made.append(_Made(layer, u, v))
-        self._made = made
+        self._made, self._dtype = made, layers[0].u.dtype
         return True
+
+    def _keep(self, shape: torch.Size, form: Any) -> Any:
+        """Remember what runs a contiguous x of this shape."""
+        if len(self._by_shape) >= _MAX_SHAPES:
+            self._by_shape.clear()
+        self._by_shape[shape] = form
+        return form
 
     def _keep_chosen(self) -> None:
         """Free the forms that lost everywhere."""
@@ -110,28 +152,38 @@ class PackedLinear(_Packed):
         """The layer's output, or None where the call has to run unpacked."""
         if not _takes(x) or (torch.is_grad_enabled() and _wants_grad(x, layer)):
             return None
-        if not (self._made and self._made[0].still(layer)) and not self._renew((layer,)):
+        made = self._made
+        if not (made and made[0].still(layer)) and not self._renew((layer,)):
             return None
+        if x.dtype is not self._dtype:
+            return None
+        form = self._by_shape.get(x.shape)
+        if form is None or not x.is_contiguous():
+            return self._new(layer, x)
+        y: Tensor = form(x, layer._parameters["bias"])
+        return y
+
+    def _new(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
+        """The output for an x of a new shape, or one that is not contiguous."""
         K = layer.in_features
-        if x.dtype != self._made[0].u.dtype or x.shape[-1] != K or layer.backend is not None:
-            return None
-        rows = x.numel() // K
+        rows = x.numel() // K if K and x.shape[-1:] == (K,) else 0
         if not rows:
             return None
-        form = self._by_rows.get(rows)
+        if rows not in self._by_rows:
+            self._choose(layer, x.reshape(rows, K).contiguous(), rows)
+        form = self._by_rows[rows]
         if form is None:
-            if rows in self._by_rows:
-                return None
-            form = self._choose(layer, x.reshape(rows, K).contiguous(), rows)
-            if form is None:
-                return None
-        bias = layer._parameters["bias"]
-        if x.dim() == 2:
-            return form(x if x.stride(1) == 1 else x.contiguous(), bias)
-        y: Tensor = form(x.reshape(rows, K), bias)
-        return y.view(*x.shape[:-1], layer.out_features)
+            return None
+        if x.dim() != 2 and self.choices[rows] != "fused":
+            form = partial(_flattened, form, K)
+        if x.is_contiguous():
+            self._keep(x.shape, form)
+        elif x.dim() != 2 or x.stride(1) != 1:
+            x = x.contiguous()
+        y: Tensor = form(x, layer._parameters["bias"])
+        return y
 
-    def _choose(self, layer: LoDLinear, x: Tensor, rows: int) -> Any:
+    def _choose(self, layer: LoDLinear, x: Tensor, rows: int) -> None:
         N, K, rank = layer.out_features, layer.in_features, layer.rank
         names: tuple[str, ...] = packed.FORMS if self.form is None else (self.form,)
         known = tuned.choose_form(N, K, rank, rows, x.dtype) if self.form is None else None
@@ -152,7 +204,6 @@ class PackedLinear(_Packed):
         self.choices[rows] = name
         self._by_rows[rows] = forms.get(name)
         self._keep_chosen()
-        return forms.get(name)
 
     def _make(self, layer: LoDLinear, name: str, rows: int) -> Any:
         # oneDNN lays weights out for a size of batch; the other forms fit every one.
@@ -164,6 +215,12 @@ class PackedLinear(_Packed):
         return self._forms[key]
 
 
+def _flattened(form: packed.Form, K: int, x: Tensor, bias: Tensor | None) -> Tensor:
+    """A form that takes matrices on any x of rows."""
+    y = form(x.view(-1, K), bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 ALONE = "one by one"
 
 
@@ -173,36 +230,59 @@ class PackedGroup(_Packed):
     _alone = False
     _K = 1
 
-    def __call__(self, layers: Sequence[LoDLinear], x: Tensor) -> list[Tensor] | None:
-        """The outputs of all layers, or None where the group has to run unpacked."""
-        grad = torch.is_grad_enabled()
-        if not _takes(x) or (grad and any(_wants_grad(x, layer) for layer in layers)):
+    def __call__(
+        self, layers: Sequence[LoDLinear], x: Tensor
+    ) -> tuple[list[Tensor], list[Any]] | None:
+        """(outputs, states for `still`), or None where the group has to run unpacked."""
+        if not _takes(x):
             return None
-        pairs = zip(self._made, layers, strict=False)
-        fresh = len(self._made) == len(layers) and all(m.still(layer) for m, layer in pairs)
-        if not fresh and not self._renew(layers):
+        if torch.is_grad_enabled() and any(_wants_grad(x, layer) for layer in layers):
             return None
+        made = self._made
+        fresh = len(made) == len(layers)
+        for m, layer in zip(made, layers, strict=False):
+            fresh = fresh and m.still(layer)
+        if not fresh:
+            if not self._renew(layers):
+                return None
+            made = self._made
+        if x.dtype is not self._dtype:
+            return None
+        run = self._by_shape.get(x.shape)
+        if run is None or not x.is_contiguous():
+            run = self._new(layers, x)
+            if run is None:
+                return None
+            if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1):
+                x = x.contiguous()
+        biases = [layer._parameters["bias"] for layer in layers]
+        versions = [0 if bias is None else version(bias) for bias in biases]
+        return run(x, biases), list(zip(made, biases, versions, strict=True))
+
+    @staticmethod
+    def still(layer: LoDLinear, state: tuple[_Made, Tensor | None, int]) -> bool:
+        """Whether a layer would give the same output as in a state."""
+        made, bias, known = state
+        return (
+            layer._parameters["bias"] is bias
+            and (bias is None or version(bias) == known)
+            and made.still(layer)
+        )
+
+    def prefers_alone(self, x: Tensor) -> bool:
+        """Whether layers called one by one were found faster for as many rows as x has."""
+        return self._alone and self.choices.get(x.numel() // self._K) == ALONE
+
+    def _new(self, layers: Sequence[LoDLinear], x: Tensor) -> Any:
+        """What runs an x of a new shape, or one that is not contiguous."""
         K = layers[0].in_features
-        if x.shape[-1] != K or not all(
-            made.u.dtype == x.dtype and layer.backend is None
-            for made, layer in zip(self._made, layers, strict=True)
-        ):
-            return None
-        rows = x.numel() // K
+        rows = x.numel() // K if K and x.shape[-1:] == (K,) else 0
         if not rows:
             return None
         if rows not in self._by_rows:
             self._by_rows[rows] = self._choose(layers, x.reshape(rows, K).contiguous(), rows)
         run = self._by_rows[rows]
-        if run is None:
-            return None
-        flat = x if x.dim() == 2 else x.reshape(rows, K)
-        ys = run(flat if flat.stride(1) == 1 else flat.contiguous(), [m.bias for m in layers])
-        return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
-
-    def prefers_alone(self, x: Tensor) -> bool:
-        """Whether layers called one by one were found faster for as many rows as x has."""
-        return self._alone and self.choices.get(x.numel() // self._K) == ALONE
+        return self._keep(x.shape, run) if x.is_contiguous() else run
 
     def _choose(self, layers: Sequence[LoDLinear], x: Tensor, rows: int) -> Any:
         grouped = self._forms.get(("fused", 0)) or packed.make_group_form(
@@ -213,10 +293,10 @@ class PackedGroup(_Packed):
         )
         singles = [m.packed or PackedLinear(self.form) for m in layers]
 
-        def one_by_one(flat: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+        def one_by_one(x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
             pairs = zip(singles, layers, strict=True)
-            outputs = [(single(layer, flat), layer) for single, layer in pairs]
-            return [_unpacked(layer, flat) if y is None else y for y, layer in outputs]
+            outputs = [(single(layer, x), layer) for single, layer in pairs]
+            return [_unpacked(layer, x) if y is None else y for y, layer in outputs]
 
         biases, shared = [m.bias for m in layers], layers[0].group
         one_by_one(x, biases)
@@ -234,6 +314,7 @@ class PackedGroup(_Packed):
             sizes = tuple((m.out_features, m.in_features, m.max_rank, m.rank) for m in layers)
             key = (*sizes, rows, x.dtype, *(m.activation for m in layers))
             name = packed.fastest(key, calls)
+            self._by_shape.clear()
         self.choices[rows] = name
         self._K = layers[0].in_features
         self._alone = ALONE in self.choices.values()

@@ -108,7 +108,7 @@ def native_linear(
         if wants_grad:
             return apply_eager(x, u, v, bias, (found[0], rank, save_h))
         code = ACTIVATION_CODES[activation]
-        return found[1](x, u, v, bias, -1 if rank is None else rank, None, code, None)
+        return found[1](x, u, v, bias, -1 if rank is None else rank, None, code)
     except (AttributeError, TypeError, RuntimeError):  # the validator has the words for it
         return None
 
