@@ -97,6 +97,8 @@ class _Packed:
         choices: M -> name of the form that runs there, for M seen so far.
     """
 
+    __slots__ = ("_by_rows", "_by_shape", "_dtype", "_forms", "_made", "choices", "form")
+
     def __init__(self, form: str | None = None) -> None:
         self.form = form
         self._forget()
@@ -147,6 +149,8 @@ class _Packed:
 
 class PackedLinear(_Packed):
     """The packed forms of one layer."""
+
+    __slots__ = ()
 
     def __call__(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the call has to run unpacked."""
@@ -227,8 +231,12 @@ ALONE = "one by one"
 class PackedGroup(_Packed):
     """The packed form of layers that read one x: one parallel region, or each layer by itself."""
 
-    _alone = False
-    _K = 1
+    __slots__ = ("_K", "_alone")
+
+    def __init__(self, form: str | None = None) -> None:
+        super().__init__(form)
+        # Whether layers run one by one at some number of rows, and how to count rows.
+        self._alone, self._K = False, 1
 
     def __call__(
         self, layers: Sequence[LoDLinear], x: Tensor
@@ -328,7 +336,9 @@ def _unpacked(layer: LoDLinear, x: Tensor) -> Tensor:
 
 def _takes(x: Tensor) -> bool:
     """Whether a call on x may use packed weights: a plain CPU tensor, nobody watching the call."""
-    return eager.is_plain(x) and x.is_cpu and eager.autocast_dtype(x) is None
+    if not (eager.is_plain(x) and x.is_cpu):
+        return False
+    return not eager.any_autocast() or eager.autocast_dtype(x) is None
 
 
 def _wants_grad(x: Tensor, layer: LoDLinear) -> bool:
