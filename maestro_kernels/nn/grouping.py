@@ -7,7 +7,7 @@ are called with the same tensor, under the same conditions. Anything else runs o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +48,7 @@ class LayerGroup:
         packed: set by `prepack`, asked first.
     """
 
-    # Read by every call of every member, mostly from cold caches: a slot is nearer than a dictionary.
+    # Read by every call of every member, mostly from cold caches, where a dictionary is far away.
     __slots__ = ("_misses", "_pending", "active", "layers", "packed")
 
     def __init__(self, layers: list[LoDLinear]) -> None:
@@ -76,40 +76,42 @@ class LayerGroup:
         """The output of one member for x, or None when it has to run on its own."""
         if not self.active:
             return None
-        if self.packed is not None and self.packed.prefers_alone(x):
-            # Nobody will ask for what the call that chose has left waiting.
-            self._pending = None
-            return None
         try:
             index = self.layers.index(layer)
         except ValueError:
             return None
         pending = self._pending
-        if pending is not None:
-            of, circumstances, still, states, waiting = pending
-            if of is x and circumstances == _circumstances(x) and still(layer, states[index]):
+        if pending is not None and pending[0] is x and pending[1] == _circumstances(x):
+            _, _, states, packed, waiting = pending
+            state = states[index]
+            if state.same(layer) if packed else state == _state(layer):
                 y = waiting.pop(index, None)
                 if y is not None:
                     if not waiting:
                         self._pending, self._misses = None, 0
                     return y
+        if self.packed is not None and self.packed.prefers_alone(x):
+            # Nobody will ask for what the call that chose has left waiting.
+            self._pending = None
+            return None
+        if pending is not None:
             self._misses += 1
             if self._misses >= _MAX_MISSES:
                 self.active, self._pending = False, None
                 return None
-        outputs, still, states = self._compute(x)
+        outputs, states, packed = self._compute(x)
         waiting = dict(enumerate(outputs))
         y = waiting.pop(index)
-        self._pending = (x, _circumstances(x), still, states, waiting)
+        self._pending = (x, _circumstances(x), states, packed, waiting)
         return y
 
-    def _compute(self, x: Tensor) -> tuple[list[Tensor], Callable[..., bool], list[Any]]:
-        """(outputs, whether a layer is still in a state, the states that gave the outputs)."""
+    def _compute(self, x: Tensor) -> tuple[list[Tensor], list[Any], bool]:
+        """(outputs, the states of the layers that gave them, whether prepack keeps those)."""
         layers = self.layers
         if self.packed is not None:
             found = self.packed(layers, x)
             if found is not None:
-                return found[0], self.packed.still, found[1]
+                return *found, True
         # Before the call: what changes during it must not be taken for what it was.
         states = [_state(layer) for layer in layers]
         outputs = lod_linear_grouped(
@@ -121,12 +123,12 @@ class LayerGroup:
             activation=[layer.activation for layer in layers],
             backend=layers[0].backend,
         )
-        return outputs, _still, states
+        return outputs, states, False
 
 
-# x, its circumstances, whether a layer is still in a state, the state of each layer, and the
-# outputs nobody has asked for yet.
-_Pending = tuple[Tensor, Any, Callable[[LoDLinear, Any], bool], list[Any], dict[int, Tensor]]
+# x, its circumstances, the state of each layer, whether prepack keeps those states, and the outputs
+# that nobody has asked for yet.
+_Pending = tuple[Tensor, Any, list[Any], bool, dict[int, Tensor]]
 
 
 def _circumstances(x: Tensor) -> Any:
@@ -134,7 +136,7 @@ def _circumstances(x: Tensor) -> Any:
     if torch.compiler.is_compiling():
         return None
     autocast = eager.autocast_dtype(x) if eager.any_autocast() else None
-    return torch.is_grad_enabled(), autocast, version(x)
+    return torch.is_grad_enabled(), autocast, -1 if x.is_inference() else x._version
 
 
 def _state(layer: LoDLinear) -> Any:
@@ -143,10 +145,6 @@ def _state(layer: LoDLinear) -> Any:
         return None
     tensors = layer._parameters.values() if len(layer._parameters) == 3 else layer.parameters()
     return layer._rank, [(id(t), version(t)) for t in tensors if t is not None]
-
-
-def _still(layer: LoDLinear, state: Any) -> bool:
-    return bool(state == _state(layer))
 
 
 def version(tensor: Tensor) -> int:

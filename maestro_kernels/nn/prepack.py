@@ -42,34 +42,33 @@ def _count_step(*_: Any) -> None:
 
 
 class _Made:
-    """What packed copies were made of: one layer's factors, and all that may change them.
+    """One layer as it was when something was made of it: its tensors, and all that may change them.
 
-    Read on every call, mostly from cold caches: few objects, and attributes of the module looked up
-    where nn.Module keeps them.
+    Compared on every call, mostly from cold caches: few objects, and attributes of modules looked
+    up where nn.Module keeps them.
     """
 
     __slots__ = (
-        "activation",
-        "address_u",
-        "address_v",
-        "counted",
-        "epoch",
-        "rank",
-        "steps",
+        "_bias_version",
+        "_counted",
+        "_others",
+        "_u_address",
+        "_u_version",
+        "_v_address",
+        "_v_version",
+        "bias",
         "u",
         "v",
-        "version_u",
-        "version_v",
     )
 
     def __init__(self, layer: LoDLinear, u: Tensor, v: Tensor) -> None:
-        self.u, self.v = u, v
-        self.address_u, self.address_v = u.data_ptr(), v.data_ptr()
+        self.u, self.v, self.bias = u, v, layer._parameters["bias"]
+        self._u_address, self._v_address = u.data_ptr(), v.data_ptr()
         # An inference tensor counts no versions.
-        self.counted = not (u.is_inference() or v.is_inference())
-        self.version_u, self.version_v = (u._version, v._version) if self.counted else (0, 0)
-        self.steps, self.epoch = _steps, layer._epoch
-        self.rank, self.activation = layer._rank, layer.activation
+        self._counted = not any(t is not None and t.is_inference() for t in (u, v, self.bias))
+        self._u_version, self._v_version = version(u), version(v)
+        self._bias_version = -1 if self.bias is None else version(self.bias)
+        self._others = (layer._rank, layer._epoch, _steps, layer.activation)
 
     def still(self, layer: LoDLinear) -> bool:
         """Whether the layer's factors are those of then, and are to run as then."""
@@ -77,16 +76,27 @@ class _Made:
         return (
             factors.get("u") is u
             and factors.get("v") is v
-            and u.data_ptr() == self.address_u
-            and v.data_ptr() == self.address_v
+            and u.data_ptr() == self._u_address
+            and v.data_ptr() == self._v_address
             and (
-                not self.counted or (u._version == self.version_u and v._version == self.version_v)
+                (u._version == self._u_version and v._version == self._v_version)
+                if self._counted
+                else (version(u), version(v)) == (self._u_version, self._v_version)
             )
-            and layer._rank == self.rank
-            and layer._epoch == self.epoch
-            and _steps == self.steps
-            and layer.activation == self.activation
+            and (layer._rank, layer._epoch, _steps, layer.activation) == self._others
             and layer.backend is None
+        )
+
+    def same(self, layer: LoDLinear) -> bool:
+        """`still`, and the bias is that of then: the layer's output for an x is what it was."""
+        bias = self.bias
+        return (
+            layer._parameters.get("bias") is bias
+            and (
+                bias is None
+                or (bias._version if self._counted else version(bias)) == self._bias_version
+            )
+            and self.still(layer)
         )
 
 
@@ -240,20 +250,20 @@ class PackedGroup(_Packed):
 
     def __call__(
         self, layers: Sequence[LoDLinear], x: Tensor
-    ) -> tuple[list[Tensor], list[Any]] | None:
-        """(outputs, states for `still`), or None where the group has to run unpacked."""
+    ) -> tuple[list[Tensor], list[_Made]] | None:
+        """(outputs, what each was made of), or None where the group has to run unpacked."""
         if not _takes(x):
             return None
         if torch.is_grad_enabled() and any(_wants_grad(x, layer) for layer in layers):
             return None
         made = self._made
-        fresh = len(made) == len(layers)
-        for m, layer in zip(made, layers, strict=False):
-            fresh = fresh and m.still(layer)
-        if not fresh:
-            if not self._renew(layers):
+        same = len(made) == len(layers)
+        for then, layer in zip(made, layers, strict=False):
+            same = same and then.same(layer)
+        if not same:
+            made = self._made_now(layers)
+            if not made:
                 return None
-            made = self._made
         if x.dtype is not self._dtype:
             return None
         run = self._by_shape.get(x.shape)
@@ -263,19 +273,17 @@ class PackedGroup(_Packed):
                 return None
             if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1):
                 x = x.contiguous()
-        biases = [layer._parameters["bias"] for layer in layers]
-        versions = [0 if bias is None else version(bias) for bias in biases]
-        return run(x, biases), list(zip(made, biases, versions, strict=True))
+        return run(x, [then.bias for then in made]), made
 
-    @staticmethod
-    def still(layer: LoDLinear, state: tuple[_Made, Tensor | None, int]) -> bool:
-        """Whether a layer would give the same output as in a state."""
-        made, bias, known = state
-        return (
-            layer._parameters["bias"] is bias
-            and (bias is None or version(bias) == known)
-            and made.still(layer)
-        )
+    def _made_now(self, layers: Sequence[LoDLinear]) -> list[_Made]:
+        """What the packed copies and the next outputs are made of; nothing where it cannot be."""
+        pairs = list(zip(self._made, layers, strict=False))
+        if len(pairs) == len(layers) and all(then.still(layer) for then, layer in pairs):
+            # Biases are not packed. Outputs that wait refer to the old list.
+            self._made = [_Made(layer, then.u, then.v) for then, layer in pairs]
+        else:
+            self._renew(layers)
+        return self._made
 
     def prefers_alone(self, x: Tensor) -> bool:
         """Whether layers called one by one were found faster for as many rows as x has."""
