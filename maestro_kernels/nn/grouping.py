@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_kernels.functional import lod_linear_grouped
+from maestro_kernels.nn.freshness import version
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.ops import eager
 
@@ -136,7 +137,7 @@ def _circumstances(x: Tensor) -> Any:
     if torch.compiler.is_compiling():
         return None
     autocast = eager.autocast_dtype(x) if eager.any_autocast() else None
-    return torch.is_grad_enabled(), autocast, -1 if x.is_inference() else x._version
+    return torch.is_grad_enabled(), autocast, version(x)
 
 
 def _state(layer: LoDLinear) -> Any:
@@ -145,11 +146,6 @@ def _state(layer: LoDLinear) -> Any:
         return None
     tensors = layer._parameters.values() if len(layer._parameters) == 3 else layer.parameters()
     return layer._rank, [(id(t), version(t)) for t in tensors if t is not None]
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was written to, -1 where that is not counted."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def group(model: nn.Module) -> nn.Module:

@@ -1,10 +1,7 @@
 """prepack: inference on CPUs with factors packed once, in the form that is fastest for each M.
 
-A packed copy belongs to the values it was made of. It is made again when the factors are other
-tensors, lie elsewhere, have another version, or when something happened that torch does not count
-as a version: train(), load_state_dict, truncate, or a step of any optimizer (fused ones write
-without telling). Values written through `.data`, or in place to an inference tensor, are not
-noticed: call prepack again.
+A packed copy belongs to the values it was made of and is made again after they changed;
+freshness.py says what is noticed.
 """
 
 from __future__ import annotations
@@ -17,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from maestro_kernels import tuned
 from maestro_kernels.backends import packed
 from maestro_kernels.functional import lod_linear
-from maestro_kernels.nn.grouping import version
+from maestro_kernels.nn.freshness import Made, watch_optimizers
 from maestro_kernels.nn.layer import check_int
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.ops import eager
@@ -31,73 +27,8 @@ __all__ = ["PackedGroup", "PackedLinear", "prepack", "unpack"]
 
 # Shapes of x remembered per layer; sequences of every length would fill the memory otherwise.
 _MAX_SHAPES = 256
-
-_steps = 0
-_hooked = False
-
-
-def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-class _Made:
-    """One layer as it was when something was made of it: its tensors, and all that may change them.
-
-    Compared on every call, mostly from cold caches: few objects, and attributes of modules looked
-    up where nn.Module keeps them.
-    """
-
-    __slots__ = (
-        "_bias_version",
-        "_counted",
-        "_others",
-        "_u_address",
-        "_u_version",
-        "_v_address",
-        "_v_version",
-        "bias",
-        "u",
-        "v",
-    )
-
-    def __init__(self, layer: LoDLinear, u: Tensor, v: Tensor) -> None:
-        self.u, self.v, self.bias = u, v, layer._parameters["bias"]
-        self._u_address, self._v_address = u.data_ptr(), v.data_ptr()
-        # An inference tensor counts no versions.
-        self._counted = not any(t is not None and t.is_inference() for t in (u, v, self.bias))
-        self._u_version, self._v_version = version(u), version(v)
-        self._bias_version = -1 if self.bias is None else version(self.bias)
-        self._others = (layer._rank, layer._epoch, _steps, layer.activation)
-
-    def still(self, layer: LoDLinear) -> bool:
-        """Whether the layer's factors are those of then, and are to run as then."""
-        u, v, factors = self.u, self.v, layer._parameters
-        return (
-            factors.get("u") is u
-            and factors.get("v") is v
-            and u.data_ptr() == self._u_address
-            and v.data_ptr() == self._v_address
-            and (
-                (u._version == self._u_version and v._version == self._v_version)
-                if self._counted
-                else (version(u), version(v)) == (self._u_version, self._v_version)
-            )
-            and (layer._rank, layer._epoch, _steps, layer.activation) == self._others
-            and layer.backend is None
-        )
-
-    def same(self, layer: LoDLinear) -> bool:
-        """`still`, and the bias is that of then: the layer's output for an x is what it was."""
-        bias = self.bias
-        return (
-            layer._parameters.get("bias") is bias
-            and (
-                bias is None
-                or (bias._version if self._counted else version(bias)) == self._bias_version
-            )
-            and self.still(layer)
-        )
+# Dimensions of x that the library takes.
+_MAX_DIMS = 16
 
 
 class _Packed:
@@ -122,7 +53,7 @@ class _Packed:
 
     def _forget(self) -> None:
         self.choices: dict[int, str] = {}
-        self._made: list[_Made] = []
+        self._made: list[Made] = []
         self._dtype: torch.dtype | None = None
         self._forms: dict[tuple[str, int], Any] = {}
         # The form for so many rows, and the same for a contiguous x of a shape: what a call asks.
@@ -134,13 +65,14 @@ class _Packed:
         self._forget()
         made = []
         for layer in layers:
-            u, v = layer._parameters.get("u"), layer._parameters.get("v")
-            # A parametrised factor is computed anew on every call.
-            if u is None or v is None or not (u.is_cpu and v.is_cpu) or layer.backend is not None:
+            factors = layer._parameters
+            u, v = factors.get("u"), factors.get("v")
+            # What is parametrised is computed anew on every call.
+            if u is None or v is None or "bias" not in factors or layer.backend is not None:
                 return False
-            if u.dtype != v.dtype or u.dtype != layers[0].u.dtype:
+            if not (u.is_cpu and v.is_cpu and u.dtype == v.dtype == layers[0].u.dtype):
                 return False
-            made.append(_Made(layer, u, v))
+            made.append(Made(layer, u, v))
         self._made, self._dtype = made, layers[0].u.dtype
         return True
 
@@ -171,13 +103,17 @@ class PackedLinear(_Packed):
             return None
         if x.dtype is not self._dtype:
             return None
+        try:
+            bias = layer._parameters["bias"]
+        except KeyError:  # parametrised since: it has to be computed, maybe with gradients
+            return None
         form = self._by_shape.get(x.shape)
         if form is None or not x.is_contiguous():
-            return self._new(layer, x)
-        y: Tensor = form(x, layer._parameters["bias"])
+            return self._new(layer, x, bias)
+        y: Tensor = form(x, bias)
         return y
 
-    def _new(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
+    def _new(self, layer: LoDLinear, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The output for an x of a new shape, or one that is not contiguous."""
         K = layer.in_features
         rows = x.numel() // K if K and x.shape[-1:] == (K,) else 0
@@ -188,13 +124,13 @@ class PackedLinear(_Packed):
         form = self._by_rows[rows]
         if form is None:
             return None
-        if x.dim() != 2 and self.choices[rows] != "fused":
+        if x.dim() != 2 and (self.choices[rows] != "fused" or x.dim() > _MAX_DIMS):
             form = partial(_flattened, form, K)
         if x.is_contiguous():
             self._keep(x.shape, form)
         elif x.dim() != 2 or x.stride(1) != 1:
             x = x.contiguous()
-        y: Tensor = form(x, layer._parameters["bias"])
+        y: Tensor = form(x, bias)
         return y
 
     def _choose(self, layer: LoDLinear, x: Tensor, rows: int) -> None:
@@ -250,7 +186,7 @@ class PackedGroup(_Packed):
 
     def __call__(
         self, layers: Sequence[LoDLinear], x: Tensor
-    ) -> tuple[list[Tensor], list[_Made]] | None:
+    ) -> tuple[list[Tensor], list[Made]] | None:
         """(outputs, what each was made of), or None where the group has to run unpacked."""
         if not _takes(x):
             return None
@@ -275,14 +211,17 @@ class PackedGroup(_Packed):
                 x = x.contiguous()
         return run(x, [then.bias for then in made]), made
 
-    def _made_now(self, layers: Sequence[LoDLinear]) -> list[_Made]:
+    def _made_now(self, layers: Sequence[LoDLinear]) -> list[Made]:
         """What the packed copies and the next outputs are made of; nothing where it cannot be."""
         pairs = list(zip(self._made, layers, strict=False))
-        if len(pairs) == len(layers) and all(then.still(layer) for then, layer in pairs):
-            # Biases are not packed. Outputs that wait refer to the old list.
-            self._made = [_Made(layer, then.u, then.v) for then, layer in pairs]
-        else:
-            self._renew(layers)
+        if len(pairs) == len(layers) and all("bias" in layer._parameters for layer in layers):
+            # Biases are not packed. What is new is looked at before it is found that the rest is
+            # not; outputs that wait refer to the old list.
+            now = [Made(layer, then.u, then.v) for then, layer in pairs]
+            if all(then.still(layer) for then, layer in pairs):
+                self._made = now
+                return now
+        self._renew(layers)
         return self._made
 
     def prefers_alone(self, x: Tensor) -> bool:
@@ -293,7 +232,7 @@ class PackedGroup(_Packed):
         """What runs an x of a new shape, or one that is not contiguous."""
         K = layers[0].in_features
         rows = x.numel() // K if K and x.shape[-1:] == (K,) else 0
-        if not rows:
+        if not rows or x.dim() > _MAX_DIMS:
             return None
         if rows not in self._by_rows:
             self._by_rows[rows] = self._choose(layers, x.reshape(rows, K).contiguous(), rows)
@@ -378,7 +317,6 @@ def prepack(
         TypeError: module is no module, or rows no int.
         ValueError: an unknown form, or rows < 1.
     """
-    global _hooked
     if not isinstance(module, nn.Module):
         raise TypeError(f"prepack: module: expected an nn.Module, got {type(module).__name__}")
     if form is not None and form not in packed.FORMS:
@@ -393,9 +331,7 @@ def prepack(
             "packed for CPU kernels only",
             stacklevel=2,
         )
-    if not _hooked:
-        register_optimizer_step_post_hook(_count_step)
-        _hooked = True
+    watch_optimizers()
     layers = [m for m in layers if m.u.is_cpu]
     for layer in layers:
         layer.packed = PackedLinear(form)
