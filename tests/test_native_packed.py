@@ -125,7 +125,11 @@ def test_sizes_beyond_the_bytes_are_refused_even_with_a_right_check(word, value)
         packed[8 * LAYERS : 8 * N] = torch.tensor(list(struct.pack("<q", value))).byte()
         refused(packed)
         return
-    refused(forged(packed, word, value), match="")
+    # Without biases, whose shapes would be refused as well.
+    words = {BYTES: r"packed: expected what pack\(\) returned", DTYPE: "packed: expected the dtype"}
+    words |= dict.fromkeys((ACTIVATION, ACTIVATION + 2 * WORDS), f"activation: got {value}")
+    match = words.get(word, "packed: layer [02] is damaged")
+    refused(forged(packed, word, value), biases=[None] * 3, match=match)
 
 
 def test_a_forged_header_that_changes_nothing_is_taken():
@@ -138,6 +142,13 @@ def test_a_forged_header_that_changes_nothing_is_taken():
     torch.testing.assert_close(y, F.linear(F.linear(x, vs[0][:7]), us[0][:, :7], biases[0]))
 
 
+def test_a_header_longer_than_the_tensor_is_refused():
+    _, us, vs, _ = group()
+    packed = native.pack(us, vs, [16, 5, 33], [None] * 3)
+    # All is there, but the tensor ends at 128 of 168 bytes.
+    refused(forged(packed, BYTES, 128)[:128], match=r"packed: expected what pack\(\) returned")
+
+
 def test_panels_that_start_or_end_elsewhere_are_refused():
     _, us, vs, _ = group()
     packed = native.pack(us, vs, [16, 5, 33], [None] * 3)
@@ -146,7 +157,7 @@ def test_panels_that_start_or_end_elsewhere_are_refused():
     refused(forged(packed, last, offset + 64))
     refused(forged(packed, last, offset - 8))
     refused(forged(packed, OFFSET, 0))
-    refused(forged(packed, K, 41), match="")
+    refused(forged(packed, K, 41), match="x: expected rows of 41, got 3 of 40")
     refused(forged(packed, N + 2 * WORDS, 400))
 
 
@@ -164,6 +175,8 @@ def test_panels_that_start_or_end_elsewhere_are_refused():
         lambda packed: packed.repeat_interleave(2)[::2],
         torch.zeros_like,
         lambda packed: packed.view(torch.float32),
+        lambda packed: packed.view(torch.int8),
+        lambda packed: torch.cat([packed, packed])[::2],
     ],
 )
 def test_other_tensors_are_refused(foreign):

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import maestro_kernels as mk
 from maestro_kernels.backends import native, packed
-from maestro_kernels.backends.reference import lod_linear_ref
+from maestro_kernels.backends.reference import ACTIVATIONS, lod_linear_ref
 from maestro_kernels.testing import assert_accurate
 
 needs_library = pytest.mark.skipif(native.load_error() is not None, reason="no native library")
@@ -28,9 +28,10 @@ def check_output(layer, x, y):
     """y is the layer's output for x."""
     with torch.no_grad():
         r = layer.rank
-        pair = F.linear(F.linear(x, layer.v[:r]), layer.u[:, :r], layer.bias)
+        act = layer.activation
+        pair = ACTIVATIONS[act](F.linear(F.linear(x, layer.v[:r]), layer.u[:, :r], layer.bias))
         doubled = [None if t is None else t.double() for t in (x, layer.u, layer.v, layer.bias)]
-        assert_accurate("y", y, pair, lod_linear_ref(*doubled, rank=r))
+        assert_accurate("y", y, pair, lod_linear_ref(*doubled, rank=r, activation=act))
 
 
 def replace_bias(layer):
@@ -46,16 +47,31 @@ def drop_bias(layer):
     layer.bias = None
 
 
-def move_factor(layer):
+def replace_v(layer):
+    layer.v = nn.Parameter(torch.randn(16, 40))
+
+
+def move_u(layer):
     # Same tensor, same version, other memory.
     layer.u.data = torch.randn(24, 16)
 
 
-BIAS_CHANGES = [replace_bias, write_bias, drop_bias]
+def move_v(layer):
+    layer.v.data = torch.randn(16, 40)
+
+
+def activate(layer):
+    layer.activation = "relu"
+
+
+ALL_CHANGES = [
+    *CHANGES,
+    *(replace_bias, write_bias, drop_bias, replace_v, move_u, move_v, activate),
+]
 
 
 @needs_library
-@pytest.mark.parametrize("change", [*CHANGES, *BIAS_CHANGES, move_factor])
+@pytest.mark.parametrize("change", ALL_CHANGES)
 @pytest.mark.parametrize("name", ["q_proj", "v_proj"])
 def test_a_changed_layer_of_a_group_is_noticed(change, name):
     layers = block()
@@ -71,7 +87,7 @@ def test_a_changed_layer_of_a_group_is_noticed(change, name):
 
 
 @needs_library
-@pytest.mark.parametrize("change", [*CHANGES, *BIAS_CHANGES, move_factor])
+@pytest.mark.parametrize("change", ALL_CHANGES)
 def test_a_change_between_siblings_is_noticed(change):
     layers = block()
     x = torch.randn(6, 40)
@@ -154,6 +170,8 @@ def test_inputs_of_every_layout(form, grouped):
     layers = block(form) if grouped else {"only": mk.prepack(make(40, 24), form=form)}
     wide = torch.randn(5, 60)
     forms = {
+        "plain": torch.randn(5, 40),
+        "plain batch": torch.randn(5, 3, 40),
         "rows of a wider one": wide[:, 7:47],
         "columns": torch.randn(40, 5).T,
         "every other row": torch.randn(10, 40)[::2],
@@ -219,6 +237,37 @@ def test_wrong_inputs_of_a_group_are_named():
         with pytest.raises(TypeError, match=r"lod_linear_grouped: .*expected"):
             layers["q_proj"](torch.randn(6, 40).bfloat16())
         assert block()["q_proj"](torch.randn(0, 40)).shape == (0, 24)
+
+
+@needs_library
+def test_a_group_of_two_dtypes_is_refused_in_the_validators_words():
+    layers = block()
+    layers["k_proj"].to(torch.bfloat16)
+    with torch.no_grad(), pytest.raises(TypeError, match=r"lod_linear_grouped: .*expected"):
+        layers["q_proj"](torch.randn(6, 40))
+
+
+@needs_library
+@pytest.mark.parametrize("choice", ["one by one", "fused"])
+def test_the_form_of_a_group_that_lost_is_freed(choice, monkeypatch):
+    def fastest(key, calls):
+        for call in calls.values():
+            call()
+        return choice if choice in calls else "unpacked"
+
+    monkeypatch.setattr(packed, "fastest", fastest)
+    layers = block(None)
+    x = torch.randn(2, 3, 40)
+    with torch.no_grad():
+        for _ in range(2):
+            for layer in layers.values():
+                check_output(layer, x, layer(x))
+    shared = layers["q_proj"].group.packed
+    assert shared.choices == {6: choice}
+    runs = set(map(id, shared._by_rows.values()))
+    assert len(runs) == 1
+    assert {id(run) for run in shared._by_shape.values()} <= runs
+    assert {id(form) for form in shared._forms.values()} == (runs if choice == "fused" else set())
 
 
 @needs_library
