@@ -65,35 +65,41 @@ class Made:
         self._u_address, self._v_address = u.data_ptr(), v.data_ptr()
         # An inference tensor counts no versions.
         self._counted = not any(t is not None and t.is_inference() for t in (u, v, self.bias))
-        self._u_version, self._v_version = version(u), version(v)
-        self._bias_version = -1 if self.bias is None else version(self.bias)
+        self._u_version, self._v_version, self._bias_version = self._versions()
         self._others = (layer._rank, layer._epoch, _steps, layer.activation)
 
-    def still(self, layer: LoDLinear) -> bool:
-        """Whether the layer's factors are those of then, and are to run as then."""
-        u, v, factors = self.u, self.v, layer._parameters
+    def same(self, layer: LoDLinear) -> bool:
+        """Whether the layer would give the output of then: nothing that it depends on changed."""
+        u, v, bias, tensors = self.u, self.v, self.bias, layer._parameters
+        # Every call of every layer comes by here, so nothing is shared with `again`.
         return (
-            factors.get("u") is u
-            and factors.get("v") is v
+            tensors.get("u") is u
+            and tensors.get("v") is v
+            and tensors.get("bias", self) is bias
             and u.data_ptr() == self._u_address
             and v.data_ptr() == self._v_address
             and (
-                (u._version == self._u_version and v._version == self._v_version)
+                u._version == self._u_version
+                and v._version == self._v_version
+                and (bias is None or bias._version == self._bias_version)
                 if self._counted
-                else (version(u), version(v)) == (self._u_version, self._v_version)
+                else self._versions() == (self._u_version, self._v_version, self._bias_version)
             )
             and (layer._rank, layer._epoch, _steps, layer.activation) == self._others
             and layer.backend is None
         )
 
-    def same(self, layer: LoDLinear) -> bool:
-        """`still`, and the bias is that of then: the layer's output for an x is what it was."""
-        bias = self.bias
-        return (
-            layer._parameters.get("bias") is bias
-            and (
-                bias is None
-                or (bias._version if self._counted else version(bias)) == self._bias_version
-            )
-            and self.still(layer)
-        )
+    def again(self, layer: LoDLinear) -> Made | None:
+        """What differs from this in no more than the bias, or None."""
+        tensors = layer._parameters
+        if tensors.get("u") is not self.u or tensors.get("v") is not self.v:
+            return None
+        if "bias" not in tensors:
+            return None
+        now = Made(layer, self.u, self.v)
+        then = (self._u_address, self._v_address, self._u_version, self._v_version, self._others)
+        found = (now._u_address, now._v_address, now._u_version, now._v_version, now._others)
+        return now if found == then and layer.backend is None else None
+
+    def _versions(self) -> tuple[int, int, int]:
+        return version(self.u), version(self.v), -1 if self.bias is None else version(self.bias)

@@ -137,7 +137,7 @@ def _circumstances(x: Tensor) -> Any:
     if torch.compiler.is_compiling():
         return None
     autocast = eager.autocast_dtype(x) if eager.any_autocast() else None
-    return torch.is_grad_enabled(), autocast, version(x)
+    return torch.is_grad_enabled(), autocast, -1 if x.is_inference() else x._version
 
 
 def _state(layer: LoDLinear) -> Any:

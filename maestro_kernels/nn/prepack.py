@@ -60,8 +60,8 @@ class _Packed:
         self._by_rows: dict[int, Any] = {}
         self._by_shape: dict[torch.Size, Any] = {}
 
-    def _renew(self, layers: Sequence[LoDLinear]) -> bool:
-        """Forget what was made of other values; False where there is nothing to pack."""
+    def _renew(self, layers: Sequence[LoDLinear]) -> None:
+        """Forget what was made of other values."""
         self._forget()
         made = []
         for layer in layers:
@@ -69,12 +69,22 @@ class _Packed:
             u, v = factors.get("u"), factors.get("v")
             # What is parametrised is computed anew on every call.
             if u is None or v is None or "bias" not in factors or layer.backend is not None:
-                return False
+                return
             if not (u.is_cpu and v.is_cpu and u.dtype == v.dtype == layers[0].u.dtype):
-                return False
+                return
             made.append(Made(layer, u, v))
         self._made, self._dtype = made, layers[0].u.dtype
-        return True
+
+    def _made_now(self, layers: Sequence[LoDLinear]) -> list[Made]:
+        """What packed copies and the next outputs are made of; nothing where there are none."""
+        now = [then.again(layer) for then, layer in zip(self._made, layers, strict=False)]
+        kept = [made for made in now if made is not None]
+        if len(kept) == len(layers):
+            # Only biases changed, which are not packed. Outputs that wait refer to the old list.
+            self._made = kept
+        else:
+            self._renew(layers)
+        return self._made
 
     def _keep(self, shape: torch.Size, form: Any) -> Any:
         """Remember what runs a contiguous x of this shape."""
@@ -99,14 +109,13 @@ class PackedLinear(_Packed):
         if not _takes(x) or (torch.is_grad_enabled() and _wants_grad(x, layer)):
             return None
         made = self._made
-        if not (made and made[0].still(layer)) and not self._renew((layer,)):
-            return None
+        if not (made and made[0].same(layer)):
+            made = self._made_now((layer,))
+            if not made:
+                return None
         if x.dtype is not self._dtype:
             return None
-        try:
-            bias = layer._parameters["bias"]
-        except KeyError:  # parametrised since: it has to be computed, maybe with gradients
-            return None
+        bias = made[0].bias
         form = self._by_shape.get(x.shape)
         if form is None or not x.is_contiguous():
             return self._new(layer, x, bias)
@@ -210,19 +219,6 @@ class PackedGroup(_Packed):
             if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1):
                 x = x.contiguous()
         return run(x, [then.bias for then in made]), made
-
-    def _made_now(self, layers: Sequence[LoDLinear]) -> list[Made]:
-        """What the packed copies and the next outputs are made of; nothing where it cannot be."""
-        pairs = list(zip(self._made, layers, strict=False))
-        if len(pairs) == len(layers) and all("bias" in layer._parameters for layer in layers):
-            # Biases are not packed. What is new is looked at before it is found that the rest is
-            # not; outputs that wait refer to the old list.
-            now = [Made(layer, then.u, then.v) for then, layer in pairs]
-            if all(then.still(layer) for then, layer in pairs):
-                self._made = now
-                return now
-        self._renew(layers)
-        return self._made
 
     def prefers_alone(self, x: Tensor) -> bool:
         """Whether layers called one by one were found faster for as many rows as x has."""
