@@ -212,6 +212,30 @@ def test_a_parametrised_bias_runs_unpacked_with_its_gradient(form, grouped):
     assert torch.equal(original.grad, torch.full((24,), 12.0))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_that_is_no_parameter_counts(form):
+    layer = mk.prepack(make(40, 24, bias=False), form=form)
+    x = torch.randn(6, 40)
+    check(layer, x)
+    del layer.bias
+    layer.bias = torch.randn(24)
+    check(layer, x)
+
+
+@needs_library
+def test_a_new_bias_packs_nothing_again(monkeypatch):
+    layers, layer, x = block(), mk.prepack(make(40, 24), form="fused"), torch.randn(6, 40)
+    members = (*layers.values(), layer)
+    for member in members:
+        check(member, x)
+    monkeypatch.setattr(native, "pack", lambda *_: pytest.fail("packed again"))
+    for change in (replace_bias, write_bias, drop_bias):
+        for member in members:
+            change(member)
+        for member in members:
+            check(member, x)
+
+
 @needs_library
 def test_a_backend_of_ones_own_is_respected_by_a_group():
     layers = block()
