@@ -52,7 +52,9 @@ struct TileProduct {
   const char *a[2], *tail[2];
   int64_t stride_a, in_place;  // tile operations on A in place
   int64_t operations;          // with the tail
-  const char *panel, *next;    // what is read after this panel; null where nothing need be fetched ahead
+  const char* panel;
+  const char* ahead = nullptr;  // what to fetch,
+  int64_t ahead_lines = 0;      // so many cache lines with each operation
   float* sum[2];
   int64_t stride_sum;  // bytes
   bool add;
@@ -67,11 +69,9 @@ void multiply_tiles() {
 }
 
 template <DType D, bool two>
-void multiply_add(const char* a0, const char* a1, int64_t stride_a, const char* panel, const char* ahead) {
-  if (ahead) {
-#pragma GCC unroll 32
-    for (int64_t line = 0; line < kBTileBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
-  }
+void multiply_add(const char* a0, const char* a1, int64_t stride_a, const char* panel, const char* ahead,
+                  int64_t ahead_lines) {
+  for (int64_t line = 0; line < ahead_lines; ++line) _mm_prefetch(ahead + line * kLine, _MM_HINT_T1);
   _tile_loadd(6, panel, kUnitBytes);
   _tile_loadd(4, a0, stride_a);
   _tile_loadd(7, panel + kUnitBytes / 2, kUnitBytes);
@@ -103,18 +103,13 @@ void tiles(const TileProduct& t) {
     }
   }
   int64_t i = 0;
-  const auto ahead = [&](int64_t operation) -> const char* {
-    if (!t.next) return nullptr;
-    operation += kAhead;
-    return operation < t.operations ? t.panel + operation * kBTileBytes
-                                    : t.next + (operation - t.operations) * kBTileBytes;
-  };
   for (; i < t.in_place; ++i) {
     multiply_add<D, two>(t.a[0] + i * kTailStride, t.a[1] + i * kTailStride, t.stride_a, t.panel + i * kBTileBytes,
-                         ahead(i));
+                         t.ahead + i * t.ahead_lines * kLine, t.ahead_lines);
   }
   for (; i < t.operations; ++i) {
-    multiply_add<D, two>(t.tail[0], t.tail[1], kTailStride, t.panel + i * kBTileBytes, ahead(i));
+    multiply_add<D, two>(t.tail[0], t.tail[1], kTailStride, t.panel + i * kBTileBytes,
+                         t.ahead + i * t.ahead_lines * kLine, t.ahead_lines);
   }
   _tile_stored(0, t.sum[0], t.stride_sum);
   _tile_stored(1, t.sum[0] + 16, t.stride_sum);
@@ -226,11 +221,9 @@ class TileMultiplication {
     t.in_place = least(t.operations, in_place - first);
     t.add = first > 0;
     t.panel = weights(column, t.operations);
-    const char* next =
-        column + kPanel < p.n ? t.panel + p.stride_panel : p.panels + (first + t.operations) * kBTileBytes;
+    fetch_ahead(t, column);
     const bool last = first + pass >= operations;
     for (int64_t i = 0; i < row_tiles; i += 2) {
-      t.next = p.far && p.panels && i == 0 ? next : nullptr;
       const int64_t rows[] = {least(i * height, p.rows - height), least((i + 1) * height, p.rows - height)};
       for (int j = 0; j < 2; ++j) {
         t.a[j] = p.a + rows[j] * p.stride_a + first * kTailStride;
@@ -239,9 +232,21 @@ class TileMultiplication {
       }
       const bool two = i + 1 < row_tiles;
       two ? tiles<D, true>(t) : tiles<D, false>(t);
+      t.ahead += t.operations * t.ahead_lines * kLine;
       if (!last) continue;
       for (int j = 0; j < 1 + two; ++j) finish<D>(p, t.sum[j], stride_sum, rows[j], height, column);
     }
+  }
+
+  // What is read next, spread over all tiles of a panel: all at once would occupy the buffers that A comes through. The
+  // only tiles of a panel fetch ahead of themselves.
+  void fetch_ahead(TileProduct& t, int64_t column) const {
+    if (!(p.far && p.panels)) return;
+    const int64_t pairs = ceil_div(row_tiles, 2);
+    t.ahead = pairs == 1              ? t.panel + kAhead * kBTileBytes
+              : column + kPanel < p.n ? t.panel + p.stride_panel
+                                      : p.panels + (first + t.operations) * kBTileBytes;
+    t.ahead_lines = ceil_div(kBTileBytes / kLine, pairs);
   }
 
   const char* weights(int64_t column, int64_t tile_operations) {

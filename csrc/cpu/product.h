@@ -48,7 +48,7 @@ struct Tile {
   int64_t chain;
   const char* ahead;    // what to fetch,
   int64_t ahead_lines;  // so many cache lines with each step of kStep units
-  const float* start;             // sums so far, or the bias with stride 0, or null
+  const float* start;   // sums so far, or the bias with stride 0, or null
   int64_t stride_start;
   float* sum;  // float32 result, or null:
   int64_t stride_sum;
@@ -159,9 +159,8 @@ void tile(const Tile& t) {
       });
     }
     if (left > 0) {
-      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
-        chain.store(total + (i * columns + j) * Vec::lanes);
-      });
+      each([&](int i, int j, Vec& chain)
+               __attribute__((always_inline)) { chain.store(total + (i * columns + j) * Vec::lanes); });
       before = total;
       stride_before = columns * Vec::lanes;
       continue;
@@ -170,9 +169,8 @@ void tile(const Tile& t) {
       each([&](int i, int j, Vec& chain) __attribute__((always_inline)) { chain = chain + lost[i][j]; });
     }
     if (t.sum) {
-      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
-        chain.store(t.sum + i * t.stride_sum + j * Vec::lanes);
-      });
+      each([&](int i, int j, Vec& chain)
+               __attribute__((always_inline)) { chain.store(t.sum + i * t.stride_sum + j * Vec::lanes); });
     } else if (t.n >= columns * Vec::lanes) {
       each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
         store_as<F::dtype>(t.y + i * t.stride_y + j * Vec::lanes * element_bytes(F::dtype), chain, Vec::lanes);
