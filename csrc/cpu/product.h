@@ -458,7 +458,7 @@ void reduce(const Product& p, int64_t parts, int64_t stride_part) {
 
 template <class F, int columns, int max_rows>
 constexpr Kernel make_kernel(const char* isa, double macs_per_cycle) {
-  return {isa,       element_bytes(F::a_dtype), 2, macs_per_cycle, scratch_bytes<F>, product<F, columns, max_rows>,
+  return {isa,       element_bytes(F::a_dtype), 2, 192, macs_per_cycle, scratch_bytes<F>, product<F, columns, max_rows>,
           reduce<F>, pack_panel<F::dtype>};
 }
 
