@@ -18,10 +18,11 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileK = 32;                            // k of one tile operation
 constexpr int64_t kTileUnits = kTileK / 2;                // units of a panel it takes
 constexpr int64_t kBTileBytes = kTileUnits * kUnitBytes;  // of both halves of a panel
+constexpr int64_t kLines = kBTileBytes / kLine;           // of a panel that one operation reads
 constexpr int64_t kPassTiles = 16;                        // A and B of a pass stay in the first-level cache
 constexpr int64_t kAhead = 4;                             // operations
 constexpr int64_t kTailStride = kTileK * 2;               // a row of the last, copied k
-constexpr int64_t kStripBytes = 128 << 10;                // panels that stay in a core's own cache for all rows
+constexpr int64_t kStripTiles = 8;                        // rows that pay for reading a strip again
 
 // Tiles 0-3 are sums (row tile, half panel), 4-5 A, 6-7 B. A and the sums have `rows` rows. The intrinsics do not tell
 // GCC 12 that they read memory: fence() keeps earlier stores before them.
@@ -103,7 +104,13 @@ void tiles(const TileProduct& t) {
   }
   const char* ahead = t.ahead;
   const auto fetch = [&]() __attribute__((always_inline)) {
-    for (int64_t line = 0; line < t.ahead_lines; ++line, ahead += kLine) _mm_prefetch(ahead, _MM_HINT_T1);
+    if (t.ahead_lines == kLines) {
+#pragma GCC unroll 32
+      for (int64_t line = 0; line < kLines; ++line) _mm_prefetch(ahead + line * kLine, _MM_HINT_T0);
+      ahead += kBTileBytes;
+    } else {
+      for (int64_t line = 0; line < t.ahead_lines; ++line, ahead += kLine) _mm_prefetch(ahead, _MM_HINT_T1);
+    }
   };
   int64_t i = 0;
   for (; i < t.in_place; ++i) {
@@ -202,7 +209,8 @@ class TileMultiplication {
         // One pass where a panel is read once only.
         passes(row_tiles <= 2 && p.panels ? 1 : most(1, ceil_div(operations, kPassTiles))),
         pass(most(1, ceil_div(operations, passes))),
-        rows_first(passes == 1 && p.panels && row_tiles > 2),
+        rows_first(passes == 1 && p.panels && row_tiles >= kStripTiles && p.target == Target::output &&
+                   p.stride_out > kPageBytes),
         strip(rows_first ? most(1, kStripBytes / most(1, operations * kBTileBytes)) * kPanel : kBlockColumns),
         stride_sum(passes == 1 ? kPanel : least(kBlockColumns, round_up(p.n, kPanel))) {
     if (in_place < operations) copy_tail(p, in_place * kTileK, tail);
@@ -254,16 +262,15 @@ class TileMultiplication {
   // once.
   void fetch_ahead(TileProduct& t, int64_t column, int64_t tile) const {
     if (!(p.far && p.panels)) return;
-    constexpr int64_t lines = kBTileBytes / kLine;  // of a panel, for each operation
     const int64_t pairs = ceil_div(row_tiles, 2);
-    t.ahead_lines = ceil_div(lines, pairs);
+    t.ahead_lines = ceil_div(kLines, pairs);
     if (pairs == 1) {
       t.ahead = t.panel + kAhead * kBTileBytes;
     } else if (!rows_first) {
       t.ahead = column + kPanel < p.n ? t.panel + p.stride_panel : p.panels + (first + t.operations) * kBTileBytes;
     } else if (block == 0 && tile == 0) {
       t.ahead = t.panel + p.stride_panel;
-      t.ahead_lines = lines;
+      t.ahead_lines = kLines;
     } else if (column + strip < p.n) {
       t.ahead = t.panel + strip / kPanel * p.stride_panel + tile / 2 * t.operations * t.ahead_lines * kLine;
     } else {
