@@ -31,6 +31,9 @@ SHAPES = (
     (517, 48, 33, 5),
     (40, 600, 700, 530),
 )
+# Rows of y longer than a page: strips. Weights beyond a core's own cache, and enough work to be cut
+# in pieces that other threads may take. Packed only: that is where the schedules differ.
+LARGE = ((150, 2110, 64, 40), (620, 2110, 650, 200))
 
 
 def spoil(*shapes, dtype):
@@ -130,6 +133,11 @@ def sweep():
                 failures.append(
                     f"{shape} {dtype} r{rank} {activation} {packed=} {options}: {problem}"
                 )
+    for shape, dtype, lost in itertools.product(LARGE, DTYPES, (0, 1)):
+        rank, activation = shape[3] - lost, (None, "relu")[lost]
+        problem = check(shape, dtype, rank, activation, True)
+        if problem:
+            failures.append(f"{shape} {dtype} r{rank} {activation}: {problem}")
     for dtype, (packed, shared) in itertools.product(
         DTYPES, ((False, False), (False, True), (True, True))
     ):

@@ -14,9 +14,12 @@ constexpr double kHidingRows = 32;      // more of it where each weight serves m
 constexpr double kHandover = 12000;     // cycles until all threads see H
 constexpr double kHandoverBytes = 4;    // bytes of H per cycle that come from other cores
 constexpr double kRegion = 9000, kRegionThread = 300;
-constexpr int64_t kBlockRows = 192;  // H and the sums of a block stay in the core's cache
-constexpr int64_t kPartStep = 32;    // parts of K begin at whole units
+constexpr int64_t kBlockRows = 192;               // H and the sums of a block stay in the core's cache
+constexpr int64_t kPartStep = 32;                 // parts of K begin at whole units
+constexpr int64_t kPieces = 4, kPiecePanels = 8;  // of an expand: at most so many, of so many panels at least
+constexpr double kPieceCycles = 50000;
 
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
 bool is_far(int64_t rows, double weights, DType dtype) {
@@ -40,16 +43,21 @@ double product_cycles(int64_t all_rows, int64_t rows, int64_t columns, double we
 // Every thread has rows of its own: no thread waits, and each reads all weights.
 Cut by_rows(const Size& s, int64_t threads, const Kernel& kernel, DType dtype) {
   Cut c{};
-  const int64_t blocks = most(1, round_up(ceil_div(s.M, kBlockRows), threads));
+  const double weights = static_cast<double>((s.N + s.K) * s.rank);
+  c.far = is_far(s.M, weights, dtype);
+  const int64_t most_rows = c.far ? kernel.far_block_rows : kBlockRows;
+  const int64_t blocks = most(1, round_up(ceil_div(s.M, most_rows), threads));
   c.block_rows = most(1, ceil_div(s.M, blocks));
   c.blocks = ceil_div(s.M, c.block_rows);
   c.shrink_panels = most(1, ceil_div(s.rank, kPanel));
-  c.expand_panels = ceil_div(s.N, kPanel);
-  c.shrink_groups = c.parts = c.expand_groups = 1;
   c.part_k = s.K;
-  const double weights = static_cast<double>((s.N + s.K) * s.rank);
-  c.far = is_far(s.M, weights, dtype);
   c.cycles = product_cycles(s.M, ceil_div(s.M, threads), s.K, weights, kernel, dtype);
+  // In long calls, threads that are done take over pieces of one that was held up.
+  const int64_t u_panels = ceil_div(s.N, kPanel);
+  const int64_t pieces = threads > 1 ? least(kPieces, static_cast<int64_t>(c.cycles / kPieceCycles)) : 1;
+  c.expand_panels = ceil_div(u_panels, most(1, least(pieces, u_panels / kPiecePanels)));
+  c.expand_groups = ceil_div(u_panels, c.expand_panels);
+  c.shrink_groups = c.parts = 1;
   return c;
 }
 

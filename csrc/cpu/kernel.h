@@ -59,9 +59,10 @@ struct Product {
 // A group of kernels for one dtype.
 struct Kernel {
   const char* isa;
-  int64_t a_bytes;        // bytes of one element of a prepared A
-  int64_t least_rows;     // fewer rows take as long as this many
-  double macs_per_cycle;  // multiply-adds of one core, roughly
+  int64_t a_bytes;         // bytes of one element of a prepared A
+  int64_t least_rows;      // fewer rows take as long as this many
+  int64_t far_block_rows;  // rows of a block at most where weights are read from beyond a core's own cache
+  double macs_per_cycle;   // multiply-adds of one core, roughly
   // Bytes of scratch that product() wants for at most `rows` rows and `n` columns.
   int64_t (*scratch_bytes)(int64_t rows, int64_t n);
   void (*product)(const Product& product, char* scratch);

@@ -18,9 +18,11 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileK = 32;                            // k of one tile operation
 constexpr int64_t kTileUnits = kTileK / 2;                // units of a panel it takes
 constexpr int64_t kBTileBytes = kTileUnits * kUnitBytes;  // of both halves of a panel
+constexpr int64_t kLines = kBTileBytes / kLine;           // of a panel that one operation reads
 constexpr int64_t kPassTiles = 16;                        // A and B of a pass stay in the first-level cache
 constexpr int64_t kAhead = 4;                             // operations
 constexpr int64_t kTailStride = kTileK * 2;               // a row of the last, copied k
+constexpr int64_t kStripTiles = 8;                        // rows that pay for reading a strip again
 
 // Tiles 0-3 are sums (row tile, half panel), 4-5 A, 6-7 B. A and the sums have `rows` rows. The intrinsics do not tell
 // GCC 12 that they read memory: fence() keeps earlier stores before them.
@@ -52,7 +54,9 @@ struct TileProduct {
   const char *a[2], *tail[2];
   int64_t stride_a, in_place;  // tile operations on A in place
   int64_t operations;          // with the tail
-  const char *panel, *next;    // what is read after this panel; null where nothing need be fetched ahead
+  const char* panel;
+  const char* ahead = nullptr;  // weights to fetch,
+  int64_t ahead_lines = 0;      // so many cache lines with each operation
   float* sum[2];
   int64_t stride_sum;  // bytes
   bool add;
@@ -67,11 +71,7 @@ void multiply_tiles() {
 }
 
 template <DType D, bool two>
-void multiply_add(const char* a0, const char* a1, int64_t stride_a, const char* panel, const char* ahead) {
-  if (ahead) {
-#pragma GCC unroll 32
-    for (int64_t line = 0; line < kBTileBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
-  }
+void multiply_add(const char* a0, const char* a1, int64_t stride_a, const char* panel) {
   _tile_loadd(6, panel, kUnitBytes);
   _tile_loadd(4, a0, stride_a);
   _tile_loadd(7, panel + kUnitBytes / 2, kUnitBytes);
@@ -102,19 +102,24 @@ void tiles(const TileProduct& t) {
       _tile_zero(3);
     }
   }
-  int64_t i = 0;
-  const auto ahead = [&](int64_t operation) -> const char* {
-    if (!t.next) return nullptr;
-    operation += kAhead;
-    return operation < t.operations ? t.panel + operation * kBTileBytes
-                                    : t.next + (operation - t.operations) * kBTileBytes;
+  const char* ahead = t.ahead;
+  const auto fetch = [&]() __attribute__((always_inline)) {
+    if (t.ahead_lines == kLines) {
+#pragma GCC unroll 32
+      for (int64_t line = 0; line < kLines; ++line) _mm_prefetch(ahead + line * kLine, _MM_HINT_T0);
+      ahead += kBTileBytes;
+    } else {
+      for (int64_t line = 0; line < t.ahead_lines; ++line, ahead += kLine) _mm_prefetch(ahead, _MM_HINT_T1);
+    }
   };
+  int64_t i = 0;
   for (; i < t.in_place; ++i) {
-    multiply_add<D, two>(t.a[0] + i * kTailStride, t.a[1] + i * kTailStride, t.stride_a, t.panel + i * kBTileBytes,
-                         ahead(i));
+    fetch();
+    multiply_add<D, two>(t.a[0] + i * kTailStride, t.a[1] + i * kTailStride, t.stride_a, t.panel + i * kBTileBytes);
   }
   for (; i < t.operations; ++i) {
-    multiply_add<D, two>(t.tail[0], t.tail[1], kTailStride, t.panel + i * kBTileBytes, ahead(i));
+    fetch();
+    multiply_add<D, two>(t.tail[0], t.tail[1], kTailStride, t.panel + i * kBTileBytes);
   }
   _tile_stored(0, t.sum[0], t.stride_sum);
   _tile_stored(1, t.sum[0] + 16, t.stride_sum);
@@ -185,8 +190,10 @@ void finish(const Product& p, float* sum, int64_t stride_sum, int64_t row, int64
   write_part<D>(p, sum, stride_sum, rows, n, bias, y);
 }
 
-// k in passes, in each the panels, in each pairs of row tiles. All tiles have one height, so that they need one
-// configuration: the last one may overlap the one before it and compute some rows twice.
+// k in passes, in each the panels, in each pairs of row tiles. Where one pass does, a strip of panels is short enough
+// to be read by one pair of row tiles after the other: then a row of y is written in long pieces, not in single lines
+// of many pages. All tiles have one height, so that they need one configuration: the last one may overlap the one
+// before it and compute some rows twice.
 template <DType D>
 class TileMultiplication {
  public:
@@ -202,23 +209,30 @@ class TileMultiplication {
         // One pass where a panel is read once only.
         passes(row_tiles <= 2 && p.panels ? 1 : most(1, ceil_div(operations, kPassTiles))),
         pass(most(1, ceil_div(operations, passes))),
+        rows_first(passes == 1 && p.panels && row_tiles >= kStripTiles && p.target == Target::output &&
+                   p.stride_out > kPageBytes),
+        strip(rows_first ? most(1, kStripBytes / most(1, operations * kBTileBytes)) * kPanel : kBlockColumns),
         stride_sum(passes == 1 ? kPanel : least(kBlockColumns, round_up(p.n, kPanel))) {
     if (in_place < operations) copy_tail(p, in_place * kTileK, tail);
   }
 
   void run() {
     const TileShape shape(height);
-    for (block = 0; block < p.n; block += kBlockColumns) {
-      const int64_t end = least(p.n, block + kBlockColumns);
-      for (int64_t i = 0; i < passes; ++i) {
+    for (block = 0; block < p.n; block += strip) {
+      const int64_t end = least(p.n, block + strip);
+      for (int64_t tile = 0; rows_first && tile < row_tiles; tile += 2) {
+        for (int64_t column = block; column < end; column += kPanel) multiply_panel(column, tile, tile + 2);
+      }
+      for (int64_t i = 0; !rows_first && i < passes; ++i) {
         first = i * pass;
-        for (int64_t column = block; column < end; column += kPanel) multiply_panel(column);
+        for (int64_t column = block; column < end; column += kPanel) multiply_panel(column, 0, row_tiles);
       }
     }
   }
 
  private:
-  void multiply_panel(int64_t column) {
+  // Row tiles [begin, end) of one panel.
+  void multiply_panel(int64_t column, int64_t begin, int64_t end) {
     TileProduct t;
     t.stride_a = p.stride_a;
     t.stride_sum = stride_sum * 4;
@@ -226,11 +240,9 @@ class TileMultiplication {
     t.in_place = least(t.operations, in_place - first);
     t.add = first > 0;
     t.panel = weights(column, t.operations);
-    const char* next =
-        column + kPanel < p.n ? t.panel + p.stride_panel : p.panels + (first + t.operations) * kBTileBytes;
+    fetch_ahead(t, column, begin);
     const bool last = first + pass >= operations;
-    for (int64_t i = 0; i < row_tiles; i += 2) {
-      t.next = p.far && p.panels && i == 0 ? next : nullptr;
+    for (int64_t i = begin; i < least(end, row_tiles); i += 2) {
       const int64_t rows[] = {least(i * height, p.rows - height), least((i + 1) * height, p.rows - height)};
       for (int j = 0; j < 2; ++j) {
         t.a[j] = p.a + rows[j] * p.stride_a + first * kTailStride;
@@ -239,8 +251,30 @@ class TileMultiplication {
       }
       const bool two = i + 1 < row_tiles;
       two ? tiles<D, true>(t) : tiles<D, false>(t);
+      t.ahead += t.operations * t.ahead_lines * kLine;
       if (!last) continue;
       for (int j = 0; j < 1 + two; ++j) finish<D>(p, t.sum[j], stride_sum, rows[j], height, column);
+    }
+  }
+
+  // What is read next, spread over all tiles of a panel: all at once would occupy the buffers that A comes through.
+  // What nobody could fetch before is fetched by those who read first: a first strip, or a panel that is read only
+  // once.
+  void fetch_ahead(TileProduct& t, int64_t column, int64_t tile) const {
+    if (!(p.far && p.panels)) return;
+    const int64_t pairs = ceil_div(row_tiles, 2);
+    t.ahead_lines = ceil_div(kLines, pairs);
+    if (pairs == 1) {
+      t.ahead = t.panel + kAhead * kBTileBytes;
+    } else if (!rows_first) {
+      t.ahead = column + kPanel < p.n ? t.panel + p.stride_panel : p.panels + (first + t.operations) * kBTileBytes;
+    } else if (block == 0 && tile == 0) {
+      t.ahead = t.panel + p.stride_panel;
+      t.ahead_lines = kLines;
+    } else if (column + strip < p.n) {
+      t.ahead = t.panel + strip / kPanel * p.stride_panel + tile / 2 * t.operations * t.ahead_lines * kLine;
+    } else {
+      t.ahead_lines = 0;
     }
   }
 
@@ -258,8 +292,10 @@ class TileMultiplication {
   const int64_t row_tiles, height;
   const int64_t operations, in_place;  // tile operations along k; those on A as it lies
   const int64_t passes, pass;          // number, tile operations of one
+  const bool rows_first;               // one pass: all panels of a strip before the next rows
+  const int64_t strip;                 // columns that are worked on together
   const int64_t stride_sum;
-  int64_t block = 0;  // first column of this block
+  int64_t block = 0;  // first column of this strip
   int64_t first = 0;  // tile operation of this pass
 };
 
@@ -271,14 +307,9 @@ void product_amx(const Product& p, char* scratch) {
 template <DType D>
 constexpr Kernel make_tile_kernel(const char* isa) {
   // Whatever the dtype, 16 bits are packed in pairs.
-  return {isa,
-          element_bytes(D),
-          kTileRows / 2,
-          220,
-          scratch_bytes_amx,
-          product_amx<D>,
-          reduce<TileFormat<D>>,
-          pack_panel<DType::bf16>};
+  return {isa, element_bytes(D),  kTileRows / 2,
+          256,  // half as much reading of weights for the same arithmetic is worth more here than elsewhere
+          220, scratch_bytes_amx, product_amx<D>, reduce<TileFormat<D>>, pack_panel<DType::bf16>};
 }
 
 }  // namespace

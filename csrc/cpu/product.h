@@ -48,7 +48,7 @@ struct Tile {
   int64_t chain;
   const char* ahead;    // what to fetch,
   int64_t ahead_lines;  // so many cache lines with each step of kStep units
-  const float* start;             // sums so far, or the bias with stride 0, or null
+  const float* start;   // sums so far, or the bias with stride 0, or null
   int64_t stride_start;
   float* sum;  // float32 result, or null:
   int64_t stride_sum;
@@ -159,9 +159,8 @@ void tile(const Tile& t) {
       });
     }
     if (left > 0) {
-      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
-        chain.store(total + (i * columns + j) * Vec::lanes);
-      });
+      each([&](int i, int j, Vec& chain)
+               __attribute__((always_inline)) { chain.store(total + (i * columns + j) * Vec::lanes); });
       before = total;
       stride_before = columns * Vec::lanes;
       continue;
@@ -170,9 +169,8 @@ void tile(const Tile& t) {
       each([&](int i, int j, Vec& chain) __attribute__((always_inline)) { chain = chain + lost[i][j]; });
     }
     if (t.sum) {
-      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
-        chain.store(t.sum + i * t.stride_sum + j * Vec::lanes);
-      });
+      each([&](int i, int j, Vec& chain)
+               __attribute__((always_inline)) { chain.store(t.sum + i * t.stride_sum + j * Vec::lanes); });
     } else if (t.n >= columns * Vec::lanes) {
       each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
         store_as<F::dtype>(t.y + i * t.stride_y + j * Vec::lanes * element_bytes(F::dtype), chain, Vec::lanes);
@@ -287,6 +285,8 @@ void pack_panel(const char* w, int64_t stride_w, int64_t n, int64_t k, char* pan
 constexpr int64_t kPassUnits = 256;
 constexpr int64_t kAheadBytes = 8192;
 constexpr int64_t kBlockColumns = 16 * kPanel;  // columns that take all passes in turn: their sums stay near
+constexpr int64_t kPageBytes = 4096;
+constexpr int64_t kStripBytes = 128 << 10;  // panels that stay in a core's own cache while all rows pass by
 
 template <class F>
 constexpr int64_t pass_stride() {  // bytes of a copied row of A; odd in cache lines, so that rows fall into many sets
@@ -299,7 +299,9 @@ int64_t scratch_bytes(int64_t rows, int64_t n) {
   return copied + panel + rows * least(kBlockColumns, round_up(n, kPanel)) * 4 + 64;
 }
 
-// One product, whatever the target: k in passes, in each the panels, in each the tiles.
+// One product, whatever the target: k in passes, in each the panels, in each the tiles. Where one pass does and a row
+// of y is longer than a page, one tile of rows after the other reads a strip of panels: then y is written in long
+// pieces of its rows, not in single lines of many pages.
 template <class F, int columns, int max_rows>
 class Multiplication {
  public:
@@ -313,6 +315,8 @@ class Multiplication {
         in_place(p.prepared || (F::a_dtype == D && p.k % unit_length(D) == 0)) {
     const bool read_once = in_place && p.panels && (total_units <= kPassUnits || p.rows <= max_rows);
     pass = read_once ? most(1, total_units) : kPassUnits;
+    rows_first = read_once && p.rows > 2 * tile_rows && p.target == Target::output && p.stride_out > kPageBytes;
+    strip = most(1, kStripBytes / (pass * kUnitBytes)) * kPanel;
     float* const sums = reinterpret_cast<float*>(own_panel + kPassUnits * kUnitBytes);
     result = p.target == Target::partial ? p.partial : sums;
     stride_result = p.target == Target::partial ? p.stride_partial
@@ -321,10 +325,24 @@ class Multiplication {
   }
 
   void run() {
+    if (rows_first) return multiply_strips();
     for (block = 0; block < p.n; block += kBlockColumns) multiply_block(least(p.n, block + kBlockColumns));
   }
 
  private:
+  void multiply_strips() {
+    units = total_units;
+    a = p.a;
+    stride_a = p.stride_a;
+    for (block = 0; block < p.n; block += strip) {
+      for (int64_t row = 0; row < p.rows; row += tile_rows) {
+        for (int64_t column = block; column < least(p.n, block + strip); column += kPanel) {
+          multiply_panel(column, row, row + tile_rows);
+        }
+      }
+    }
+  }
+
   void multiply_block(int64_t end) {
     first = 0;
     do {
@@ -336,7 +354,7 @@ class Multiplication {
         a = copied;
         stride_a = pass_stride<F>();
       }
-      for (int64_t column = block; column < end; column += kPanel) multiply_panel(column);
+      for (int64_t column = block; column < end; column += kPanel) multiply_panel(column, 0, p.rows);
       first += units;
     } while (first < total_units);
   }
@@ -364,6 +382,7 @@ class Multiplication {
 
   // What is read after the units of a panel in this pass; one tile that takes them all fetches ahead of itself.
   const char* next(const char* w, int64_t column) const {
+    if (rows_first) return column + strip < p.n ? w + strip / kPanel * p.stride_panel : nullptr;
     if (one_pass()) return w + (p.rows <= tile_rows ? kAheadBytes : p.stride_panel);
     return column + kPanel < p.n ? w + p.stride_panel : p.panels + (first + units) * kUnitBytes;
   }
@@ -374,7 +393,8 @@ class Multiplication {
     }
   }
 
-  void multiply_panel(int64_t column) {
+  // Rows [begin, end) of one panel.
+  void multiply_panel(int64_t column, int64_t begin, int64_t end) {
     const int64_t n = least(kPanel, p.n - column);
     const char* w = weights(column, n);
     const char* ahead = p.far && p.panels ? next(w, column) : nullptr;
@@ -393,8 +413,8 @@ class Multiplication {
     const int64_t lines = ahead ? units * kUnitBytes / kLine : 0, steps = units / kStep;
     const int64_t tiles = ceil_div(p.rows, tile_rows) * ceil_div(n, (careful ? 1 : columns) * Vec::lanes);
     const int64_t lines_per_step = ceil_div(lines, tiles * most(1, steps));
-    int64_t fetched = 0;
-    for (int64_t row = 0; row < p.rows; row += tile_rows) {
+    int64_t fetched = begin / tile_rows * lines_per_step * steps;
+    for (int64_t row = begin; row < least(end, p.rows); row += tile_rows) {
       const int64_t rows = least(tile_rows, p.rows - row);
       t.a = a + row * stride_a;
       for (int64_t c = 0, width; c < n; c += width) {
@@ -428,9 +448,11 @@ class Multiplication {
   const int64_t total_units, tile_rows;
   const bool in_place;
   int64_t pass;  // units
+  bool rows_first;
+  int64_t strip;  // columns
   float* result;
   int64_t stride_result;
-  int64_t block = 0;             // first column of this block
+  int64_t block = 0;             // first column of this block or strip
   int64_t first = 0, units = 0;  // of this pass
   const char* a = nullptr;
   int64_t stride_a = 0;
@@ -460,7 +482,7 @@ void reduce(const Product& p, int64_t parts, int64_t stride_part) {
 
 template <class F, int columns, int max_rows>
 constexpr Kernel make_kernel(const char* isa, double macs_per_cycle) {
-  return {isa,       element_bytes(F::a_dtype), 2, macs_per_cycle, scratch_bytes<F>, product<F, columns, max_rows>,
+  return {isa,       element_bytes(F::a_dtype), 2, 192, macs_per_cycle, scratch_bytes<F>, product<F, columns, max_rows>,
           reduce<F>, pack_panel<F::dtype>};
 }
 
