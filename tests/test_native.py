@@ -247,3 +247,14 @@ def test_a_library_that_does_not_load_gives_the_loaders_words(tmp_path, monkeypa
     finally:
         monkeypatch.undo()
         native._load.cache_clear()
+
+
+@needs_library
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    native._load.cache_clear()
+    try:
+        assert "build it again" in native.load_error()
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["ACTIVATION_CODES", "isa", "load_error", "pack", "unsupported"]
 
 Ranks = Sequence[int] | Tensor
+# What mk_interface() in csrc/bindings/cpu.cpp returns.
+INTERFACE = 2
 LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
 # The order of mk::DType and mk::Activation in csrc/layer.h.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +44,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         # The loader names the library by its path, which says nothing here.
         return None, f"the compiled library does not load: {str(error).replace(str(LIBRARY), '')}"
+    if not hasattr(library, "mk_interface") or library.mk_interface() != INTERFACE:
+        return None, "the compiled library is of another version of this package: build it again"
     for name in ("mk_cpu_isa", "mk_cuda_device", "mk_cuda_plan"):
         getattr(library, name).restype = ctypes.c_char_p
     return library, ""
