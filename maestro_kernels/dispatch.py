@@ -239,6 +239,9 @@ def _choose(
         flop = sum(2 * p.M * f for p, f in zip(group, factors, strict=True))
         if flop <= _SMALL_FLOP and sum(factors) <= _SMALL_FACTORS:
             return "native", None, "the work is smaller than the cost of two library calls"
+        few = backend_module("native").few_rows(group[0].dtype)
+        if max(p.M for p in group) <= few:
+            return "native", None, "so few rows are dot products with the factors as they lie"
     return "matmul", None, choice
 
 

@@ -183,6 +183,26 @@ def test_auto_takes_small_calls_and_says_so():
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", native_sweep.DTYPES)
+def test_auto_takes_few_rows_of_large_layers_and_says_so(dtype):
+    few = 1 if dtype == torch.float32 else 4
+    for M in (1, few, few + 1):
+        x, u, v, b = make_inputs(M, 300, 400, 40, dtype=dtype)
+        plan = mk.explain(x, u, v, b).plan
+        group = mk.explain(x, [u, u], [v, v]).plan
+        if few >= M and native.isa(dtype) != "portable":
+            assert (plan.backend, group.backend) == ("native", "native")
+            assert "so few rows" in plan.reason
+        else:
+            assert (plan.backend, group.backend) == ("matmul", "matmul")
+
+
+def test_the_portable_kernels_are_no_reason_to_leave_the_library_matmuls(monkeypatch):
+    monkeypatch.setattr(native, "isa", lambda dtype: "portable")
+    assert native.few_rows(torch.bfloat16) == 0
+
+
+@needs_library
 def test_a_remembered_plan_still_validates_every_call():
     x, u, v, b = make_inputs(4, 8, 8, 4)
     mk.lod_linear(x, u, v, b, rank=1)

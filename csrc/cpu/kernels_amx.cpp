@@ -301,6 +301,7 @@ class TileMultiplication {
 
 template <DType D>
 void product_amx(const Product& p, char* scratch) {
+  if (takes_dot_products(p)) return dot_products<TileFormat<D>>(p);
   TileMultiplication<D>(p, scratch).run();
 }
 

@@ -458,8 +458,82 @@ class Multiplication {
   int64_t stride_a = 0;
 };
 
+// Few rows of A on W as it lies: every row of W is read once, along k. Packing it would cost more than the product.
+constexpr int64_t kDotRows = 4, kDotColumns = 4;
+
+// Sums of one panel, `rows` of A times at most 32 rows of W, to sum (rows, 32).
+template <class F, DType a_dtype, int rows>
+void dot_panel(const Product& p, int64_t column, int64_t n, float* sum) {
+  constexpr DType D = F::dtype;
+  constexpr int64_t lanes = Vec::lanes;
+  for (int64_t j = 0; j < n; j += kDotColumns) {
+    // The last columns of an odd number are computed again.
+    const int64_t first = n < kDotColumns ? 0 : least(j, n - kDotColumns);
+    const char* w[kDotColumns];
+    for (int c = 0; c < kDotColumns; ++c) w[c] = p.w + (column + least(first + c, n - 1)) * p.stride_w;
+    Vec total[rows][kDotColumns] = {};
+    for (int64_t begin = 0; begin < p.k; begin += kLongChain * lanes) {
+      const int64_t end = least(p.k, begin + kLongChain * lanes);
+      Vec chain[rows][kDotColumns] = {};
+      const auto step = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+        Vec a[rows];
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; ++i)
+          a[i] = load_as<a_dtype>(p.a + i * p.stride_a + k * element_bytes(a_dtype), count);
+#pragma GCC unroll 4
+        for (int c = 0; c < kDotColumns; ++c) {
+          const Vec weight = load_as<D>(w[c] + k * element_bytes(D), count);
+#pragma GCC unroll 4
+          for (int i = 0; i < rows; ++i) chain[i][c] = fma(a[i], weight, chain[i][c]);
+        }
+      };
+      int64_t k = begin;
+      for (; k + lanes <= end; k += lanes) step(k, lanes);
+      if (k < end) step(k, end - k);
+      for (int i = 0; i < rows; ++i) {
+        for (int c = 0; c < kDotColumns; ++c) total[i][c] = total[i][c] + chain[i][c];
+      }
+    }
+    for (int i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < least(kDotColumns, n); ++c) sum[i * kPanel + first + c] = total[i][c].sum();
+    }
+  }
+}
+
+template <class F, int rows>
+void dot_panel_of(const Product& p, int64_t column, int64_t n, float* sum) {
+  p.prepared ? dot_panel<F, F::a_dtype, rows>(p, column, n, sum) : dot_panel<F, F::dtype, rows>(p, column, n, sum);
+}
+
+// Vectors of four make long chains of additions, and the portable kernels are not about speed.
+inline bool takes_dot_products(const Product& p) { return !p.panels && p.rows <= kDotRows && Vec::lanes >= 8; }
+
+template <class F>
+void dot_products(const Product& p) {
+  constexpr DType D = F::dtype;
+  for (int64_t column = 0; column < p.n; column += kPanel) {
+    const int64_t n = least(kPanel, p.n - column);
+    float sum[kDotRows * kPanel] = {};
+    if (p.rows == 1) dot_panel_of<F, 1>(p, column, n, sum);
+    if (p.rows == 2) dot_panel_of<F, 2>(p, column, n, sum);
+    if (p.rows == 3) dot_panel_of<F, 3>(p, column, n, sum);
+    if (p.rows == 4) dot_panel_of<F, 4>(p, column, n, sum);
+    if (p.target == Target::hidden) write_hidden<F>(p, sum, kPanel, 0, p.rows, column);
+    for (int64_t i = 0; p.target == Target::partial && i < p.rows; ++i) {
+      std::memcpy(p.partial + i * p.stride_partial + column, sum + i * kPanel, kPanel * sizeof(float));
+    }
+    if (p.target != Target::output) continue;
+    for (int64_t j = 0; p.bias && j < n; j += Vec::lanes) {
+      const Vec bias = load_as<D>(p.bias + (column + j) * element_bytes(D), n - j);
+      for (int64_t i = 0; i < p.rows; ++i) (Vec::load(sum + i * kPanel + j) + bias).store(sum + i * kPanel + j);
+    }
+    write_output<D>(p, sum, kPanel, p.rows, n, p.out + column * element_bytes(D));
+  }
+}
+
 template <class F, int columns, int max_rows>
 void product(const Product& p, char* scratch) {
+  if (takes_dot_products(p)) return dot_products<F>(p);
   Multiplication<F, columns, max_rows>(p, scratch).run();
 }
 
