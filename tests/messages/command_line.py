@@ -1,0 +1,5 @@
+"""Wrong calls: command line."""
+
+from messages import Row
+
+ROWS: list[Row] = []

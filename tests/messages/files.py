@@ -1,0 +1,5 @@
+"""Wrong calls: files."""
+
+from messages import Row
+
+ROWS: list[Row] = []

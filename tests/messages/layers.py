@@ -1,0 +1,5 @@
+"""Wrong calls: layers."""
+
+from messages import Row
+
+ROWS: list[Row] = []
