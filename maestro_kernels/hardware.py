@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from maestro_kernels.backends import onednn
+
 __all__ = ["H100", "Device", "current_device", "libraries", "measured_device", "versions"]
 
 
@@ -191,10 +193,10 @@ def _probe_flops(dtype: torch.dtype, device: torch.device, size: int | None = No
     n = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     calls: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and onednn.unsupported(dtype) is None:
         # float32 F.linear goes to MKL, which on some CPUs reaches a fraction of what oneDNN does.
-        packed = torch.ops.mkldnn._reorder_linear_weight(b, n)
-        calls.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
+        packed = onednn.reorder(b, n)
+        calls.append(lambda: onednn.linear(a, packed, None))
     return 2 * n**3 / min(_best_seconds(call, device) for call in calls)
 
 

@@ -7,6 +7,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # What the user tuned must not decide what is tested.
 os.environ["MAESTRO_KERNELS_TABLE"] = "off"
+# A process that a test starts, from any folder, tests this checkout whether it is installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 import pytest
 import torch

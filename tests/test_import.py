@@ -43,6 +43,16 @@ def test_import_needs_no_triton_gpu_or_plotting():
     )
 
 
+def test_a_process_of_a_test_imports_what_is_tested(tmp_path):
+    import maestro_kernels as mk
+
+    code = "import maestro_kernels; print(maestro_kernels.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.strip() == mk.__file__
+
+
 def test_public_names_exist():
     import maestro_kernels as mk
 

@@ -89,7 +89,7 @@ def killed(config, folder, when):
     command = [sys.executable, "-m", "maestro_kernels", "train", config, "--out", folder]
     done = subprocess.run(
         [*map(str, command), "--resume"],
-        env={**os.environ, "KILL": when, "PYTHONPATH": str(Path(mk.__file__).parents[1])},
+        env={**os.environ, "KILL": when},
         capture_output=True,
         text=True,
         check=False,

@@ -43,9 +43,6 @@ needs_kernels = pytest.mark.skipif(
 def compiling_environment() -> dict[str, str]:
     """This process's environment for a child whose kernels are compiled, not interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     return environment
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maestro_kernels.backends import native
+from maestro_kernels.backends import native, onednn
 
 __all__ = ["FORMS", "Form", "fastest", "make_form", "make_group_form"]
 
@@ -46,7 +46,7 @@ def make_form(
     u, v = u.detach(), v.detach()
     if name == "fused":
         return _fused(u, v, rank, activation)
-    if not (name in FORMS[1:3] and rank and _onednn_takes(u.dtype)):
+    if not (name in FORMS[1:3] and rank and onednn.unsupported(u.dtype) is None):
         return None
     if name == "merged dense":
         # Rounded once: the layer it stands for rounds H, and may err no less.
@@ -70,28 +70,16 @@ def _packable(u: Tensor, v: Tensor) -> bool:
     )
 
 
-def _onednn_takes(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return dtype == torch.float32
-
-
 def _onednn(weights: Sequence[Tensor], activation: str | None, rows: int) -> Form:
     """One or two oneDNN linears; the bias and the activation belong to the last."""
-    reorder = torch.ops.mkldnn._reorder_linear_weight
-    linear = torch.ops.mkldnn._linear_pointwise.default
-    *first, last = [reorder(w.contiguous(), rows) for w in weights]
-    attribute = "relu" if activation == "relu" else "none"
+    *first, last = [onednn.reorder(w, rows) for w in weights]
+    post = "relu" if activation == "relu" else "none"
     act = _ACTIVATIONS.get(activation)
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         for weight in first:
-            x = linear(x, weight, None, "none", [], "")
-        y: Tensor = linear(x, last, bias, attribute, [], "")
+            x = onednn.linear(x, weight, None)
+        y = onednn.linear(x, last, bias, post)
         if act is not None:
             act(y)
         return y

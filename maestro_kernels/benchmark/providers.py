@@ -17,7 +17,7 @@ from torch import Tensor
 
 import maestro_kernels as mk
 from maestro_kernels import dispatch, problem
-from maestro_kernels.backends import native
+from maestro_kernels.backends import native, onednn
 from maestro_kernels.benchmark.cases import Case
 from maestro_kernels.nn.grouping import LayerGroup
 from maestro_kernels.testing import make_inputs
@@ -205,21 +205,15 @@ def _pack(weight: Tensor, M: int) -> Tensor:
     """Reorder a weight once into the layout oneDNN prefers for M rows."""
     if weight.device.type != "cpu":
         raise Unavailable("oneDNN serves CPU tensors")
-    if not torch.backends.mkldnn.is_available():
-        raise Unavailable("this torch is built without oneDNN")
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), M)
-    return packed
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # Plain tensors go in and out: to_mkldnn and to_dense around the call would be timed with it.
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
+    reason = onednn.unsupported(weight.dtype)
+    if reason is not None:
+        raise Unavailable(reason)
+    return onednn.reorder(weight, M)
 
 
 def _bind_dense_onednn(case: Case, ring: Sequence[Inputs]) -> list[Forward]:
     def forward(x: Tensor, packed: Sequence[Tensor], biases: Sequence[Any]) -> list[Tensor]:
-        return [_packed_linear(x, w, b) for w, b in zip(packed, biases, strict=True)]
+        return [onednn.linear(x, w, b) for w, b in zip(packed, biases, strict=True)]
 
     packs = [[_pack(w, case.M) for w in i.dense] for i in ring]
     return [partial(forward, i.x, p, i.biases) for i, p in zip(ring, packs, strict=True)]
@@ -231,7 +225,7 @@ def _bind_two_onednn(case: Case, ring: Sequence[Inputs]) -> list[Forward]:
 
     def forward(x: Tensor, packed: Sequence[Any], biases: Sequence[Any]) -> list[Tensor]:
         pairs = zip(packed, biases, strict=True)
-        return [_packed_linear(_packed_linear(x, v, None), u, b) for (u, v), b in pairs]
+        return [onednn.linear(onednn.linear(x, v, None), u, b) for (u, v), b in pairs]
 
     packs = [
         [
