@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import maestro_kernels as mk
-from maestro_kernels import hardware, search
-from maestro_kernels.benchmark import plots
+from maestro_kernels import search
+from maestro_kernels.benchmark import origin, plots
 from maestro_kernels.benchmark.readme import replace_block
 from maestro_kernels.search.whole_model import measure_models
 
@@ -195,8 +195,7 @@ def record(rows: Sequence[Row], path: Path, command: str) -> None:
         "schema": 1,
         "job": "allocation",
         "command": command,
-        "device": hardware.current_device().name,
-        "versions": hardware.versions(),
+        **origin.stamp(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import training
+from maestro_kernels.benchmark.origin import stamp
 from maestro_kernels.benchmark.readme import replace_block
 from maestro_kernels.training.tasks import digits
 
@@ -249,6 +250,7 @@ def collect(
 ) -> None:
     """Append the rows of every piece that the file lacks."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    made = stamp()
     have = {(r["model"], r["method"], r["seed"], r["cut"] == "lr 0.1") for r in load(path)}
     with path.open("a", encoding="utf-8") as file:
         for seed in range(seeds):
@@ -256,12 +258,12 @@ def collect(
                 if (kind, method, seed, False) in have:
                     continue
                 rows = run(kind, method, seed, epochs[kind])
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.write("".join(json.dumps({**row, **made}) + "\n" for row in rows))
                 file.flush()
                 say(f"{kind}, {method}, seed {seed}: {rows[0]['accuracy']:.1%}")
             if "mlp" in epochs and ("mlp", "dense", seed, True) not in have:
                 rows = high_lr(seed, epochs["mlp"])
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.write("".join(json.dumps({**row, **made}) + "\n" for row in rows))
                 file.flush()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_kernels.benchmark import plots
+from maestro_kernels.benchmark.origin import origin
 from maestro_kernels.benchmark.plots import Point
 
 Row = dict[str, Any]
@@ -124,7 +125,8 @@ def markdown(rows: Sequence[Row]) -> str:
             "",
         ]
     if any(r["cut"] == "lr 0.1" for r in rows):
-        lines.append(trap(rows))
+        lines += [trap(rows), ""]
+    lines += [f"Trained by {one}." for one in dict.fromkeys(map(origin, rows))]
     return "\n".join(lines).rstrip()
 
 

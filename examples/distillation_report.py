@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_kernels.benchmark import plots
+from maestro_kernels.benchmark.origin import origin
 from maestro_kernels.benchmark.plots import Point
 
 BUDGETS = (0.8, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2)
@@ -130,10 +131,10 @@ def markdown(rows: Rows) -> str:
             cells.append(f"{ms:.1f} ms ({low:.1f}-{high:.1f})")
         lines.append(f"| {model} | {' | '.join(cells)} |")
     first = next(row for row in rows.all if row["kind"] == "latency")
-    versions = first["versions"]
+    trained = next(row for row in rows.all if row["kind"] == "fidelity")
     lines += [
         "",
-        f"{first['device']}, {first['threads']} threads, torch {versions['torch']}; median and "
-        "20th to 80th percentile of whole forward passes in turns.",
+        f"Timed on {origin(first)}; median and 20th to 80th percentile of whole forward passes in "
+        f"turns. Trained and cut on {origin(trained)}.",
     ]
     return "\n".join(lines)

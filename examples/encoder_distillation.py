@@ -27,9 +27,10 @@ from distillation_report import BATCHES, BUDGETS, MARKS, METHODS, TIMED, Rows, d
 from torch import Tensor, nn
 
 import maestro_kernels as mk
-from maestro_kernels import hardware, search, training
+from maestro_kernels import search, training
 from maestro_kernels.benchmark import encoder as library
 from maestro_kernels.benchmark.encoder import Encoder
+from maestro_kernels.benchmark.origin import stamp
 from maestro_kernels.benchmark.readme import replace_block
 
 # Ranks of one step lie within this factor of a common share of the full rank.
@@ -260,12 +261,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("train", "cut", "time", "report"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    stamp = {
-        "device": hardware.current_device().name,
-        "threads": torch.get_num_threads(),
-        "versions": hardware.versions(),
-    }
-    rows = Rows(args.rows or args.out / "rows.jsonl", stamp)
+    rows = Rows(args.rows or args.out / "rows.jsonl", stamp())
     if args.only != "report":
         teacher = library.load_encoder(library.BUNDLED)
         training_too = args.only in (None, "train")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import maestro_kernels as mk
 from maestro_kernels import training
 from maestro_kernels.benchmark import plots
+from maestro_kernels.benchmark.origin import origin, stamp
 from maestro_kernels.benchmark.plots import Point
 from maestro_kernels.benchmark.readme import replace_block
 
@@ -40,6 +41,7 @@ class Trace:
         iterations: when each row was taken.
         curves: norm(u[:, k]) * norm(v[k]) of every component k, one row per iteration logged.
         distances: "svd" only: squared Frobenius distance of prefix k to the best rank-k matrix.
+        made: device, threads and versions.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Trace:
     iterations: list[int] = field(default_factory=list)
     curves: list[list[float]] = field(default_factory=list)
     distances: list[list[float]] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=stamp)
 
     def log(self, iteration: int, figures: Tensor) -> None:
         """Keep one row."""
@@ -244,6 +247,8 @@ def markdown(traces: Sequence[Trace]) -> str:
             f"- Adaptivity: a third sample that stops coming at iteration {SWITCH:,} takes the "
             f"third component with it: {statistics.fmean(fallen):.3f} after another 1,000 "
             f"iterations, {max(ends('adaptivity', slice(2, 3))[0]):.1g} at the end.",
+            "",
+            f"On {origin(traces[0].made)}.",
             "",
             *(f"![{TITLES[name]}](figures/theory-{name}.svg)" for name in TITLES),
         ]

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import maestro_kernels as mk
-from maestro_kernels import hardware, training
+from maestro_kernels import training
 from maestro_kernels.benchmark import plots
+from maestro_kernels.benchmark.origin import origin, stamp
 from maestro_kernels.benchmark.readme import replace_block
 from maestro_kernels.benchmark.timing import interleave
 
@@ -253,9 +254,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         [
             *lines,
             "",
-            f"Medians and 20th to 80th percentile on {first['device']}, {first['threads']} "
-            f"threads, torch {first['versions']['torch']}; memory is what steps add to the model "
-            f"at their peak. Geometric means: {means[0]} for the first three"
+            f"Medians and 20th to 80th percentile on {origin(first)}; memory is what steps add to "
+            f"the model at their peak. Geometric means: {means[0]} for the first three"
             + (f", {means[1]} for the larger ones." if large else "."),
         ]
     )
@@ -290,16 +290,12 @@ def main() -> int:
         return 0
     text = args.rows.read_text("utf-8") if args.rows.is_file() else ""
     rows = {(r["case"], r["measure"]): r for r in map(json.loads, text.splitlines())}
-    stamp = {
-        "device": hardware.current_device().name,
-        "threads": torch.get_num_threads(),
-        "versions": hardware.versions(),
-    }
+    made = stamp()
     for measure in args.measure:
         for case in args.cases:
             print(f"{case}: {measure}", file=sys.stderr)
             one = timed(case, args.seconds) if measure == "ms" else peaks(case)
-            rows[case, measure] = {"case": case, "measure": measure, **one, **stamp}
+            rows[case, measure] = {"case": case, "measure": measure, **one, **made}
             args.rows.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(row) + "\n" for row in rows.values()]
             args.rows.write_text("".join(lines), encoding="utf-8")
