@@ -1,9 +1,9 @@
 """Every wrong call of the tables in messages/ ends in the error that its row names."""
 
 import pytest
-from messages import command_line, files, layers, ops
+from messages import command_line, files, layers, ops, search
 
-ROWS = [*files.ROWS, *layers.ROWS, *ops.ROWS, *command_line.ROWS]
+ROWS = [*files.ROWS, *layers.ROWS, *ops.ROWS, *command_line.ROWS, *search.ROWS]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

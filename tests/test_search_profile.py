@@ -223,6 +223,32 @@ def test_targets_are_sizes_layers_and_models():
             shapes_of(bad)  # fmt: skip
 
 
+def test_pointwise_convolutions_are_sizes():
+    model = nn.Sequential(nn.Conv2d(8, 24, 1), nn.Conv2d(24, 16, 3), nn.Flatten(), nn.Linear(16, 4))
+    assert [(s.N, s.K, s.names) for s in shapes_of(model)] == [(24, 8, ("0",)), (4, 16, ("3",))]
+    assert [(s.N, s.K) for s in shapes_of(mk.LoDConv2d(8, 24, 1, max_rank=4))] == [(24, 8)]
+    # A stride skips positions, groups are several products, padding adds positions.
+    for other in ({"stride": 2}, {"groups": 2}, {"padding": 1}):
+        with pytest.raises(NotImplementedError, match="1 × 1, whose time depends on the image"):
+            shapes_of(nn.Conv2d(8, 24, 1, **other))
+
+
+def test_other_convolutions_are_measured_in_their_model():
+    conv = mk.LoDConv2d(8, 24, 3, max_rank=6)
+    with pytest.raises(NotImplementedError, match="profile_model"):
+        search.profile(conv)
+    found = search.profile_model(conv, torch.randn(2, 8, 9, 9), seconds=0.01)
+    assert found.model({"": 4}) > 0
+
+
+def test_a_pointwise_convolution_has_a_latency(monkeypatch):
+    monkeypatch.setattr(measuring, "ring_bytes", lambda device: 1 << 16)
+    found = search.profile(
+        mk.LoDConv2d(16, 24, 1, max_rank=8), ranks=[4], batch_sizes=[9], cache=False, seconds=1e-3
+    )
+    assert found.latency(N=24, K=16, rank=4, M=9) > 0
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match="profile: ranks: expected a sequence"):
         search.profile((8, 8), ranks=4)

@@ -188,6 +188,18 @@ def test_ranks_move_below_a_cliff():
     assert training.quantize_ranks(model, training.below_cliff(stairs, reach=0)) == mk.ranks(model)
 
 
+def test_ranks_below_a_cliff_stay_within_a_truncated_layer():
+    model = ranked(20, 40)
+    mk.truncate(model)
+    # A flat curve asks for more components than the factors still hold.
+    rule = training.below_cliff(lambda N, K, rank: 1.0)
+    assert training.quantize_ranks(model, rule) == {"0": 20, "1": 40}
+    assert rule(120, 100, 20) == 35
+    mk.set_ranks(model, {"0": 12})
+    mk.set_ranks(model, training.quantize_ranks(model, rule))
+    assert mk.ranks(model) == {"0": 20, "1": 40}
+
+
 @pytest.mark.parametrize(
     ("rule", "error", "message"),
     [

@@ -15,7 +15,7 @@ from maestro_kernels.nn.layer import LoDLayer, check_dtype, check_int
 from maestro_kernels.nn.linear import check_rank, copied, initial_factors, trainable
 from maestro_kernels.ops.eager import autocast_dtype
 
-__all__ = ["LoDConv2d", "conv_factors"]
+__all__ = ["LoDConv2d", "conv_factors", "is_pointwise"]
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 Pair = int | Sequence[int]
@@ -189,12 +189,7 @@ class LoDConv2d(LoDLayer):
 
     @property
     def _pointwise(self) -> bool:
-        return (
-            self.kernel_size == (1, 1)
-            and self.stride == (1, 1)
-            and self.groups == 1
-            and (self.padding == (0, 0) or isinstance(self.padding, str))
-        )
+        return is_pointwise(self)
 
     @classmethod
     def from_factors(
@@ -290,6 +285,16 @@ class LoDConv2d(LoDLayer):
                 f"LoDConv2d: padding: expected stride 1 with 'same', got stride {self.stride}"
             )
         return padding
+
+
+def is_pointwise(conv: nn.Conv2d | LoDConv2d) -> bool:
+    """Whether a convolution multiplies the channels of each position by one matrix: 1 × 1."""
+    return (
+        tuple(conv.kernel_size) == (1, 1)
+        and tuple(conv.stride) == (1, 1)
+        and conv.groups == 1
+        and (isinstance(conv.padding, str) or tuple(conv.padding) == (0, 0))
+    )
 
 
 def conv_factors(

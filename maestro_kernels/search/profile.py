@@ -52,7 +52,9 @@ def profile(
     versions and tuning table, so that a second call costs nothing and an interrupted one goes on.
 
     Args:
-        target: a layer, a model (its linear layers), (N, K), or a list of (N, K).
+        target: a layer, a model, (N, K), or a list of (N, K). Of a model its linear layers and its
+            1 × 1 convolutions without stride, padding and groups, which are one matmul on
+            channels-last images (M is the number of positions).
         ranks: measure exactly these, as far as they are at most min(N, K); None chooses them.
         batch_sizes: values of M, the rows of x after flattening: batch times tokens.
         dtype: of everything; None is the target's own, or float32.
@@ -64,6 +66,8 @@ def profile(
     Raises:
         TypeError: target, ranks, batch_sizes or dtype of the wrong type.
         ValueError: sizes below 1, no linear layer, an unknown device.
+        NotImplementedError: a target of other convolutions alone, whose time depends on the image:
+            `profile_model` measures these.
     """
     shapes = shapes_of(target)
     ranks = None if ranks is None else _positive("ranks", ranks)

@@ -1,4 +1,4 @@
-"""What a profile is asked about: sizes (N, K), one layer, or every linear layer of a model."""
+"""What a profile is asked about: sizes (N, K), one layer, or a model's layers that are matmuls."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from maestro_kernels.nn.candidates import classify
+from maestro_kernels.nn.conv import is_pointwise
 
 __all__ = ["Shape", "shapes_of"]
 
 _LINEAR = ("linear", "hf_conv1d", "lod_linear")
+_CONVOLUTIONS = ("conv2d", "lod_conv2d")
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ def shapes_of(target: Any, *, fn: str = "profile") -> list[Shape]:
     """The different sizes in a target, largest first.
 
     Args:
-        target: (N, K), a sequence of them, a layer or a model (linear layers only).
+        target: (N, K), a sequence of them, a layer or a model: its linear layers and 1 × 1
+            convolutions; other convolutions are left out.
         fn: the public function that errors name.
 
     Raises:
         TypeError: none of these.
-        ValueError: sizes below 1, or no linear layer.
+        ValueError: sizes below 1, or no such layer.
+        NotImplementedError: only convolutions whose time depends on the image.
     """
     if isinstance(target, nn.Module):
         found = _of_module(target, fn)
@@ -59,12 +63,24 @@ def shapes_of(target: Any, *, fn: str = "profile") -> list[Shape]:
 
 def _of_module(module: nn.Module, fn: str) -> list[Shape]:
     modules = dict(module.named_modules())
-    found = []
+    found, others = [], []
     for name, c in classify(module, fn=fn).items():
-        can_be = c.reason is None or c.kind == "lod_linear"
-        if c.kind in _LINEAR and can_be and min(c.N, c.K) > 1:
-            bias = getattr(modules[name], "bias", None) is not None
-            found.append(Shape(c.N, c.K, bias, (name,)))
+        can_be = c.reason is None or c.kind.startswith("lod_")
+        if not can_be or min(c.N, c.K) < 2:
+            continue
+        layer = modules[name]
+        if c.kind in _LINEAR or (c.kind in _CONVOLUTIONS and is_pointwise(layer)):  # type: ignore[arg-type]
+            found.append(Shape(c.N, c.K, getattr(layer, "bias", None) is not None, (name,)))
+        elif c.kind in _CONVOLUTIONS:
+            others.append(layer)
+    if not found and others:
+        kernel = " × ".join(map(str, others[0].kernel_size))  # type: ignore[arg-type]
+        raise NotImplementedError(
+            f"{fn}: target: expected linear layers or 1 × 1 convolutions without stride, padding "
+            f"and groups, whose time follows from N, K and rows, got only convolutions such as "
+            f"{kernel}, whose time depends on the image; search.profile_model(model, batch) "
+            f"measures these"
+        )
     if not found:
         raise ValueError(
             f"{fn}: target: expected a model with linear layers that can be factorised, got none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from maestro_kernels.nn import lod_layers
 from maestro_kernels.nn.layer import check_int
 from maestro_kernels.training.layers import require_layers
 
-__all__ = ["SequentialFreezing", "below_cliff", "quantize_ranks", "thawed"]
+__all__ = ["BelowCliff", "SequentialFreezing", "below_cliff", "quantize_ranks", "thawed"]
 
 # rule(N, K, rank) -> rank.
 Rule = Callable[[int, int, int], int]
@@ -129,7 +130,8 @@ def quantize_ranks(model: nn.Module, rule: int | Rule = 16) -> dict[str, int]:
             ranks[name] = 0
         elif callable(rule):
             N, K = layer.matrix_shape
-            ranks[name] = check_int(fn, f"rule({N}, {K}, {rank})", rule(N, K, rank), 1, R)
+            found = rule(N, K, rank, R) if isinstance(rule, BelowCliff) else rule(N, K, rank)
+            ranks[name] = check_int(fn, f"rule({N}, {K}, {rank})", found, 1, R)
         else:
             down = rank // step * step
             near = down if down and rank - down <= down + step - rank else down + step
@@ -137,7 +139,7 @@ def quantize_ranks(model: nn.Module, rule: int | Rule = 16) -> dict[str, int]:
     return ranks
 
 
-def below_cliff(latency: Callable[[int, int, int], float], reach: int = 15) -> Rule:
+def below_cliff(latency: Callable[[int, int, int], float], reach: int = 15) -> BelowCliff:
     """A rule for `quantize_ranks`: the rank near by that takes the least time per component.
 
     Times rise in steps, so that is the last rank below a step, seldom the first above one.
@@ -145,15 +147,33 @@ def below_cliff(latency: Callable[[int, int, int], float], reach: int = 15) -> R
     Args:
         latency: time of a layer in any unit, latency(N, K, rank), for instance
             `lambda N, K, rank: profile.latency(N=N, K=K, rank=rank, M=64)` of `search.profile`.
-        reach: how far a rank may move, >= 0; never beyond 1..min(N, K).
+        reach: how far a rank may move, >= 0; never beyond 1..max_rank of the layer.
+
+    Raises:
+        TypeError: latency is no function, or reach no int.
+        ValueError: reach < 0.
     """
-    reach = check_int("below_cliff", "reach", reach, 0)
+    if not callable(latency):
+        raise TypeError(f"below_cliff: latency: expected a function, got {type(latency).__name__}")
+    return BelowCliff(latency, check_int("below_cliff", "reach", reach, 0))
 
-    def rule(N: int, K: int, rank: int) -> int:
-        near = range(max(1, rank - reach), min(N, K, rank + reach) + 1)
+
+@dataclass(frozen=True)
+class BelowCliff:
+    """argmin over r near `rank` of latency(N, K, r) / r; what `below_cliff` returns.
+
+    Attributes:
+        latency: latency(N, K, rank).
+        reach: how far a rank may move.
+    """
+
+    latency: Callable[[int, int, int], float]
+    reach: int
+
+    def __call__(self, N: int, K: int, rank: int, R: int | None = None) -> int:
+        """The rank for a layer that holds R components, min(N, K) of them if None."""
+        top = min(N, K) if R is None else R
+        near = range(max(1, rank - self.reach), min(top, rank + self.reach) + 1)
         # Nearest first: min keeps the first of equals.
-        return min(
-            sorted(near, key=lambda r: (abs(r - rank), r)), key=lambda r: latency(N, K, r) / r
-        )
-
-    return rule
+        nearest = sorted(near, key=lambda r: (abs(r - rank), r))
+        return min(nearest, key=lambda r: self.latency(N, K, r) / r)
