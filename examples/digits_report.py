@@ -126,7 +126,7 @@ def markdown(rows: Sequence[Row]) -> str:
         ]
     if any(r["cut"] == "lr 0.1" for r in rows):
         lines += [trap(rows), ""]
-    lines += [f"Trained by {one}." for one in dict.fromkeys(map(origin, rows))]
+    lines += [f"Trained on {one}." for one in dict.fromkeys(map(origin, rows))]
     return "\n".join(lines).rstrip()
 
 
