@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import nn
 
 from maestro_kernels.nn.candidates import Selector
 from maestro_kernels.nn.layer import check_int
+from maestro_kernels.nn.moments import check_batches, input_moments
 from maestro_kernels.search import knapsack, rules
 from maestro_kernels.search.allocation import Allocation, Costs, LayerChoice, reachable
 from maestro_kernels.search.budget import (
@@ -31,11 +35,14 @@ from maestro_kernels.search.costs import (
     current_bytes,
     layer_latency,
 )
-from maestro_kernels.search.layers import Layer, considered, count_rows, storage_bytes
+from maestro_kernels.search.layers import Layer, at_full_rank, considered, count_rows, storage_bytes
 from maestro_kernels.search.model_profile import ModelProfile, profile_model
+from maestro_kernels.search.profile import Advance, progress_bar
+from maestro_kernels.search.refine import Refinement, refine
 from maestro_kernels.search.sensitivity import LayerSensitivity, Sensitivity
 from maestro_kernels.search.sensitivity import sensitivity as find_sensitivity
-from maestro_kernels.search.whole_model import measure_model, present
+from maestro_kernels.search.trial import Factors, Trial, factors_of
+from maestro_kernels.search.whole_model import LossFn, measure_model, present
 
 __all__ = ["allocate"]
 
@@ -56,6 +63,10 @@ def allocate(
     min_rank: int = 1,
     include: Selector = None,
     exclude: Selector = None,
+    batches: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    passes: int | None = None,
+    progress: bool | Advance | None = None,
 ) -> Allocation:
     """Min sum_i error_i(r_i) over ranks with sum_i cost_i(r_i) + rest <= budget; r_i may be dense.
 
@@ -69,6 +80,10 @@ def allocate(
 
     With a latency profile the first two only take ranks just below a step of a layer's latency: a
     rank gives way to a larger one, or to the dense layer, that takes no longer.
+
+    Errors of layers do not quite add up. With `batches`, "exact" and "greedy" therefore go on from
+    the better of their answer and uniform ranks, by the loss of the whole model on the batches, and
+    move cost between layers for as long as that loss falls; see `search.refine`.
 
     Args:
         model: dense, factorised or both; not changed.
@@ -86,6 +101,15 @@ def allocate(
         min_rank: lowest rank; 0 lets a layer become its bias.
         include: only these layers; as `classify`.
         exclude: not these layers; as `classify`.
+        batches: to measure the loss on: tensors, tuples or dicts; kept and passed many times.
+            Dense layers run with the factors that the sensitivity measured ("loss"), or with those
+            of least output error on these batches.
+        loss_fn: (model, batch) -> scalar, of the refinement; None is the squared error of the
+            model's first output against its present one, relative to that output's squared norm.
+        passes: most passes over the batches; None is 16 and four for every layer, 0 only compares
+            the answer with uniform ranks.
+        progress: show a bar; None does so on a terminal. A function gets (text, done, total), at
+            first the number of passes that there may be.
 
     Returns:
         An `Allocation`: a mapping for `mk.set_ranks`, with the predicted costs and `apply`.
@@ -93,7 +117,7 @@ def allocate(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: the budget cannot be met (the error names the best that can), the sensitivity
-            or the profile is of another model, or a value does not fit.
+            or the profile is of another model, a value does not fit, or a loss is not finite.
         NotImplementedError: a `profile` is asked about a convolution.
 
     Example:
@@ -112,6 +136,7 @@ def allocate(
         raise ValueError(f"{_FN}: method: expected one of {_METHODS}, got {method!r}")
     check_int(_FN, "multiple_of", multiple_of, 1)
     check_int(_FN, "min_rank", min_rank, 0)
+    data = _check_refinement(batches, loss_fn, passes, method)
     layers = considered(model, include, exclude, fn=_FN)
     sensitivity = _check_sensitivity(model, layers, sensitivity, include, exclude)
     layers = {name: layer for name, layer in layers.items() if name in sensitivity.layers}
@@ -123,7 +148,96 @@ def allocate(
     found, least = _solve(problem, options, limit, method)
     if found is None:
         raise ValueError(problem.impossible(budget, method, least))
-    return problem.allocation(budget, method, options, found)
+    refined = None
+    if data is not None:
+        most = 16 + 4 * len(layers) if passes is None else passes
+        with progress_bar(progress, "allocate") as advance:
+            found, refined = _refined(
+                problem, model, (options, found, limit), data, loss_fn, most, advance
+            )
+    return problem.allocation(budget, method, options, found, refined)
+
+
+def _check_refinement(batches: Any, loss_fn: Any, passes: Any, method: str) -> list[Any] | None:
+    if passes is not None:
+        check_int(_FN, "passes", passes, 0)
+    if batches is None:
+        if loss_fn is not None or passes is not None:
+            name = "passes" if loss_fn is None else "loss_fn"
+            raise ValueError(f"{_FN}: {name}: expected None without batches to measure a loss on")
+        return None
+    if method not in ("exact", "greedy"):
+        raise ValueError(
+            f"{_FN}: batches: expected None with method={method!r}, whose ranks follow from one "
+            "number and are not refined, got batches"
+        )
+    check_batches(_FN, "batches", batches)
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"{_FN}: loss_fn: expected a function, got {type(loss_fn).__name__}")
+    data = list(batches)
+    if not data:
+        raise ValueError(f"{_FN}: batches: expected at least one batch, got none")
+    return data
+
+
+def _refined(
+    problem: _Problem,
+    model: nn.Module,
+    solved: tuple[list[tuple[Array, Array]], knapsack.Solution, float],
+    data: list[Any],
+    loss_fn: LossFn | None,
+    passes: int,
+    advance: Advance,
+) -> tuple[knapsack.Solution, Refinement]:
+    """The solution after measuring, its predicted cost and error, and what was measured."""
+    options, found, limit = solved
+    uniform, _ = rules.best_of(rules.uniform(problem.choices), options, limit)
+    starts = [found.choice, *([] if uniform is None else [uniform.choice])]
+    total = max(passes, len(starts))
+    advance(f"refining {len(options)} layers: at most {total} passes", 0, total)
+    layers = {c.layer.name: c.layer for c in problem.choices}
+    done = itertools.count(1)
+    with at_full_rank(model, layers), ExitStack() as stack:
+        factors = _factors(problem, model, data)
+        trial = stack.enter_context(Trial(model, layers, factors, data, loss_fn, fn=_FN))
+
+        def loss(choice: tuple[int, ...]) -> float:
+            ranks = {c.layer.name: c.ranks[j] for c, j in zip(problem.choices, choice, strict=True)}
+            value = trial.loss(ranks)
+            advance(f"refining: loss {value:.4g}", next(done), total)
+            return value
+
+        choice, refined = refine(options, starts, limit, loss, passes)
+    advance("done", total, total)
+    if choice == found.choice:
+        return found, refined
+    chosen = list(zip(options, choice, strict=True))
+    return knapsack.Solution(
+        choice,
+        sum(float(costs[j]) for (costs, _), j in chosen),
+        sum(float(errors[j]) for (_, errors), j in chosen),
+        math.nan,
+    ), refined
+
+
+def _factors(problem: _Problem, model: nn.Module, data: list[Any]) -> dict[str, Factors]:
+    """Of every dense layer: those of the sensitivity where they reach far enough, or new ones."""
+    modules = dict(model.named_modules())
+    found, missing = {}, {}
+    for c, one in zip(problem.choices, problem.sensitivities, strict=True):
+        top = max((r for r in c.ranks if not isinstance(r, str)), default=0)
+        if c.layer.factorised:
+            continue
+        if one.factors is not None and one.factors[0][0].shape[1] >= top:
+            found[c.layer.name] = one.factors
+        else:
+            missing[c.layer.name] = (c.layer, top)
+    if missing:
+        chosen = {name: modules[name] for name in missing}
+        moments = input_moments(model, chosen, data, fn=_FN, argument="batches")
+        for name, (layer, top) in missing.items():
+            found[name] = factors_of(layer, modules[name], moments[name], top)
+    return found
 
 
 def _check_sensitivity(
@@ -343,7 +457,12 @@ class _Problem:
         )
 
     def allocation(
-        self, budget: Budget, method: str, options: Any, found: knapsack.Solution
+        self,
+        budget: Budget,
+        method: str,
+        options: Any,
+        found: knapsack.Solution,
+        refined: Refinement | None,
     ) -> Allocation:
         """The result."""
         rows = []
@@ -365,8 +484,9 @@ class _Problem:
             (self.value(budget, s.cost), s.error) for s in knapsack.hull_path(options)
         )
         return Allocation(
-            budget, method, self.unit, tuple(rows), predicted, self.dense, found.gap, trade_off
-        )
+            budget, method, self.unit, tuple(rows), predicted, self.dense, found.gap, trade_off,
+            refined,
+        )  # fmt: skip
 
 
 def _reference(

@@ -16,6 +16,7 @@ from maestro_kernels.nn.ranks import ranks as present_ranks
 from maestro_kernels.nn.ranks import set_ranks
 from maestro_kernels.search.budget import Budget, Latency, MACs, Memory, Params, Speedup
 from maestro_kernels.search.layers import Layer
+from maestro_kernels.search.refine import Refinement
 from maestro_kernels.search.whole_model import measure_models, output_error
 
 __all__ = ["Allocation", "Costs", "LayerChoice", "Verification"]
@@ -90,6 +91,7 @@ class Allocation(Mapping[str, int | str]):
             optimum, nan where the method does not tell.
         trade_off: (value, error) of allocations along the convex front, the value in the budget's
             own measure: what a smaller or a larger budget would buy.
+        refined: losses measured on the way from the predicted optimum; None without batches.
     """
 
     budget: Budget
@@ -100,6 +102,7 @@ class Allocation(Mapping[str, int | str]):
     dense: Costs
     gap: float
     trade_off: tuple[tuple[float, float], ...]
+    refined: Refinement | None = None
 
     def __getitem__(self, name: str) -> int | str:
         for choice in self.layers:
@@ -228,7 +231,15 @@ class Allocation(Mapping[str, int | str]):
         )
         if p.ms is not None and d.ms is not None:
             text += f", {p.ms:.2f} ms, {d.ms / p.ms:.2f}× dense"
-        return f"{text}; error {p.error:.3g} ({self.unit})"
+        text = f"{text}; error {p.error:.3g} ({self.unit})"
+        if self.refined is not None:
+            solved, *uniform = self.refined.starts
+            others = f", uniform {uniform[0]:.3g}" if uniform else ""
+            text += (
+                f"; measured loss {self.refined.loss:.3g} (as predicted best {solved:.3g}{others}; "
+                f"{self.refined.passes} passes)"
+            )
+        return text
 
 
 @dataclass(frozen=True)

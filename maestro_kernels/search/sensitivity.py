@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from maestro_kernels.nn.candidates import Selector
-from maestro_kernels.nn.factorize import factorize
 from maestro_kernels.nn.layer import LoDLayer, check_int
-from maestro_kernels.nn.moments import calibrating, check_batches, input_moments
+from maestro_kernels.nn.moments import check_batches, input_moments
 from maestro_kernels.search.layers import Layer, at_full_rank, considered, count_rows
 from maestro_kernels.search.spectra import singular_values, tail_shares, truncation_shares
-from maestro_kernels.search.whole_model import LossFn, OutputError, at_rank, with_weight
+from maestro_kernels.search.trial import Factors, Trial, factors_of, matrices
+from maestro_kernels.search.whole_model import LossFn
 
 __all__ = ["LayerSensitivity", "Sensitivity", "sensitivity"]
 
@@ -46,6 +46,8 @@ class LayerSensitivity:
         values: (max_rank,), non-increasing: singular values, whitened ones, or importance.
         rows: rows of x in each call for the first batch; empty where there was no batch.
         measured: (rank, increase of the loss) where method="loss" measured it.
+        factors: of a dense layer that method="loss" measured, up to the largest rank there: what
+            `allocate` goes on measuring with. As large as the weight; files do not hold it.
     """
 
     layer: Layer
@@ -53,6 +55,7 @@ class LayerSensitivity:
     values: NDArray[np.float64]
     rows: tuple[int, ...] = ()
     measured: tuple[tuple[int, float], ...] = ()
+    factors: Factors | None = field(default=None, repr=False, compare=False)
 
     def error(self, rank: int | str) -> float:
         """What this rank adds to the error; "dense" adds nothing."""
@@ -209,18 +212,20 @@ def sensitivity(
             if data:
                 rows = count_rows(model, layers, data[0], fn=_FN)
         found = {}
-        loss = None
-        if method == "loss":
-            loss = _Loss(model, measured, loss_fn)
-        for i, (name, layer) in enumerate(layers.items()):
-            moment = moments.pop(name, None)
-            one = _from_weights(layer, modules[name], moment, method)
-            one = replace(one, rows=rows.get(name, ()))
-            if loss is not None:
-                one = loss.measure(one, modules[name], moment, points)
-            found[name] = one
-            if progress is not None:
-                progress(i + 1, len(layers))
+        with ExitStack() as stack:
+            trial, base = None, 0.0
+            if method == "loss":
+                trial = stack.enter_context(Trial(model, layers, {}, measured, loss_fn, fn=_FN))
+                base = trial.loss()
+            for i, (name, layer) in enumerate(layers.items()):
+                moment = moments.pop(name, None)
+                one = _from_weights(layer, modules[name], moment, method)
+                one = replace(one, rows=rows.get(name, ()))
+                if trial is not None:
+                    one = _measured(one, modules[name], moment, points, trial, base)
+                found[name] = one
+                if progress is not None:
+                    progress(i + 1, len(layers))
     unit = _UNITS[method]
     if method == "loss":
         unit = "loss" if loss_fn is not None else "relative squared error of the output"
@@ -269,14 +274,6 @@ def _check_weights(chosen: Mapping[str, nn.Module]) -> None:
                 )
 
 
-def matrices(layer: Layer, module: nn.Module) -> Tensor:
-    """The dense layer's matrices, (groups, N, K)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dense = weight.detach().mT if layer.kind == "hf_conv1d" else weight.detach()
-    return dense.reshape(layer.groups, layer.N, layer.K)
-
-
 def _from_weights(
     layer: Layer, module: nn.Module, moment: Tensor | None, method: str
 ) -> LayerSensitivity:
@@ -308,54 +305,25 @@ def truncation_of_importance(importance: Tensor) -> Tensor:
     return torch.cat((shares, shares.new_zeros(1)))
 
 
-class _Loss:
-    """Measures what one layer's rank adds to the loss of the whole model."""
-
-    def __init__(self, model: nn.Module, data: list[Any], loss_fn: LossFn | None) -> None:
-        self.model, self.data = model, data
-        self.loss_fn = OutputError(model, data, fn=_FN) if loss_fn is None else loss_fn
-        self.base = self._mean("the model as it is")
-
-    def measure(
-        self, one: LayerSensitivity, module: nn.Module, moment: Tensor | None, points: int
-    ) -> LayerSensitivity:
-        layer = one.layer
-        top = min(layer.max_rank - 1, math.ceil(layer.N * layer.K / (layer.N + layer.K)))
-        ranks = sorted({max(top >> k, 1) for k in range(points)} & set(range(1, layer.max_rank)))
-        measured = []
-        for rank, change in self._changes(layer, module, moment, ranks):
-            with change:
-                measured.append((rank, self._mean(f"{layer.name} at rank {rank}") - self.base))
-        return replace(one, errors=_through(one.errors, measured), measured=tuple(measured))
-
-    def _changes(
-        self, layer: Layer, module: nn.Module, moment: Tensor | None, ranks: list[int]
-    ) -> Iterable[tuple[int, AbstractContextManager[None]]]:
-        if isinstance(module, LoDLayer):
-            for rank in ranks:
-                yield rank, at_rank(module, rank)
-            return
-        if not ranks:
-            return
-        pairs = [
-            factorize(matrix.double(), ranks[-1], None if moment is None else moment[g])
-            for g, matrix in enumerate(matrices(layer, module))
-        ]
-        for rank in ranks:
-            merged = torch.stack([u[:, :rank] @ v[:rank] for u, v in pairs])
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            shape = weight.mT.shape if layer.kind == "hf_conv1d" else weight.shape
-            value = merged.reshape(shape)
-            yield rank, with_weight(module, value.mT if layer.kind == "hf_conv1d" else value)
-
-    def _mean(self, what: str) -> float:
-        with calibrating(self.model):
-            losses = [float(self.loss_fn(self.model, batch)) for batch in self.data]
-        mean = sum(losses) / len(losses)
-        if not math.isfinite(mean):
-            raise ValueError(f"{_FN}: loss_fn: expected a finite loss, got {mean} with {what}")
-        return mean
+def _measured(
+    one: LayerSensitivity,
+    module: nn.Module,
+    moment: Tensor | None,
+    points: int,
+    trial: Trial,
+    base: float,
+) -> LayerSensitivity:
+    """With the increase of the loss at a few ranks of this layer alone, and what was run there."""
+    layer = one.layer
+    top = min(layer.max_rank - 1, math.ceil(layer.N * layer.K / (layer.N + layer.K)))
+    ranks = sorted({max(top >> k, 1) for k in range(points)} & set(range(1, layer.max_rank)))
+    if ranks and not layer.factorised:
+        one = replace(one, factors=factors_of(layer, module, moment, ranks[-1]))
+        assert one.factors is not None
+        trial.know(layer.name, one.factors)
+    measured = [(rank, trial.loss({layer.name: rank}) - base) for rank in ranks]
+    trial.put(layer.name, "before")
+    return replace(one, errors=_through(one.errors, measured), measured=tuple(measured))
 
 
 def _through(shares: NDArray, measured: list[tuple[int, float]]) -> NDArray[np.float64]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from maestro_kernels.benchmark.heap import keeping_memory
@@ -20,41 +19,13 @@ __all__ = [
     "LossFn",
     "Measurement",
     "OutputError",
-    "at_rank",
     "measure_model",
     "measure_models",
     "output_error",
     "present",
-    "with_weight",
 ]
 
 LossFn = Callable[[nn.Module, Any], Any]
-
-
-@contextmanager
-def at_rank(layer: LoDLayer, rank: int) -> Iterator[None]:
-    """Run a factorised layer at `rank`; its own comes back."""
-    before = layer.rank
-    layer.rank = rank
-    try:
-        yield
-    finally:
-        layer.rank = before
-
-
-@contextmanager
-def with_weight(module: nn.Module, value: Tensor) -> Iterator[None]:
-    """Run a dense layer with another weight; its own comes back, bit for bit."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    with torch.no_grad():
-        before = weight.detach().clone()
-        weight.copy_(value)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            weight.copy_(before)
 
 
 class OutputError:

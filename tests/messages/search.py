@@ -1,7 +1,9 @@
 """Wrong calls: profiles, sensitivity, allocation, ranks for hardware."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import maestro_kernels as mk
@@ -20,6 +22,13 @@ def pointwise_with_stride(folder: Path) -> object:
 def cliff_without_latencies(folder: Path) -> object:
     return training.below_cliff({16: 1.0})  # type: ignore[arg-type]
 
+
+def allocate(**arguments: object) -> Callable[[Path], object]:
+    model = nn.Sequential(nn.Linear(32, 32))
+    return lambda folder: search.allocate(model, search.Params(0.5), **arguments)  # type: ignore[arg-type]
+
+
+BATCH = torch.randn(4, 32)
 
 ROWS: list[Row] = [
     Row(
@@ -41,5 +50,54 @@ ROWS: list[Row] = [
         cliff_without_latencies,
         TypeError,
         "below_cliff: latency: expected a function, got dict",
+    ),
+    Row(
+        "passes without batches",
+        allocate(passes=4),
+        ValueError,
+        "allocate: passes: expected None without batches to measure a loss on",
+    ),
+    Row(
+        "a loss without batches",
+        allocate(loss_fn=max),
+        ValueError,
+        "allocate: loss_fn: expected None without batches to measure a loss on",
+    ),
+    Row(
+        "a batch for batches",
+        allocate(batches=BATCH),
+        TypeError,
+        "allocate: batches: expected an iterable of batches (tensors, tuples or dicts), got Tensor",
+    ),
+    Row(
+        "no batches to refine on",
+        allocate(batches=[]),
+        ValueError,
+        "allocate: batches: expected at least one batch, got none",
+    ),
+    Row(
+        "uniform ranks refined",
+        allocate(batches=[BATCH], method="uniform"),
+        ValueError,
+        "allocate: batches: expected None with method='uniform', whose ranks follow from one "
+        "number and are not refined, got batches",
+    ),
+    Row(
+        "a loss that is no function",
+        allocate(batches=[BATCH], loss_fn=1.0),
+        TypeError,
+        "allocate: loss_fn: expected a function, got float",
+    ),
+    Row(
+        "a loss of NaN",
+        allocate(batches=[BATCH], loss_fn=lambda model, batch: float("nan")),
+        ValueError,
+        "allocate: loss_fn: expected a finite loss, got nan with",
+    ),
+    Row(
+        "passes below zero",
+        allocate(batches=[BATCH], passes=-1),
+        ValueError,
+        "allocate: passes: expected an int >= 0, got -1",
     ),
 ]
