@@ -133,8 +133,13 @@ STABLE_TORCH_LIBRARY_IMPL(maestro_native, CPU, m) {
 
 // Goes up with every change of a schema or of a function here: an installation that links to a working tree may meet a
 // library that was built before.
-extern "C" __attribute__((visibility("default"))) int32_t mk_interface() { return 2; }
+extern "C" __attribute__((visibility("default"))) int32_t mk_interface() { return 3; }
 
 extern "C" __attribute__((visibility("default"))) const char* mk_cpu_isa(int32_t dtype) {
   return mk::cpu::isa(static_cast<mk::DType>(dtype));
 }
+
+// What is wrong with MK_CPU_ISA, or null.
+extern "C" __attribute__((visibility("default"))) const char* mk_cpu_isa_error() { return mk::cpu::isa_error(); }
+
+extern "C" __attribute__((visibility("default"))) const char* mk_cpu_isas() { return mk::cpu::available_isas(); }

@@ -84,6 +84,15 @@ const char* keep(std::string text) {
 
 }  // namespace
 
+// Whether the library has CUDA kernels.
+MK_EXPORT int32_t mk_cuda_built() {
+#ifdef MK_CUDA
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // facts: compute capability (10 * major + minor), SMs, shared memory per block and per SM, whether the row kernel is
 // built. Returns "" or what failed; valid until the thread's next call.
 MK_EXPORT const char* mk_cuda_device(int32_t index, int64_t* facts) {
@@ -95,7 +104,7 @@ MK_EXPORT const char* mk_cuda_device(int32_t index, int64_t* facts) {
   return keep(std::move(failed));
 #else
   static_cast<void>(index), static_cast<void>(facts);
-  return "this build of the library has no CUDA kernels (no nvcc when it was built)";
+  return "this build of the library has no CUDA kernels";
 #endif
 }
 

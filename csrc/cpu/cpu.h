@@ -16,8 +16,14 @@ struct Pool {
 };
 
 // Instruction set the kernels of a dtype use on this machine: "portable", "avx2", "avx512",
-// "avx512_bf16", "amx_bf16", ...; the environment variable MK_CPU_ISA caps it (tests use that).
+// "avx512_bf16", "amx_bf16", "neon", ...; the environment variable MK_CPU_ISA caps it (tests use that).
 const char* isa(DType dtype);
+
+// What is wrong with MK_CPU_ISA, naming what it may be, or null. Until that is mended no call is served.
+const char* isa_error();
+
+// The instruction sets that MK_CPU_ISA can name here, best last.
+const char* available_isas();
 
 // Bytes of packed factors (R, K) and (N, R), 0 where this build cannot pack them.
 size_t packed_bytes(int64_t N, int64_t K, int64_t R, DType dtype);

@@ -101,6 +101,8 @@ char* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb" ::: "memory");  // yield is a no-op on the cores without SMT, which is nearly all of them
 #endif
 }
 
@@ -318,6 +320,7 @@ void pack(const Layer& layer, DType dtype, void* packed, const Pool& pool) {
 const char* forward(const Layer* layers, const void* const* packed, int64_t n, DType dtype, const Pool& pool) {
   static thread_local Scratch work_memory, memory;
   constexpr const char* no_memory = "no memory for scratch";
+  if (const char* error = isa_error()) return error;
   Work* const work = reinterpret_cast<Work*>(work_memory.reserve(n * static_cast<int64_t>(sizeof(Work))));
   if (work == nullptr) return no_memory;
   int64_t rows = 0;

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -46,43 +47,98 @@ bool permit_tiles() {
 #endif
 }
 
-Isa supported(Isa cap) {
+// What the CPU has and the operating system saves.
+Isa supported() {
   constexpr uint32_t ymm_state = 0x6, zmm_state = 0xe6, tile_state = 0x60000;
   const Registers one = cpuid(1, 0), seven = cpuid(7, 0), seven_one = cpuid(7, 1);
   const bool osxsave = all(one.ecx, 1u << 27);
   const uint32_t state = osxsave ? saved_state() : 0;
   const bool avx2 = all(one.ecx, 1u << 12 | 1u << 28 | 1u << 29) && all(seven.ebx, 1u << 5) && all(state, ymm_state);
-  if (cap < Isa::avx2 || !avx2) return Isa::portable;
+  if (!avx2) return Isa::portable;
   const bool avx512 = all(seven.ebx, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && all(state, zmm_state);  // F DQ BW VL
-  if (cap < Isa::avx512 || !avx512) return Isa::avx2;
-  if (cap < Isa::avx512_bf16 || !all(seven_one.eax, 1u << 5)) return Isa::avx512;
+  if (!avx512) return Isa::avx2;
+  if (!all(seven_one.eax, 1u << 5)) return Isa::avx512;
   const bool amx = all(seven.edx, 1u << 22 | 1u << 24) && all(state, tile_state);  // AMX_BF16, AMX_TILE
-  if (cap < Isa::amx || !amx || !permit_tiles()) return Isa::avx512_bf16;
-  return cap < Isa::amx_fp16 || !all(seven_one.eax, 1u << 21) ? Isa::amx : Isa::amx_fp16;
+  if (!amx) return Isa::avx512_bf16;
+  return all(seven_one.eax, 1u << 21) ? Isa::amx_fp16 : Isa::amx;
 }
 
 #else
 
-Isa supported(Isa) { return Isa::portable; }
+bool permit_tiles() { return false; }
+
+#if defined(__aarch64__)
+Isa supported() { return Isa::neon; }  // which every AArch64 has
+#else
+Isa supported() { return Isa::portable; }
+#endif
 
 #endif
 
-Isa cap_from_environment() {
-  const char* cap = std::getenv("MK_CPU_ISA");
-  if (cap == nullptr) return Isa::amx_fp16;
-  if (std::strcmp(cap, "portable") == 0) return Isa::portable;
-  if (std::strcmp(cap, "avx2") == 0) return Isa::avx2;
-  if (std::strcmp(cap, "avx512") == 0) return Isa::avx512;
-  if (std::strcmp(cap, "avx512_bf16") == 0) return Isa::avx512_bf16;
-  if (std::strcmp(cap, "amx") == 0) return Isa::amx;
-  return Isa::amx_fp16;
+// The sets of this build in rising order, by the names that MK_CPU_ISA takes.
+constexpr struct {
+  const char* name;
+  Isa isa;
+} kBuilt[] = {
+    {"portable", Isa::portable},
+#if defined(MK_HAVE_NEON)
+    {"neon", Isa::neon},
+#endif
+#if defined(MK_HAVE_AVX2)
+    {"avx2", Isa::avx2},
+#endif
+#if defined(MK_HAVE_AVX512)
+    {"avx512", Isa::avx512},
+#endif
+#if defined(MK_HAVE_AVX512_BF16)
+    {"avx512_bf16", Isa::avx512_bf16},
+#endif
+#if defined(MK_HAVE_AMX)
+    {"amx", Isa::amx},
+    {"amx_fp16", Isa::amx_fp16},
+#endif
+};
+
+struct Choice {
+  Isa isa = Isa::portable;
+  std::string available, error;
+};
+
+Choice choose() {
+  const char* asked = std::getenv("MK_CPU_ISA");
+  if (asked != nullptr && *asked == '\0') asked = nullptr;
+  const auto is_asked = [&](const char* name) { return asked != nullptr && std::strcmp(asked, name) == 0; };
+  Isa limit = supported();
+  // A set below tiles leaves the process without their state.
+  bool below_tiles = false;
+  for (const auto& built : kBuilt) below_tiles |= built.isa < Isa::amx && is_asked(built.name);
+  if (limit >= Isa::amx && !below_tiles && !permit_tiles()) limit = Isa::avx512_bf16;
+  Choice choice;
+  bool found = false;
+  for (const auto& built : kBuilt) {
+    if (built.isa > limit) break;
+    choice.available += (choice.available.empty() ? "" : ", ") + std::string(built.name);
+    if (!found) choice.isa = built.isa;
+    found |= is_asked(built.name);
+  }
+  if (asked != nullptr && !found) {
+    choice.error = "MK_CPU_ISA: expected one of " + choice.available +
+                   " (what this build has and this machine runs), got '" + asked + "'";
+  }
+  return choice;
+}
+
+const Choice& choice() {
+  static const Choice made = choose();
+  return made;
 }
 
 }  // namespace
 
-Isa best_isa() {
-  static const Isa isa = supported(cap_from_environment());
-  return isa;
-}
+Isa best_isa() { return choice().isa; }
+
+const char* available_isas() { return choice().available.c_str(); }
+
+const char* isa_error() { return choice().error.empty() ? nullptr : choice().error.c_str(); }
 
 }  // namespace mk::cpu

@@ -18,6 +18,9 @@ const Kernel& select(DType dtype) {
 #if defined(MK_HAVE_AVX2)
   if (isa >= Isa::avx2) return kernel_avx2(dtype);
 #endif
+#if defined(MK_HAVE_NEON)
+  if (isa >= Isa::neon) return kernel_neon(dtype);
+#endif
   return kernel_portable(dtype);
 }
 

@@ -76,6 +76,7 @@ struct Kernel {
 const Kernel& kernel_for(DType dtype);
 
 const Kernel& kernel_portable(DType dtype);
+const Kernel& kernel_neon(DType dtype);
 const Kernel& kernel_avx2(DType dtype);
 const Kernel& kernel_avx512(DType dtype);
 const Kernel& kernel_avx512_bf16(DType dtype);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,22 +23,41 @@ from maestro_kernels.problem import ACTIVATIONS
 if TYPE_CHECKING:
     from maestro_kernels.problem import LoDProblem
 
-__all__ = ["ACTIVATION_CODES", "isa", "load_error", "pack", "unsupported"]
+__all__ = [
+    "ACTIVATION_CODES",
+    "available_isas",
+    "cuda_error",
+    "isa",
+    "load_error",
+    "pack",
+    "unsupported",
+]
 
 Ranks = Sequence[int] | Tensor
 # What mk_interface() in csrc/bindings/cpu.cpp returns.
-INTERFACE = 2
+INTERFACE = 3
 LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
 # The order of mk::DType and mk::Activation in csrc/layer.h.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
+def _not_built(part: str) -> str | None:
+    """What the build wrote down about a part that it left out (setup.py: "native" or "cuda")."""
+    try:
+        record = json.loads(LIBRARY.with_name("_build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a checkout in which nothing was built, or a record cut short
+        return None
+    why = record.get(part) if isinstance(record, dict) else None
+    return why if isinstance(why, str) else None
+
+
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """(library, why there is none)."""
+    """(library, why there is none); ValueError where MK_CPU_ISA names no set that runs here."""
     if not LIBRARY.exists():
-        return None, "this installation has no compiled library (no C++ compiler when it was built)"
+        why = _not_built("native") or "nothing has built it yet: pip install ., or make native"
+        return None, f"this installation has no compiled library: {why}"
     try:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
@@ -46,15 +66,42 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the compiled library does not load: {str(error).replace(str(LIBRARY), '')}"
     if not hasattr(library, "mk_interface") or library.mk_interface() != INTERFACE:
         return None, "the compiled library is of another version of this package: build it again"
-    for name in ("mk_cpu_isa", "mk_cuda_device", "mk_cuda_plan"):
+    for name in ("mk_cpu_isa", "mk_cpu_isas", "mk_cpu_isa_error", "mk_cuda_device", "mk_cuda_plan"):
         getattr(library, name).restype = ctypes.c_char_p
+    wrong = library.mk_cpu_isa_error()
+    if wrong:
+        raise ValueError(wrong.decode(errors="replace"))
     return library, ""
 
 
 def load_error() -> str | None:
-    """Why the compiled library is not there, in the loader's words; None when it is."""
+    """Why the compiled library is not there, in the build's or the loader's words; None if it is.
+
+    Raises:
+        ValueError: MK_CPU_ISA names an instruction set that is unknown, not in this build, or not
+            on this machine.
+    """
     library, reason = _load()
     return None if library is not None else reason
+
+
+def cuda_error() -> str | None:
+    """Why there are no CUDA kernels, whatever devices are here; None when there are."""
+    library, reason = _load()
+    if library is None:
+        return reason
+    if library.mk_cuda_built():
+        return None
+    return _not_built("cuda") or "the compiled library was built without them"
+
+
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets that MK_CPU_ISA may name here, best last; empty without a library."""
+    library, _ = _load()
+    if library is None:
+        return ()
+    names: bytes = library.mk_cpu_isas()
+    return tuple(names.decode().split(", "))
 
 
 def isa(dtype: torch.dtype) -> str:
@@ -70,9 +117,10 @@ def few_rows(dtype: torch.dtype) -> int:
     """Up to so many rows, dot products with factors as they lie beat two library matmuls.
 
     In float32 both wait for the same bytes and one call is saved; in 16 bits library matmuls take
-    several times as long. The portable kernels have no such path: 0.
+    several times as long. The portable kernels have no such path: 0. On NEON nobody has measured
+    it, and the libraries' 16-bit matmuls are others there: 0.
     """
-    if isa(dtype) == "portable":
+    if isa(dtype) in ("portable", "neon"):
         return 0
     return 1 if dtype == torch.float32 else 4
 
@@ -154,6 +202,9 @@ def _library() -> ctypes.CDLL:
 
 
 def _facts(device: torch.device) -> tuple[native_cuda.Facts | None, str]:
+    reason = cuda_error()
+    if reason is not None:
+        return None, f"the compiled library has no CUDA kernels: {reason}"
     # A plan for a recorded device that is not here has nobody to ask.
     index = torch.cuda.current_device() if device.index is None else device.index
     return native_cuda.device_facts(_library(), index)

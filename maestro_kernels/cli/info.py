@@ -50,7 +50,17 @@ def collect() -> dict[str, Any]:
         )
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if native.load_error() is None else ()
     isa = {str(dtype).removeprefix("torch."): native.isa(dtype) for dtype in dtypes}
-    return {"versions": hardware.versions(), "native_isa": isa, "devices": records}
+    library = {
+        "error": native.load_error(),
+        "instruction_sets": native.available_isas(),
+        "cuda_error": native.cuda_error(),
+    }
+    return {
+        "versions": hardware.versions(),
+        "native_isa": isa,
+        "library": library,
+        "devices": records,
+    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +72,14 @@ def run(args: argparse.Namespace) -> int:
     versions = record["versions"]
     known = ("maestro_kernels", "torch", "triton", "python", "cuda", "driver")
     print("  ".join(f"{name} {versions[name]}" for name in known if versions.get(name)))
+    library = record["library"]
+    if library["error"] is None:
+        why = library["cuda_error"]
+        sets = ", ".join(library["instruction_sets"])
+        cuda = "with CUDA kernels" if why is None else f"no CUDA kernels: {why}"
+        print(f"compiled library: CPU kernels for {sets}; {cuda}")
+    else:
+        print(f"compiled library: {library['error']}")
     for device in record["devices"]:
         print(f"\n{device['device']}: {device['name']}, {device['arch']}, {device['cores']} cores")
         for name, why in device["backends"].items():

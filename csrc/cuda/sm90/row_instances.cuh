@@ -11,11 +11,6 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), make_tile(WIDTH, GROUPS).b
   run_row_kernel<BF16, WIDTH, GROUPS>(maps, params, cluster);
 }
 
-using RowKernel = void (*)(RowMaps, RowParams, int32_t);
-
-RowKernel row_kernel_bf16(int width, int groups);
-RowKernel row_kernel_f16(int width, int groups);
-
 template <bool BF16>
 RowKernel find_row_kernel(int width, int groups) {
   switch (width * 10 + groups) {

@@ -15,24 +15,11 @@
 #include "ptx.cuh"
 #include "wgmma.cuh"
 #endif
+#include "row_arguments.h"
 #include "row_layout.h"
 #include "row_program.h"
 
 namespace mk::cuda::sm90 {
-
-struct RowMaps {
-  ptx::TensorMap x, v, u, y;
-};
-
-struct RowParams {
-  int32_t M, N, K;
-  int32_t rank;             // R where rank_ptr is given
-  const int32_t* rank_ptr;  // clamped to 0..rank; or null
-  const void* bias;         // (N,) or null
-  void* h;                  // (M, rank), zero from the active rank on; or null
-  int64_t stride_hm;
-  Activation activation;
-};
 
 // A block starts with as many registers per thread as its launch bounds leave it. Where that is too few for a
 // consumer, the producer hands over most of its own; a single block of 256 threads per SM has enough.

@@ -7,7 +7,8 @@
 #include <cstdio>
 
 #include "row.h"
-#include "row_instances.cuh"
+#include "row_arguments.h"
+#include "row_layout.h"
 
 namespace mk::cuda::sm90 {
 namespace {
@@ -21,8 +22,12 @@ EncodeTiled encode_tiled() {
   static const EncodeTiled found = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
+    constexpr const char* name = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &status);
+#else  // asks for the function as of the runtime's own version, 12.0 to 12.4
+    const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &status);
+#endif
     const bool usable = error == cudaSuccess && status == cudaDriverEntryPointSuccess;
     return usable ? reinterpret_cast<EncodeTiled>(function) : nullptr;
   }();
@@ -69,8 +74,10 @@ std::string encode_all(RowMaps* maps, const Matrices& m, DType dtype) {
   return {};
 }
 
+// The C interface of the runtime throughout: its templates exist for nvcc only, and this file is also read by a host
+// compiler (tests/old_cuda.py).
 struct Instance {
-  RowKernel kernel;
+  const void* kernel;
   int index;  // 0 .. kInstances - 1, one for each kernel and cluster size
 };
 constexpr int kInstances = 2 * 4 * 2 * 3;
@@ -78,7 +85,8 @@ constexpr int kInstances = 2 * 4 * 2 * 3;
 Instance find(DType dtype, const Config& c) {
   const bool bf16 = dtype == DType::bf16;
   const int log2_cluster = c.cluster == 4 ? 2 : c.cluster - 1;
-  return {bf16 ? row_kernel_bf16(c.width, c.groups) : row_kernel_f16(c.width, c.groups),
+  const RowKernel kernel = bf16 ? row_kernel_bf16(c.width, c.groups) : row_kernel_f16(c.width, c.groups);
+  return {reinterpret_cast<const void*>(kernel),
           ((bf16 * 4 + c.width / kChunk - 1) * 2 + c.groups - 1) * 3 + log2_cluster};
 }
 
@@ -129,17 +137,19 @@ std::string launch(const Layer& layer, DType dtype, const Config& config, void* 
   if (const std::string error = prepare(instance, grid, &resident); !error.empty()) return fail(error);
   grid.gridDim.x = static_cast<unsigned>(std::min(config.clusters, resident) * config.cluster);
 
-  const RowParams params{static_cast<int32_t>(layer.M),
-                         static_cast<int32_t>(layer.N),
-                         static_cast<int32_t>(layer.K),
-                         static_cast<int32_t>(bound(layer)),
-                         layer.rank_ptr,
-                         layer.bias,
-                         layer.h,
-                         layer.stride_hm,
-                         layer.activation};
-  if (const cudaError_t error = cudaLaunchKernelEx(&grid, instance.kernel, maps, params, config.cluster))
-    return fail(failure("cudaLaunchKernelEx", error));
+  RowParams params{static_cast<int32_t>(layer.M),
+                   static_cast<int32_t>(layer.N),
+                   static_cast<int32_t>(layer.K),
+                   static_cast<int32_t>(bound(layer)),
+                   layer.rank_ptr,
+                   layer.bias,
+                   layer.h,
+                   layer.stride_hm,
+                   layer.activation};
+  int32_t cluster_size = config.cluster;
+  void* arguments[] = {&maps, &params, &cluster_size};
+  if (const cudaError_t error = cudaLaunchKernelExC(&grid, instance.kernel, arguments))
+    return fail(failure("cudaLaunchKernelExC", error));
   return {};
 }
 
