@@ -20,11 +20,13 @@ CLANG_FORMAT = $(dir $(RUN))clang-format
 NATIVE := maestro_kernels/_native.so
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.[ch]*' -o -name CMakeLists.txt)
 
-.PHONY: help bench test native lint format aot-report native-report existing-environment clean
+.PHONY: help bench test test-all old-cuda native lint format aot-report native-report existing-environment clean
 
 help:
 	@echo "make bench       factorise a real sentence encoder, measure it, write $(OUT)/report.html"
 	@echo "make test        run the tests"
+	@echo "make test-all    the exhaustive tests too"
+	@echo "make old-cuda    read the CUDA host sources with the headers of CUDA 12.0 to 12.4 (network)"
 	@echo "make native      build the compiled kernels only (CPU, and CUDA where nvcc is found)"
 	@echo "make lint        ruff, ruff format, mypy, clang-format"
 	@echo "make aot-report  compile every Triton configuration for sm_80 and sm_90, print the table"
@@ -36,6 +38,12 @@ bench: $(READY) native
 
 test: $(READY) native
 	$(RUN) -m pytest tests -q
+
+test-all: $(READY) native old-cuda
+	$(RUN) -m pytest tests -q -m "exhaustive or not exhaustive"
+
+old-cuda: $(READY)
+	$(RUN) tests/old_cuda.py
 
 # Without a compiler this says so and the package stays pure Python.
 native: $(READY) $(NATIVE)
@@ -74,4 +82,4 @@ existing-environment:
 	sys.exit('$(RUN) lacks ' + ', '.join(missing) + ': install requirements-dev.txt there' if missing else 0)"
 
 clean:
-	rm -rf $(VENV) $(OUT) $(NATIVE) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OUT) $(NATIVE) maestro_kernels/_build.json build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -50,7 +50,10 @@ def find_cmake() -> str:
             return program
         found.append(version.group() if version else f"broken: {last_line(done.stderr)}")
     wanted = ".".join(str(part) for part in OLDEST_CMAKE)
-    raise BuildError(f"cmake {wanted} or later is needed, " + (f"found {found[0]}" if found else "none was found"))
+    raise BuildError(
+        f"cmake {wanted} or later is needed, "
+        + (f"found {found[0]}" if found else "none was found")
+    )
 
 
 def find_torch() -> Path:
@@ -210,7 +213,9 @@ class Wheel(bdist_wheel):
 
     def holds_library(self) -> bool:
         """Whether the build made one."""
-        return Path(self.get_finalized_command("build").build_lib, "maestro_kernels", LIBRARY).exists()
+        return Path(
+            self.get_finalized_command("build").build_lib, "maestro_kernels", LIBRARY
+        ).exists()
 
     def get_tag(self) -> tuple[str, str, str]:
         """The wheel's tag."""

@@ -34,6 +34,7 @@ def test_info_says_why_a_backend_is_missing(capsys, monkeypatch, no_library):
     text = capsys.readouterr().out
     assert "matmul     available" in text
     assert "native     not here: this installation has no compiled library" in text
+    assert "compiled library: this installation has no compiled library: nothing has built" in text
     assert main(["info", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["devices"][0]["backends"]["reference"] is None
@@ -48,6 +49,11 @@ def test_info_names_the_instruction_set_of_each_dtype(capsys):
     assert main(["info", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["native_isa"]["float16"] == native.isa(torch.float16)
+    assert tuple(record["library"]["instruction_sets"]) == native.available_isas()
+    assert record["library"]["error"] is None
+    assert record["library"]["cuda_error"] == native.cuda_error()
+    cuda = native.cuda_error()
+    assert ("with CUDA kernels" if cuda is None else f"no CUDA kernels: {cuda}") in text
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(capsys):

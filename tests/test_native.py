@@ -1,6 +1,7 @@
 """The native backend: CPU kernels through the public op, on every instruction set found here."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,21 +15,32 @@ import maestro_kernels as mk
 from maestro_kernels import dispatch
 from maestro_kernels.backends import native
 from maestro_kernels.backends.reference import lod_linear_ref
+from maestro_kernels.cli import main
 from maestro_kernels.testing import assert_accurate, make_inputs
 
 needs_library = pytest.mark.skipif(
     native.load_error() is not None, reason=f"no native library: {native.load_error()}"
 )
 HERE = Path(__file__).parent
+DTYPES = native_sweep.DTYPES
+
+
+SETS = ("portable", "neon", "avx2", "avx512", "avx512_bf16", "amx", "amx_fp16")
+# What a dtype runs on under a cap, where that is another name.
+ON_TILES = {
+    "amx": ("avx512", "amx_bf16", "avx512"),
+    "amx_fp16": ("avx512", "amx_bf16", "amx_fp16"),
+    "avx512_bf16": ("avx512", "avx512_bf16", "avx512"),
+}
 
 
 @needs_library
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx", ""])
+@pytest.mark.parametrize("isa", [*SETS, ""])
 def test_every_instruction_set_meets_the_tolerance(isa, threads):
+    if isa and isa not in native.available_isas():
+        pytest.skip(f"{isa} is not in this build or not on this machine")
     environment = {**os.environ, "MK_CPU_ISA": isa, "OMP_NUM_THREADS": str(threads)}
-    if not isa:
-        environment.pop("MK_CPU_ISA")
     done = subprocess.run(
         [sys.executable, str(HERE / "native_sweep.py"), str(threads)],
         env=environment,
@@ -37,8 +49,49 @@ def test_every_instruction_set_meets_the_tolerance(isa, threads):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    if isa in ("portable", "avx2"):
-        assert done.stdout.split()[1] in ("portable", isa)
+    used = tuple(done.stdout.split("\n")[0].split()[1:])
+    assert used == ON_TILES.get(isa, (isa,) * 3 if isa else tuple(map(native.isa, DTYPES)))
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["avx9000", "AVX2", "another machine's"])
+def test_a_cap_that_is_not_to_be_had_is_an_error_and_not_ignored(name):
+    if name == "another machine's":
+        name = next(isa for isa in SETS if isa not in native.available_isas())
+    expected = (
+        f"MK_CPU_ISA: expected one of {', '.join(native.available_isas())} "
+        f"(what this build has and this machine runs), got '{name}'"
+    )
+    calls = (
+        "native.load_error()",
+        "mk.lod_linear(torch.ones(2, 8), torch.ones(6, 4), torch.ones(4, 8))",
+        "mk.explain(torch.ones(2, 8), torch.ones(6, 4), torch.ones(4, 8))",
+    )
+    code = "import torch, maestro_kernels as mk; from maestro_kernels.backends import native\n"
+    for call in calls:  # each of them: what failed once is not remembered as absent
+        code += f"try:\n  {call}\nexcept ValueError as error:\n  print(error)\n"
+    # Whoever loads the library without this package is refused by the op itself.
+    code += (
+        "torch.ops.load_library(str(native.LIBRARY))\n"
+        "x, u, v = torch.ones(2, 8), torch.ones(6, 4), torch.ones(4, 8)\n"
+        "try:\n  torch.ops.maestro_native.linear(x, u, v, None, 4, None, 0)\n"
+        "except RuntimeError as error:\n  print(str(error).split('maestro_native: ')[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MK_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[: len(calls) + 1] == [expected] * (len(calls) + 1)
+    command = [sys.executable, "-m", "maestro_kernels", "info"]
+    done = subprocess.run(
+        command, env={**os.environ, "MK_CPU_ISA": name}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"maestro-kernels info: {expected}\n"
 
 
 @needs_library
@@ -263,7 +316,37 @@ def test_a_library_that_does_not_load_gives_the_loaders_words(tmp_path, monkeypa
             mk.lod_linear(x, u, v, b, backend="native")
         monkeypatch.setattr(native, "LIBRARY", tmp_path / "missing.so")
         native._load.cache_clear()
-        assert "no compiled library" in native.load_error()
+        assert "no compiled library: nothing has built it yet" in native.load_error()
+        assert native.cuda_error() == native.load_error()
+        record = tmp_path / "_build.json"
+        record.write_text('{"native": "no compiler", "cuda": "no nvcc"}')
+        native._load.cache_clear()
+        assert native.load_error() == "this installation has no compiled library: no compiler"
+        for damaged in ("", "[]", '{"native": 3}'):
+            record.write_text(damaged)
+            native._load.cache_clear()
+            assert "nothing has built it yet" in native.load_error()
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_what_the_loader_misses_is_named(tmp_path, monkeypatch, capsys):
+    # As with a torch that lacks a function of the stable ABI.
+    source, library = tmp_path / "other.cpp", tmp_path / "_native.so"
+    text = 'extern "C" void torch_of_tomorrow(); extern "C" void call() { torch_of_tomorrow(); }'
+    source.write_text(text)
+    command = ["g++", "-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run(command, check=True, timeout=60)
+    monkeypatch.setattr(native, "LIBRARY", library)
+    native._load.cache_clear()
+    try:
+        assert "undefined symbol: torch_of_tomorrow" in native.load_error()
+        assert native.cuda_error() == native.load_error()
+        assert main(["info"]) == 0
+        text = capsys.readouterr().out
+        assert f"compiled library: {native.load_error()}" in text
     finally:
         monkeypatch.undo()
         native._load.cache_clear()
