@@ -161,8 +161,9 @@ def measure(
     options = Options(
         device, seconds, compiled=not quick, command=f"python -m bench.gpu_suite {part}"
     )
-    record = hardware.measured_device(device)
-    for case in PARTS[part](quick):
+    cases = list(PARTS[part](quick))
+    record = hardware.measured_device(device, *dict.fromkeys(case.dtype for case in cases))
+    for case in cases:
         if case_key(case) in done:
             continue
         if time.monotonic() > deadline:

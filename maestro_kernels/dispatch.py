@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from maestro_kernels.problem import (
     check_linear,
     describe,
 )
+
+if TYPE_CHECKING:
+    from maestro_kernels.hardware import Device
 
 __all__ = [
     "Explanation",
@@ -122,40 +125,51 @@ class Explanation:
 
     @cached_property
     def seconds(self) -> float | None:
-        """Ideal time of the planned form on this device, None where its peaks are not known."""
-        from maestro_kernels.hardware import measured_device
-
-        problem = self.plan.problems[0]
-        seconds: float | None = self.cost.seconds(measured_device(problem.device), problem.dtype)
-        return seconds
+        """Ideal time of the planned form on this device; measures its peaks on first use."""
+        return self._ideal[0]
 
     @cached_property
     def roofline_share(self) -> float | None:
-        """Ideal time of one fused pass over that of the planned form, 0..1; nothing is timed."""
-        from maestro_kernels.benchmark.roofline import Size, count
+        """Ideal time of one fused pass over that of the planned form, 0..1; measures as above."""
+        return self._ideal[1]
+
+    @cached_property
+    def _ideal(self) -> tuple[float | None, float | None]:
         from maestro_kernels.hardware import measured_device
 
-        if not self.seconds:
-            return None
         problem = self.plan.problems[0]
+        return self._on(measured_device(problem.device, problem.dtype))
+
+    def _on(self, device: Device) -> tuple[float | None, float | None]:
+        """(seconds, roofline_share) with the peaks of `device`."""
+        from maestro_kernels.benchmark.roofline import Size, count
+
+        problem = self.plan.problems[0]
+        seconds = self.cost.seconds(device, problem.dtype)
         sizes = [Size.of(p) for p in self.plan.problems]
         fused = count("fused", sizes, problem.dtype.itemsize, shared_x=self.plan.shared_x)
-        ideal = fused.seconds(measured_device(problem.device), problem.dtype)
-        return None if ideal is None else ideal / self.seconds
+        ideal = fused.seconds(device, problem.dtype)
+        return seconds, ideal / seconds if seconds and ideal is not None else None
 
     def __str__(self) -> str:
+        from maestro_kernels.hardware import known_device
+
         lines = [
             str(self.plan),
             f"  moves     {self.bytes / 1e6:,.2f} MB",
             f"  computes  {self.flop / 1e6:,.2f} MFLOP",
         ]
-        if self.seconds is not None and self.roofline_share is not None:
+        problem = self.plan.problems[0]
+        # Printing times nothing: it says what is known, and what would find out.
+        device = known_device(problem.device, problem.dtype)
+        seconds, share = self._on(device)
+        if seconds is not None and share is not None:
             lines.append(
-                f"  at best   {self.seconds * 1e6:,.1f} µs on this device (roofline), "
-                f"where one fused pass could take {self.roofline_share:.0%} of that"
+                f"  at best   {seconds * 1e6:,.1f} µs on this device (roofline, {device.source} "
+                f"peaks), where one fused pass could take {share:.0%} of that"
             )
         else:
-            lines.append("  at best   unknown: the peaks of this device and dtype are not known")
+            lines.append("  at best   not known before .seconds measured this device's peaks")
         return "\n".join(lines)
 
 

@@ -131,9 +131,9 @@ def explain(
     Args are those of `lod_linear`, or of `lod_linear_grouped` where u is a sequence.
 
     Returns:
-        An Explanation: `.plan`, `.bytes` (each operand moved once), `.flop`, `.seconds` and
-        `.roofline_share` predicted for this device (None where its peaks are unknown); printing it
-        says all of that.
+        An Explanation: `.plan`, `.bytes` (each operand moved once), `.flop`; `.seconds` and
+        `.roofline_share`, predicted from this device's peaks, which the first of them in a process
+        measures (about a second). Printing it says what is known by then and times nothing.
 
     Raises:
         The errors of the call itself.

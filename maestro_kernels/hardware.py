@@ -9,6 +9,7 @@ import functools
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,15 @@ import torch
 
 from maestro_kernels.backends import onednn
 
-__all__ = ["H100", "Device", "current_device", "libraries", "measured_device", "versions"]
+__all__ = [
+    "H100",
+    "Device",
+    "current_device",
+    "known_device",
+    "libraries",
+    "measured_device",
+    "versions",
+]
 
 
 @dataclass(frozen=True)
@@ -96,34 +105,79 @@ def current_device(device: torch.device | str = "cpu") -> Device:
     raise ValueError(f"current_device: device: expected 'cpu' or 'cuda', got {str(device)!r}")
 
 
-def measured_device(device: torch.device | str = "cpu") -> Device:
-    """current_device with bandwidth and peaks measured by short probes (about two seconds).
+def measured_device(device: torch.device | str = "cpu", *dtypes: torch.dtype | str) -> Device:
+    """current_device with bandwidths, and the peaks of the dtypes asked for, measured.
 
     The peak of a dtype is the best library matmul found, the bandwidths the best of reading a
     buffer and of copying one; both are ceilings as a torch user can reach them, not data-sheet
-    figures. Measured once per process, device and thread count.
+    figures. Each is measured once per process, device and thread count, by a probe of about a
+    second or less; a dtype that is not asked for costs nothing.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:<index>".
+        dtypes: torch.dtype or names such as "bfloat16".
     """
+    names = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    with _probing:
+        return _measure(*_key(device), tuple(names))
+
+
+def known_device(device: torch.device | str, dtype: torch.dtype | str) -> Device:
+    """What measured_device found earlier in this process, or else current_device; times nothing.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:<index>".
+        dtype: whose peak is wanted.
+    """
+    if (*_key(device), str(dtype).removeprefix("torch.")) in _peaks:
+        return measured_device(device, dtype)
+    return current_device(device)
+
+
+# Probes that run at the same time would measure each other.
+_probing = threading.RLock()
+_peaks: dict[tuple[str, int, int, str], float] = {}
+
+
+def _key(device: torch.device | str) -> tuple[str, int, int]:
+    """(kind, index, threads): what a measured figure belongs to; -1 where there is one device."""
     device = torch.device(device)
     index = -1
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-    return _measure(device.type, index, torch.get_num_threads())
+    return device.type, index, torch.get_num_threads()
+
+
+def _place(kind: str, index: int) -> torch.device:
+    return torch.device(kind, index) if index >= 0 else torch.device(kind)
 
 
 @functools.cache
-def _measure(kind: str, index: int, threads: int) -> Device:
-    device = torch.device(kind, index) if index >= 0 else torch.device(kind)
+def _measure(kind: str, index: int, threads: int, dtypes: tuple[str, ...]) -> Device:
+    device = _place(kind, index)
     record = current_device(device)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    memory = min(max(2 * record.last_level_cache, 256 << 20), 1 << 30)
-    cache = min(max((record.l2_bytes or 8 << 20) // 2, 2 << 20), 32 << 20)
+    bandwidth, cache_bandwidth = _bandwidths(kind, index, threads)
+    for name in dtypes:
+        key = (kind, index, threads, name)
+        if key not in _peaks:
+            _peaks[key] = _probe_flops(getattr(torch, name), device)
     return replace(
         record,
-        bandwidth=_probe_bandwidth(memory, device),
-        cache_bandwidth=_probe_bandwidth(cache, device),
-        peak_flops=tuple((str(d).removeprefix("torch."), _probe_flops(d, device)) for d in dtypes),
+        bandwidth=bandwidth,
+        cache_bandwidth=cache_bandwidth,
+        peak_flops=tuple((name, _peaks[kind, index, threads, name]) for name in dtypes),
         source="measured",
     )
+
+
+@functools.cache
+def _bandwidths(kind: str, index: int, threads: int) -> tuple[float, float]:
+    """Bytes/s from memory, and from the last cache that a layer's weights fit in."""
+    device = _place(kind, index)
+    record = current_device(device)
+    memory = min(max(2 * record.last_level_cache, 256 << 20), 1 << 30)
+    cache = min(max((record.l2_bytes or 8 << 20) // 2, 2 << 20), 32 << 20)
+    return _probe_bandwidth(memory, device), _probe_bandwidth(cache, device)
 
 
 @functools.cache
@@ -189,15 +243,46 @@ def _cpu_caches() -> tuple[int | None, int | None]:
     return totals["2"] or None, totals["3"] or None
 
 
-def _probe_flops(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
-    n = size or (8192 if device.type == "cuda" else 2048)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    calls: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
+def _probe_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the fastest library matmul, at the sizes that this device does in milliseconds."""
+    routes = [_mm]
     if device.type == "cpu" and onednn.unsupported(dtype) is None:
         # float32 F.linear goes to MKL, which on some CPUs reaches a fraction of what oneDNN does.
-        packed = onednn.reorder(b, n)
-        calls.append(lambda: onednn.linear(a, packed, None))
-    return 2 * n**3 / min(_best_seconds(call, device) for call in calls)
+        routes.append(_onednn_linear)
+    return max(_grow(route, dtype, device) for route in routes)
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor) -> Callable[[], object]:
+    return lambda: torch.mm(a, b)
+
+
+def _onednn_linear(a: torch.Tensor, b: torch.Tensor) -> Callable[[], object]:
+    packed = onednn.reorder(b, a.shape[0])
+    return lambda: onednn.linear(a, packed, None)
+
+
+def _grow(
+    route: Callable[[torch.Tensor, torch.Tensor], Callable[[], object]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """Best FLOP/s over n x n matmuls of doubling n, until one takes longer than 10 ms.
+
+    Processors differ by a factor of 1e5 in what one matmul takes: those without instructions for
+    a dtype compute it one element at a time, and there n = 2048 would take most of a minute.
+    """
+    best, n = 0.0, 64
+    while True:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        call = route(a, b)
+        seconds = _best_seconds(call, device, budget=0.03)
+        if seconds > 0.01 or n == 8192:
+            # Not slow because something else ran meanwhile: the peak is the best of a longer look.
+            seconds = min(seconds, _best_seconds(call, device))
+        best = max(best, 2 * n**3 / seconds)
+        if seconds > 0.01 or n == 8192:
+            return best
+        n *= 2
 
 
 def _probe_bandwidth(num_bytes: int, device: torch.device) -> float:

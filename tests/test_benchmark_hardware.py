@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
+import maestro_kernels as mk
 from maestro_kernels import hardware
+from maestro_kernels.testing import make_inputs
 
 
 def test_current_device_describes_the_cpu_without_timing_it():
@@ -32,22 +34,69 @@ def test_recorded_h100_is_labelled_as_assumed():
     assert h100.last_level_cache == 50 << 20
 
 
-def test_measured_device_probes_once(monkeypatch):
-    hardware._measure.cache_clear()
-    probes = []
-    monkeypatch.setattr(hardware, "_probe_flops", lambda d, _: probes.append(d) or 1e9)
-    monkeypatch.setattr(hardware, "_probe_bandwidth", lambda size, _: probes.append(size) or 2e9)
-    first = hardware.measured_device("cpu")
-    assert (first.source, first.bandwidth, first.peak("float16")) == ("measured", 2e9, 1e9)
-    assert len(probes) == 5
-    assert hardware.measured_device("cpu") is first
-    assert len(probes) == 5
-    hardware._measure.cache_clear()
+@pytest.fixture
+def probes(monkeypatch):
+    """What is probed; nothing is timed, and nothing is remembered from or for other tests."""
+    found = []
+    monkeypatch.setattr(hardware, "_peaks", {})
+    monkeypatch.setattr(hardware, "_probe_flops", lambda d, _: found.append(d) or 1e9)
+    monkeypatch.setattr(hardware, "_probe_bandwidth", lambda size, _: found.append(size) or 2e9)
+    caches = hardware._measure, hardware._bandwidths
+    for cache in caches:
+        cache.cache_clear()
+    yield found
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_measured_device_probes_what_is_asked_for_once(probes):
+    bare = hardware.measured_device("cpu")
+    assert (bare.source, bare.bandwidth, bare.peak("float16")) == ("measured", 2e9, None)
+    assert len(probes) == 2
+    half = hardware.measured_device("cpu", torch.float16)
+    assert half.peak_flops == (("float16", 1e9),)
+    assert probes[2:] == [torch.float16]
+    both = hardware.measured_device("cpu", "float16", "float32")
+    assert dict(both.peak_flops) == {"float16": 1e9, "float32": 1e9}
+    assert probes[3:] == [torch.float32]
+    assert hardware.measured_device("cpu", "float16") is half
+    assert hash(half) != hash(both)
+    assert len(probes) == 4
+
+
+def test_explain_times_nothing_until_it_is_asked_how_long(probes):
+    x, u, v, _ = make_inputs(64, 96, 128, 32)
+    explanation = mk.explain(x, u, v)
+    assert "at best   not known before .seconds measured" in str(explanation)
+    assert hardware.known_device("cpu", "float32") is hardware.current_device("cpu")
+    assert probes == []
+    assert explanation.seconds > 0
+    assert 0 < explanation.roofline_share <= 1
+    assert probes[2:] == [torch.float32]
+    text = str(mk.explain(x, u, v))
+    assert "(roofline, measured peaks), where one fused pass could take" in text
+    assert len(probes) == 3
+
+
+def test_a_slow_dtype_is_probed_small(monkeypatch):
+    """A matmul of size n that takes (n / 256)^3 times 20 ms is not grown beyond 256."""
+    sizes = []
+
+    def seconds(call, device, budget=0.25):
+        (n,) = {a.shape[0] for a in call}
+        sizes.append(n)
+        return 0.02 * (n / 256) ** 3
+
+    monkeypatch.setattr(hardware, "_best_seconds", seconds)
+    peak = hardware._grow(lambda a, b: (a, b), torch.float16, torch.device("cpu"))
+    assert peak == pytest.approx(2 * 256**3 / 0.02)
+    assert sizes == [64, 128, 256, 256]
 
 
 def test_probes_give_plausible_ceilings():
     cpu = torch.device("cpu")
-    assert 1e8 < hardware._probe_flops(torch.float32, cpu, 128) < 1e15
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert 1e7 < hardware._probe_flops(dtype, cpu) < 1e15
     assert 1e8 < hardware._probe_bandwidth(4 << 20, cpu) < 1e14
 
 

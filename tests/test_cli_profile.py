@@ -191,7 +191,7 @@ def test_a_hugging_face_config_gives_sizes_and_a_folder_gives_weights(tmp_path):
 
 def test_the_command_leaves_profile_plots_and_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MAESTRO_KERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hardware, "measured_device", lambda device: DEVICE)
+    monkeypatch.setattr(hardware, "measured_device", lambda device, *dtypes: DEVICE)
     monkeypatch.setattr(measure, "ring_bytes", lambda device: 1 << 16)
     out = tmp_path / "out"
     words = ["profile", "48,40", "--ranks", "8,16", "--rows", "2,4", "--seconds", "0.001"]

@@ -30,7 +30,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         takes = True
     except RuntimeError:
         takes = False
-    peak = hardware._probe_flops(dtype, torch.device("cpu"), 32)
+    peak = hardware._grow(hardware._mm, dtype, torch.device("cpu"))
     found[str(dtype)] = takes, onednn.unsupported(dtype), peak
 print(json.dumps(found))
 """

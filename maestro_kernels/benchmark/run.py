@@ -89,7 +89,8 @@ def run(
     """
     options = options or Options()
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    device = hardware.measured_device(options.device)
+    # Peaks of all dtypes at once: the rows of a run name one device.
+    device = hardware.measured_device(options.device, *dict.fromkeys(c.dtype for c in cases))
     for case in cases:
         on_case(case)
         yield from run_case(case, providers(case), device, started, options)

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if args.strategy:
         found = found.using(args.strategy)
     front = _front(target, found, rows[-1], args.speedup)
-    device = hardware.measured_device(args.device)
+    device = hardware.measured_device(args.device, found.dtype)
     args.out.mkdir(parents=True, exist_ok=True)
     found.save(args.out / "profile.json")
     page = report.page(found, device=device, front=front, command=_command(args))
