@@ -65,9 +65,8 @@ def forms(x: Tensor, u: Tensor, v: Tensor, bias: Tensor, rank: int) -> dict[str,
         calls["dense"] = lambda: F.linear(x, merged, bias)
         names["dense-dnn"] = "merged dense"
     for short, name in names.items():
-        form = packed.make_form(name, u, v, rank, None, x.shape[0])
-        if form is not None:
-            calls[short] = partial(form, x, bias)
+        if packed.can_make(name, u, v, rank):
+            calls[short] = partial(packed.make_form(name, u, v, rank, None), x, bias)
     return calls
 
 

@@ -70,7 +70,7 @@ class Plan:
     @cached_property
     def module(self) -> Any:
         """The backend that runs it."""
-        return backend_module("matmul" if self.strategy == "degenerate" else self.backend)
+        return backend_module(self.backend)
 
     @cached_property
     def single(self) -> tuple[Any, int, str | None, str]:
@@ -221,7 +221,9 @@ def select(
     }
     if all(problem.degenerate for problem in group):
         what = "the result is empty or act(bias): no kernel is needed"
-        return Plan(fn, group, chosen, "degenerate", what, others, shared_x)
+        if chosen != "matmul":
+            others[chosen] = f"{why_auto}, but torch gives such a result"
+        return Plan(fn, group, "matmul", "degenerate", what, others, shared_x)
     if strategy is None and chosen in ("triton", "native"):
         strategy, why = backend_module(chosen).choose_strategy(group)
         return Plan(fn, group, chosen, strategy, f"{why_auto}; {why}", others, shared_x)

@@ -164,7 +164,7 @@ def test_one_grouped_call_serves_all_siblings(monkeypatch):
     for n in (1, 2, 3):
         model(x)
         assert len(calls) == n
-    assert model.q_proj.group._pending is None
+    assert model.q_proj.group._own.waiting is None
 
 
 def test_gradients_of_a_group():

@@ -236,7 +236,7 @@ def test_group_gradient_with_an_unused_output():
     ys[1].sum().backward()
     expected = by_hand(xs[0].detach(), us[1].detach(), vs[1].detach(), None, 8, None)
     torch.testing.assert_close(ys[1].detach(), expected)
-    assert torch.count_nonzero(us[0].grad) == 0
+    assert us[0].grad is None
     assert torch.count_nonzero(us[1].grad) > 0
 
 

@@ -138,9 +138,9 @@ def test_without_a_form_the_fastest_is_measured_once_per_size(monkeypatch):
     measured = []
     original = packed.fastest
 
-    def fastest(key, candidates):
+    def fastest(key, candidates, wait=False):
         measured.append((key, set(candidates)))
-        return original(key, candidates)
+        return original(key, candidates, wait=wait)
 
     monkeypatch.setattr(packed, "fastest", fastest)
     layer = mk.prepack(make(), rows=[1, 8])
@@ -150,7 +150,9 @@ def test_without_a_form_the_fastest_is_measured_once_per_size(monkeypatch):
     check(layer, torch.randn(8, 40))
     assert len(measured) == 2
     check(layer, torch.randn(3, 40))
-    assert set(layer.packed.choices) == {1, 3, 8}
+    assert set(layer.packed.choices) == {1, 4, 8}
+    check(layer, torch.randn(7, 40))
+    assert len(measured) == 3
     assert f"prepacked: {layer.packed.choices[1]}" in str(mk.summary(layer))
 
 
@@ -161,8 +163,8 @@ def test_a_table_answers_without_a_measurement(form, monkeypatch):
     monkeypatch.setattr(packed, "fastest", lambda *_: pytest.fail("measured"))
     layer = mk.prepack(make())
     check(layer, torch.randn(6, 40))
-    assert asked == [(24, 40, 16, 6, torch.float32)]
-    assert layer.packed.choices == {6: form}
+    assert asked == [(24, 40, 16, 8, torch.float32)]
+    assert layer.packed.choices == {8: form}
 
 
 def test_the_result_of_a_measurement_serves_layers_of_the_same_size(monkeypatch):
@@ -179,9 +181,9 @@ def test_the_result_of_a_measurement_serves_layers_of_the_same_size(monkeypatch)
 
 def test_forms_that_lost_are_freed():
     layer = mk.prepack(make(), rows=[1, 4, 64])
-    kept = set(map(id, layer.packed._forms.values()))
-    used = {id(form) for form in layer.packed._by_rows.values()}
-    assert kept <= used
+    state = layer.packed._state
+    assert set(state.choices) == {1, 4, 64}
+    assert set(state.forms) == set(state.choices.values()) - {"unpacked"}
 
 
 def test_calls_that_want_gradients_use_the_factors():
@@ -248,7 +250,7 @@ def test_groups_run_packed(form):
         for got, want in zip(block(x), expected, strict=True):
             assert torch.allclose(got, want, atol=1e-5)
         shared = block.q_proj.group.packed
-        assert set(shared.choices) == {10}
+        assert set(shared.choices) == {16}
         block.v_proj.u.mul_(2)
         after = block(x)
         assert torch.allclose(
@@ -266,14 +268,14 @@ def test_a_group_computes_together_only_where_that_was_chosen(choice, monkeypatc
     mk.prepack(mk.group(block.eval()))
     shared, x = block["q_proj"].group, torch.randn(6, 40)
     monkeypatch.setattr(
-        packed, "fastest", lambda key, calls: choice if choice in calls else "unpacked"
+        packed, "fastest", lambda key, calls, wait: choice if choice in calls else "unpacked"
     )
     with torch.no_grad():
         for layer in block.values():
             layer(x)
-        assert shared.packed.choices == {6: choice}
+        assert shared.packed.choices == {8: choice}
         block["q_proj"](x)
-        assert (shared._pending is None) == (choice == "one by one")
+        assert (shared._own.waiting is None) == (choice == "one by one")
 
 
 def test_copies_pickles_and_state_dicts_hold_no_packed_bytes():

@@ -80,7 +80,7 @@ def test_a_changed_layer_of_a_group_is_noticed(change, name):
         before = {n: layer(x) for n, layer in layers.items()}
         change(layers[name])
         after = {n: layer(x) for n, layer in layers.items()}
-    assert layers["q_proj"].group.packed.choices == {6: "fused"}
+    assert layers["q_proj"].group.packed.choices == {8: "fused"}
     for n, layer in layers.items():
         check_output(layer, x, after[n])
         assert torch.equal(before[n], after[n]) == (n != name)
@@ -93,7 +93,7 @@ def test_a_change_between_siblings_is_noticed(change):
     x = torch.randn(6, 40)
     with torch.no_grad():
         layers["q_proj"](x)
-        stale = layers["q_proj"].group._pending[-1][2]
+        stale = layers["q_proj"].group._own.waiting.outputs[2]
         change(layers["v_proj"])
         after = layers["v_proj"](x)
     check_output(layers["v_proj"], x, after)
@@ -106,10 +106,10 @@ def test_waiting_outputs_are_handed_out_once_and_are_the_ones_computed():
     x = torch.randn(6, 40)
     with torch.no_grad():
         layers["q_proj"](x)
-        waiting = dict(layers["q_proj"].group._pending[-1])
+        waiting = dict(layers["q_proj"].group._own.waiting.outputs)
         assert layers["k_proj"](x) is waiting[1]
         assert layers["v_proj"](x) is waiting[2]
-    assert layers["q_proj"].group._pending is None
+    assert layers["q_proj"].group._own.waiting is None
 
 
 @needs_library
@@ -247,7 +247,7 @@ def test_a_backend_of_ones_own_is_respected_by_a_group():
             for layer in layers.values():
                 check_output(layer, x, layer(x))
             choices = layers["q_proj"].group.packed.choices
-            assert choices == ({6: "fused"} if backend is None else {})
+            assert choices == ({8: "fused"} if backend is None else {})
 
 
 @needs_library
@@ -274,7 +274,7 @@ def test_a_group_of_two_dtypes_is_refused_in_the_validators_words():
 @needs_library
 @pytest.mark.parametrize("choice", ["one by one", "fused"])
 def test_the_form_of_a_group_that_lost_is_freed(choice, monkeypatch):
-    def fastest(key, calls):
+    def fastest(key, calls, wait):
         for call in calls.values():
             call()
         return choice if choice in calls else "unpacked"
@@ -287,11 +287,9 @@ def test_the_form_of_a_group_that_lost_is_freed(choice, monkeypatch):
             for layer in layers.values():
                 check_output(layer, x, layer(x))
     shared = layers["q_proj"].group.packed
-    assert shared.choices == {6: choice}
-    runs = set(map(id, shared._by_rows.values()))
-    assert len(runs) == 1
-    assert {id(run) for run in shared._by_shape.values()} <= runs
-    assert {id(form) for form in shared._forms.values()} == (runs if choice == "fused" else set())
+    assert shared.choices == {8: choice}
+    assert set(shared._state.forms) == ({"fused"} if choice == "fused" else set())
+    assert list(shared._state.runs.values()) == list(shared._state.forms.values())
 
 
 @needs_library
@@ -304,8 +302,8 @@ def test_shapes_of_inputs_do_not_pile_up(monkeypatch):
         check(layer, torch.randn(rows, 40))
         for member in layers.values():
             check(member, torch.randn(rows, 40))
-    assert len(layer.packed._by_shape) <= 3
-    assert len(layers["q_proj"].group.packed._by_shape) <= 3
+    assert len(layer.packed._state.runs) <= 3
+    assert len(layers["q_proj"].group.packed._state.runs) <= 3
     check(layer, torch.randn(2, 40))
 
 
@@ -320,12 +318,12 @@ def test_copies_and_pickles_of_a_group_hold_no_outputs_and_no_bytes():
             assert shared is other["v_proj"].group
             assert shared is not layers["q_proj"].group
             assert shared.layers == list(other.values())
-            assert shared._pending is None
+            assert shared._own.waiting is None
             assert shared.packed.choices == {}
             other["v_proj"].u.mul_(-1)
             for layer in other.values():
                 check_output(layer, x, layer(x))
-            assert shared.packed.choices == {6: "fused"}
+            assert shared.packed.choices == {8: "fused"}
         check_output(layers["v_proj"], x, layers["v_proj"](x))
 
 

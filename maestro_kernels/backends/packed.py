@@ -2,11 +2,12 @@
 
 Every form computes act(x @ v[:r].T @ u[:, :r].T + bias) for x (M, K): the native kernel on packed
 factors, two oneDNN linears on reordered factors, or one on the merged matrix. Which one wins
-depends on M, so it is measured per M, once for all layers of one size.
+depends on M, so it is measured per bucket of M, once for all layers of one size.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,10 +17,14 @@ from torch import Tensor
 
 from maestro_kernels.backends import native, onednn
 
-__all__ = ["FORMS", "Form", "fastest", "make_form", "make_group_form"]
+__all__ = ["FORMS", "Form", "can_make", "fastest", "make_form", "make_group_form"]
 
 Form = Callable[[Tensor, Tensor | None], Tensor]
 FORMS = ("fused", "two oneDNN linears", "merged dense", "unpacked")
+
+# M that oneDNN lays weights out for. The layouts for 1 to 1024 rows ran every M alike, within noise
+# (docs/performance-log.md), so one copy serves them all.
+_ROWS = 256
 
 # In place on the result. oneDNN's own are left alone but for relu: its tanh and its logistic
 # function err several times as much as torch's in float32.
@@ -30,35 +35,36 @@ _ACTIVATIONS: dict[str | None, Callable[[Tensor], object]] = {
 }
 
 
-def make_form(
-    name: str, u: Tensor, v: Tensor, rank: int, activation: str | None, rows: int
-) -> Form | None:
-    """Pack the factors for one of FORMS, or None where it cannot serve them.
+def can_make(name: str, u: Tensor, v: Tensor, rank: int) -> bool:
+    """Whether `make_form` can pack these factors in a form; "unpacked" has nothing to pack."""
+    if name == "fused":
+        return native.load_error() is None and _packable(u, v)
+    return (
+        name in FORMS[1:3]
+        and rank > 0
+        and onednn.unsupported(u.dtype) is None
+        and 0 not in (*u.shape, *v.shape)
+    )
+
+
+def make_form(name: str, u: Tensor, v: Tensor, rank: int, activation: str | None) -> Form:
+    """Pack the factors for one of FORMS that `can_make` takes.
 
     Args:
-        name: one of FORMS; "unpacked" has nothing to pack and gives None.
+        name: one of FORMS but "unpacked".
         u: output factor (N, R).
         v: input factor (R, K).
         rank: active rank.
         activation: applied after the bias.
-        rows: M that oneDNN should lay its weights out for.
     """
     u, v = u.detach(), v.detach()
     if name == "fused":
-        return _fused(u, v, rank, activation)
-    if not (name in FORMS[1:3] and rank and onednn.unsupported(u.dtype) is None):
-        return None
+        return partial(native.raw("packed_linear"), native.pack([u], [v], [rank], [activation]))
     if name == "merged dense":
         # Rounded once: the layer it stands for rounds H, and may err no less.
         merged = (u[:, :rank].double() @ v[:rank].double()).to(u.dtype)
-        return _onednn([merged], activation, rows)
-    return _onednn([v[:rank], u[:, :rank]], activation, rows)
-
-
-def _fused(u: Tensor, v: Tensor, rank: int, activation: str | None) -> Form | None:
-    if native.load_error() is not None or not _packable(u, v):
-        return None
-    return partial(native.raw("packed_linear"), native.pack([u], [v], [rank], [activation]))
+        return _onednn([merged], activation)
+    return _onednn([v[:rank], u[:, :rank]], activation)
 
 
 def _packable(u: Tensor, v: Tensor) -> bool:
@@ -70,9 +76,9 @@ def _packable(u: Tensor, v: Tensor) -> bool:
     )
 
 
-def _onednn(weights: Sequence[Tensor], activation: str | None, rows: int) -> Form:
+def _onednn(weights: Sequence[Tensor], activation: str | None) -> Form:
     """One or two oneDNN linears; the bias and the activation belong to the last."""
-    *first, last = [onednn.reorder(w, rows) for w in weights]
+    *first, last = [onednn.reorder(w, _ROWS) for w in weights]
     post = "relu" if activation == "relu" else "none"
     act = _ACTIVATIONS.get(activation)
 
@@ -92,27 +98,44 @@ def make_group_form(
     vs: Sequence[Tensor],
     ranks: Sequence[int],
     activations: Sequence[str | None],
-) -> Callable[[Tensor, Sequence[Tensor | None]], list[Tensor]] | None:
-    """Layers that read one x in one parallel region on packed factors, or None where it cannot."""
-    if native.load_error() is not None:
-        return None
-    if not all(_packable(u, v) for u, v in zip(us, vs, strict=True)):
-        return None
+) -> Callable[[Tensor, Sequence[Tensor | None]], list[Tensor]]:
+    """Layers of one x in one parallel region; `can_make` takes each of them "fused"."""
     return partial(native.raw("packed_grouped"), native.pack(us, vs, ranks, activations))
 
 
+_MAX_REMEMBERED = 4096
 _fastest: dict[Any, str] = {}
+_measuring = threading.Lock()
 
 
-def fastest(key: Any, candidates: Mapping[str, Callable[[], object]]) -> str:
-    """Name of the fastest candidate by a short interleaved measurement, remembered under `key`."""
+def fastest(
+    key: Any, candidates: Mapping[str, Callable[[], object]], *, wait: bool = False
+) -> str | None:
+    """Name of the fastest candidate by a short interleaved measurement, remembered under `key`.
+
+    Args:
+        key: what the answer holds for, beside the number of threads.
+        candidates: name -> call.
+        wait: for a measurement that another thread makes; else the answer is None meanwhile, since
+            two at a time would measure each other.
+    """
     key = (key, torch.get_num_threads())
     name = _fastest.get(key)
-    if name is None or name not in candidates:
-        from maestro_kernels.benchmark.timing import interleave
+    if name in candidates:
+        return name
+    if not _measuring.acquire(blocking=wait):
+        return None
+    try:
+        name = _fastest.get(key)
+        if name not in candidates:
+            from maestro_kernels.benchmark.timing import interleave
 
-        with torch.no_grad():
-            stats = interleave(candidates, seconds=0.06, sample_seconds=4e-4, min_rounds=7)
-        name = min(stats, key=lambda n: stats[n].p50)
-        _fastest[key] = name
+            with torch.no_grad():
+                stats = interleave(candidates, seconds=0.06, sample_seconds=4e-4, min_rounds=7)
+            name = min(stats, key=lambda n: stats[n].p50)
+            if len(_fastest) >= _MAX_REMEMBERED:
+                _fastest.clear()
+            _fastest[key] = name
+    finally:
+        _measuring.release()
     return name

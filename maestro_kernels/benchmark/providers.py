@@ -308,7 +308,7 @@ def _prepacked(name: str, form: str | None) -> Provider:
         layers = module(inputs)
         _call_all(layers, inputs.x)
         packed = (layers[0].group or layers[0]).packed
-        return f"prepacked: {packed.choices.get(case.M, 'unpacked') if packed else 'unpacked'}"
+        return f"prepacked: {(packed and packed.choice(case.M)) or 'unpacked'}"
 
     return Provider(name, "ours", bind, trains=False, config=config)
 

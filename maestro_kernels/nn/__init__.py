@@ -3,6 +3,7 @@
 from maestro_kernels.nn.candidates import Candidate, classify
 from maestro_kernels.nn.conv import LoDConv2d
 from maestro_kernels.nn.convert import ConversionReport, conversion_report, convert, to_dense
+from maestro_kernels.nn.freshness import refresh
 from maestro_kernels.nn.grouping import group, groups, ungroup
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
@@ -30,6 +31,7 @@ __all__ = [
     "lod_layers",
     "prepack",
     "ranks",
+    "refresh",
     "save_pretrained",
     "set_ranks",
     "summary",

@@ -7,14 +7,16 @@ are called with the same tensor, under the same conditions. Anything else runs o
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.functional import lod_linear_grouped
-from maestro_kernels.nn.freshness import version
+from maestro_kernels.nn.freshness import Made, version
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.ops import eager
 
@@ -40,8 +42,54 @@ _CROSS = ("cross", "encdec", "encoder_attn")
 _MAX_MISSES = 3
 
 
+class _Waiting:
+    """Outputs of a grouped call that nobody has asked for yet, and what they hold for."""
+
+    __slots__ = ("_around", "_made", "_wants", "outputs", "x")
+
+    def __init__(
+        self,
+        x: Tensor,
+        layers: Sequence[LoDLinear],
+        made: Sequence[Made],
+        outputs: dict[int, Tensor],
+    ) -> None:
+        self.x, self.outputs = x, outputs
+        self._around, self._made = _circumstances(x), made
+        self._wants = [_wants(m) for m in layers] if torch.is_grad_enabled() else None
+
+    def fetch(self, index: int, layer: LoDLinear, rank: int) -> Tensor | None:
+        """The output of one layer, if it is there and still what a call would compute."""
+        if self._around != _circumstances(self.x) or not self._made[index].same(layer, rank):
+            return None
+        if self._wants is not None and self._wants[index] != _wants(layer):
+            return None
+        return self.outputs.pop(index, None)
+
+
+def _circumstances(x: Tensor) -> Any:
+    """What must be as it was for a waiting output to be the right one, beside its layer."""
+    grad = torch.is_grad_enabled()
+    autocast = eager.autocast_dtype(x) if eager.any_autocast() else None
+    return grad, grad and x.requires_grad, autocast, version(x), x.data_ptr()
+
+
+def _wants(layer: LoDLinear) -> list[bool]:
+    return [p is not None and p.requires_grad for p in layer._parameters.values()]
+
+
+class _Own(threading.local):
+    """What waits for one thread, and how often in a row it did so in vain."""
+
+    waiting: _Waiting | None = None
+    misses = 0
+
+
 class LayerGroup:
     """Layers that are expected to be called with the same tensor, one after the other.
+
+    Each thread finds the outputs of its own calls. What cannot be told to be unchanged (factors
+    that are parametrised, tensor subclasses, calls that a mode or a transform watches) runs alone.
 
     Attributes:
         layers: the members, in the order in which the grouped call takes them.
@@ -50,102 +98,129 @@ class LayerGroup:
     """
 
     # Read by every call of every member, mostly from cold caches, where a dictionary is far away.
-    __slots__ = ("_misses", "_pending", "active", "layers", "packed")
+    __slots__ = ("_made", "_own", "_traced", "active", "layers", "packed")
 
-    def __init__(self, layers: list[LoDLinear]) -> None:
+    def __init__(
+        self, layers: list[LoDLinear], active: bool = True, packed: PackedGroup | None = None
+    ) -> None:
+        self.layers, self.active, self.packed = layers, active, packed
+        self._made: tuple[Made, ...] = ()
+        self._own = _Own()
+        # As `_own.waiting`, while torch.compile looks on: (x, outputs).
+        self._traced: tuple[Tensor, dict[int, Tensor]] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The members refer to their group, so they come after it.
+        return type(self), ([], self.active, self.packed), self.layers
+
+    def __setstate__(self, layers: list[LoDLinear]) -> None:
         self.layers = layers
-        self.active = True
-        self.packed: PackedGroup | None = None
-        self._misses = 0
-        self._pending: _Pending | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
-        import copy
-
-        twin = LayerGroup([])
-        memo[id(self)] = twin
-        twin.layers = copy.deepcopy(self.layers, memo)
-        twin.active = self.active
-        twin.packed = copy.deepcopy(self.packed, memo)
-        return twin
-
-    def __getstate__(self) -> tuple[None, dict[str, Any]]:
-        state = {name: getattr(self, name) for name in self.__slots__}
-        return None, {**state, "_misses": 0, "_pending": None}
-
-    def __call__(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
+    def __call__(self, layer: LoDLinear, x: Tensor, rank: int) -> Tensor | None:
         """The output of one member for x, or None when it has to run on its own."""
+        index = self._index(layer)
+        if index is None:
+            return None
+        own = self._own
+        waiting = own.waiting
+        left = None
+        if waiting is not None and waiting.x is x:
+            left = waiting.outputs
+            y = waiting.fetch(index, layer, rank)
+            if y is not None:
+                if not left:
+                    own.waiting, own.misses = None, 0
+                return y
+        elif waiting is not None:
+            own.misses += 1
+            if own.misses >= _MAX_MISSES:
+                self.active = False
+        own.waiting = None
+        if not self.active or x is None or not eager.is_plain(x):
+            return None
+        made = self._current(layer, rank)
+        outputs = self._compute(x, made) if made else None
+        if outputs is None:
+            return None
+        # Who had his output already will not come for it again.
+        rest = {i: y for i, y in enumerate(outputs) if i != index and (left is None or i in left)}
+        if rest:
+            own.waiting = _Waiting(x, self.layers, made, rest)
+        return outputs[index]
+
+    def _index(self, layer: LoDLinear) -> int | None:
         if not self.active:
             return None
         try:
-            index = self.layers.index(layer)
+            return self.layers.index(layer)
         except ValueError:
             return None
-        pending = self._pending
-        if pending is not None and pending[0] is x and pending[1] == _circumstances(x):
-            _, _, states, packed, waiting = pending
-            state = states[index]
-            if state.same(layer) if packed else state == _state(layer):
-                y = waiting.pop(index, None)
-                if y is not None:
-                    if not waiting:
-                        self._pending, self._misses = None, 0
-                    return y
-        if self.packed is not None and self.packed.prefers_alone(x):
-            # Nobody will ask for what the call that chose has left waiting.
-            self._pending = None
-            return None
-        if pending is not None:
-            self._misses += 1
-            if self._misses >= _MAX_MISSES:
-                self.active, self._pending = False, None
-                return None
-        outputs, states, packed = self._compute(x)
-        waiting = dict(enumerate(outputs))
-        y = waiting.pop(index)
-        self._pending = (x, _circumstances(x), states, packed, waiting)
-        return y
 
-    def _compute(self, x: Tensor) -> tuple[list[Tensor], list[Any], bool]:
-        """(outputs, the states of the layers that gave them, whether prepack keeps those)."""
-        layers = self.layers
+    def forget(self) -> None:
+        """Let go of what was made of the members' values."""
+        self._made = ()
         if self.packed is not None:
-            found = self.packed(layers, x)
-            if found is not None:
-                return *found, True
-        # Before the call: what changes during it must not be taken for what it was.
-        states = [_state(layer) for layer in layers]
-        outputs = lod_linear_grouped(
+            self.packed.forget()
+
+    def adopt(self, made: tuple[Made, ...]) -> None:
+        """Take this for the state of the members while it is."""
+        self._made = made
+
+    def prepare(self, rows: int) -> None:
+        """Have packed forms chosen for M = rows now."""
+        made = self._current(None, 0)
+        if made and self.packed is not None and self.active:
+            self.packed.prepare(self.layers, made, rows)
+
+    def _current(self, layer: LoDLinear | None, rank: int) -> tuple[Made, ...]:
+        """The members as they are now, one at this rank; nothing where that cannot be told."""
+        layers, made = self.layers, self._made
+        ranks = [rank if m is layer else m.forward_rank() for m in layers]
+        if made and all(map(Made.same, made, layers, ranks)):
+            return made
+        first = layers[0].backend
+        if not all(Made.can_tell(m) and m.backend == first for m in layers):
+            return ()
+        self._made = made = tuple(map(Made, layers, ranks))
+        return made
+
+    def _compute(self, x: Tensor, made: tuple[Made, ...]) -> Sequence[Tensor] | None:
+        """The outputs of all members, or None where they are faster alone."""
+        if self.packed is not None:
+            outputs = self.packed(self.layers, x, made)
+            if outputs is not None:
+                return outputs or None
+        if is_capturing(x):
+            ranks: Sequence[int | Tensor] = [m.active_rank for m in self.layers]
+        else:
+            ranks = [m.rank for m in made]
+        return self._run(x, ranks)
+
+    def _run(self, x: Tensor, ranks: Sequence[int | Tensor]) -> list[Tensor]:
+        layers = self.layers
+        return lod_linear_grouped(
             x,
             [layer.u for layer in layers],
             [layer.v for layer in layers],
             [layer.bias for layer in layers],
-            ranks=[layer.call_rank(x) for layer in layers],
+            ranks=ranks,
             activation=[layer.activation for layer in layers],
             backend=layers[0].backend,
         )
-        return outputs, states, False
 
-
-# x, its circumstances, the state of each layer, whether prepack keeps those states, and the outputs
-# that nobody has asked for yet.
-_Pending = tuple[Tensor, Any, list[Any], bool, dict[int, Tensor]]
-
-
-def _circumstances(x: Tensor) -> Any:
-    """What must be as it was for a waiting output to be the right one, beside its layer."""
-    if torch.compiler.is_compiling():
-        return None
-    autocast = eager.autocast_dtype(x) if eager.any_autocast() else None
-    return torch.is_grad_enabled(), autocast, -1 if x.is_inference() else x._version
-
-
-def _state(layer: LoDLinear) -> Any:
-    """What a layer's output depends on beside x; read on every call."""
-    if torch.compiler.is_compiling():
-        return None
-    tensors = layer._parameters.values() if len(layer._parameters) == 3 else layer.parameters()
-    return layer._rank, [(id(t), version(t)) for t in tensors if t is not None]
+    def trace(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
+        """`__call__` while torch.compile looks on: nothing changes between siblings there."""
+        index = self._index(layer)
+        if index is None:
+            return None
+        traced = self._traced
+        if traced is None or traced[0] is not x or index not in traced[1]:
+            outputs = self._run(x, [layer.active_rank for layer in self.layers])
+            traced = self._traced = (x, dict(enumerate(outputs)))
+        y = traced[1].pop(index)
+        if not traced[1]:
+            self._traced = None
+        return y
 
 
 def group(model: nn.Module) -> nn.Module:
@@ -155,8 +230,9 @@ def group(model: nn.Module) -> nn.Module:
     diffusers-style blocks use (q/k/v, gate/up), with equal in_features, dtype and device; blocks
     of cross-attention are left alone. State-dict keys, ranks, parameters and outputs stay the same.
     GPT-2's q/k/v is one layer already. A model with nothing to group comes back unchanged; `groups`
-    lists what was found. Outputs that wait for a sibling are held until it is called or the group
-    is called with another tensor.
+    lists what was found. Outputs that wait for a sibling are held, per thread, until it is called
+    or the group is called with another tensor. What changed between two siblings is noticed as far
+    as torch tells; `refresh` says where it does not.
 
     Raises:
         TypeError: model is no module.
@@ -193,7 +269,7 @@ def ungroup(model: nn.Module, *, only: Collection[nn.Module] | None = None) -> n
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"ungroup: model: expected an nn.Module, got {type(model).__name__}")
-    for shared in _shared(model):
+    for shared in distinct_groups(model.modules()):
         if only is None or any(layer in only for layer in shared.layers):
             for layer in shared.layers:
                 layer.group = None
@@ -204,17 +280,16 @@ def groups(model: nn.Module) -> list[tuple[str, ...]]:
     """The names of the layers that run together, one tuple per group."""
     names = {id(module): name for name, module in model.named_modules()}
     return [
-        tuple(names[id(m)] for m in shared.layers if id(m) in names) for shared in _shared(model)
+        tuple(names[id(m)] for m in shared.layers if id(m) in names)
+        for shared in distinct_groups(model.modules())
     ]
 
 
-def _shared(model: nn.Module) -> list[LayerGroup]:
-    found = {
-        id(m.group): m.group
-        for m in model.modules()
-        if isinstance(m, LoDLinear) and m.group is not None
-    }
-    return list(found.values())
+def distinct_groups(layers: Iterable[nn.Module]) -> list[LayerGroup]:
+    """The groups that these modules are in, each once."""
+    return list(
+        {id(m.group): m.group for m in layers if isinstance(m, LoDLinear) and m.group}.values()
+    )
 
 
 def _fits(first: LoDLinear, other: LoDLinear) -> bool:

@@ -5,8 +5,11 @@ A layer holds u (N, R) and v, whose rows are its components, and runs at a prefi
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections import deque
 from collections.abc import Callable, Mapping
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +23,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["LoDLayer", "check_int"]
+
+# What may have changed factors unseen is given the next number: no two changes ever look like one,
+# whichever threads made them.
+_changes = itertools.count(1)
+# Forwards under checkpointing that may wait for their backward, per layer.
+_MAX_FORWARDS = 256
+_node = torch._C._current_autograd_node
+_next_node = torch._C._autograd._get_sequence_nr
 
 
 def check_int(fn: str, name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -63,14 +74,16 @@ class LoDLayer(nn.Module):
     active_rank: Tensor
     groups: int = 1
     _rank: int
-    # Counts what may have changed the factors without a new version: see nn.prepack.
+    # Another number after whatever may have changed the values without a new version.
     _epoch: int = 0
+    # (thread, its next autograd node, rank) of forwards without a graph in training mode.
+    _forwards: deque[tuple[int, int, int]]
 
     def _install(self, u: Tensor, v: Tensor, bias: Tensor | None) -> None:
         """Take the factors, without a copy, and start at full rank."""
         self.u, self.v = _parameter(u), _parameter(v)
         self.register_parameter("bias", None if bias is None else _parameter(bias))
-        self._rank = self.max_rank
+        self._rank, self._forwards = self.max_rank, deque(maxlen=_MAX_FORWARDS)
         self.register_buffer("active_rank", self._new_rank_buffer())
 
     @property
@@ -86,17 +99,60 @@ class LoDLayer(nn.Module):
     @rank.setter
     def rank(self, value: int) -> None:
         self._rank = check_int(type(self).__name__, "rank", value, 0, self.max_rank)
-        with torch.no_grad():
-            self.active_rank.fill_(self._rank)
+        self._write_rank()
+
+    def _write_rank(self) -> None:
+        """Bring the buffer to the host's rank, whoever else is setting it."""
+        # An inference tensor can be written to in inference mode only.
+        with torch.no_grad(), torch.inference_mode(self.active_rank.is_inference()):
+            while True:
+                rank = self._rank
+                self.active_rank.fill_(rank)
+                # Another thread may have written an older rank last: it will find that here.
+                if self._rank == rank:
+                    return
 
     def call_rank(self, x: Tensor) -> int | Tensor:
         """The rank to run on x at: the host's int, or the buffer if the call outlives its rank.
 
-        A compiled or captured call must follow the rank without being made again.
+        A compiled or captured call must follow the rank without being made again. Read it once per
+        call: another thread may set the rank meanwhile.
         """
         if torch.compiler.is_compiling() or is_capturing(x):
             return self.active_rank
-        return self._rank
+        return self.forward_rank()
+
+    def forward_rank(self) -> int:
+        """The active rank, or that of the forward that checkpointing is computing again."""
+        rank = self._rank
+        return self._repeated_rank(rank) if self.training else rank
+
+    def _repeated_rank(self, rank: int) -> int:
+        """`rank`, or in a reentrant checkpoint's backward the one that its forward ran at.
+
+        The forward of a checkpoint builds no graph: until it is over, the next autograd node will
+        be the one after the checkpoint's own, by which its backward finds the rank again.
+        """
+        node = _node()
+        if node is not None and type(node).__name__.startswith("Checkpoint"):
+            first = node._sequence_nr() + 1
+            found = [
+                (thread, was) for thread, number, was in tuple(self._forwards) if number == first
+            ]
+            # Threads count nodes for themselves, and a GPU's backward runs in one of its own.
+            mine = [was for thread, was in found if thread == get_ident()]
+            then = set(mine or [was for _, was in found])
+            if len(then) > 1 or (not then and len(self._forwards) == _MAX_FORWARDS):
+                raise RuntimeError(
+                    f"{type(self).__name__}.forward: rank: expected one rank in the forward that a "
+                    f"checkpoint computes again, got {sorted(then) or 'none that is remembered'}: "
+                    "set ranks outside of the checkpoint, and keep fewer than "
+                    f"{_MAX_FORWARDS} forwards waiting"
+                )
+            rank = then.pop() if then else rank
+        if not torch.is_grad_enabled():
+            self._forwards.append((get_ident(), _next_node(), rank))
+        return rank
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -159,14 +215,18 @@ class LoDLayer(nn.Module):
         v = _sliced(self.v, lambda t: self._rows(t, width))
         self.u, self.v = u, v
         self.rank = min(self._rank, keep)
-        self._epoch += 1
+        self.changed()
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode; packed copies of the factors made so far are not used again."""
         if mode:
-            self._epoch += 1
+            self.changed()
         super().train(mode)
         return self
+
+    def changed(self) -> None:
+        """Use nothing again that was made of the values so far: see `refresh`."""
+        self._epoch = next(_changes)
 
     def _rows(self, v: Tensor, rank: int) -> Tensor:
         """The first `rank` components of v: a view, but a copy where groups lie between them."""
@@ -189,14 +249,15 @@ class LoDLayer(nn.Module):
         raise NotImplementedError
 
     def _new_rank_buffer(self) -> Tensor:
-        return torch.full((), self._rank, dtype=torch.int32, device=self.u.device)
+        # Built under inference_mode, the layer may still be given a rank outside.
+        with torch.inference_mode(False):
+            return torch.full((), self._rank, dtype=torch.int32, device=self.u.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoDLayer:
         super()._apply(fn, recurse)
-        self._epoch += 1
+        self.changed()
         # to_empty() and the move away from the meta device leave the buffer without a value.
-        with torch.no_grad():
-            self.active_rank.fill_(self._rank)
+        self._write_rank()
         return self
 
     def _load_from_state_dict(
@@ -217,10 +278,15 @@ class LoDLayer(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._rank = rank
-        self._epoch += 1
+        self.changed()
         if local_metadata.get("assign_to_params_buffers", False):
             # The checkpoint's own tensor may be int64, elsewhere, or shared with a second model.
             self.active_rank = self._new_rank_buffer()
+        self._write_rank()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Numbers of autograd nodes mean nothing in another process; a checkpoint waits in none.
+        super().__setstate__({**state, "_forwards": deque(maxlen=_MAX_FORWARDS)})
 
     def _read_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[list[str], int]:
         """What is wrong with this layer's entries, and the active rank they hold."""

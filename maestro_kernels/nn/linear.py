@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.functional import lod_linear
 from maestro_kernels.nn.factorize import factor_bounds, factorize, merge, random_factors
 from maestro_kernels.nn.layer import LoDLayer, check_dtype, check_int
@@ -92,23 +94,41 @@ class LoDLinear(LoDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y (..., N) for x (..., K)."""
-        if self.group is not None:
-            y = self.group(self, x)
-            if y is not None:
-                return y
-        if self.packed is not None:
-            y = self.packed(self, x)
-            if y is not None:
-                return y
+        rank: int | Tensor
+        if is_compiling():
+            rank = self.active_rank
+            if self.group is not None:
+                y = self.group.trace(self, x)
+                if y is not None:
+                    return y
+        else:
+            # Read once: another thread may set it meanwhile.
+            rank = now = self._rank if not self.training else self.forward_rank()
+            if self.group is not None:
+                y = self.group(self, x, now)
+                if y is not None:
+                    return y
+            if self.packed is not None:
+                y = self.packed(self, x, now)
+                if y is not None:
+                    return y
+            if is_capturing(x):
+                rank = self.active_rank
         return lod_linear(
             x,
             self.u,
             self.v,
             self.bias,
-            rank=self.call_rank(x),
+            rank=rank,
             activation=self.activation,
             backend=self.backend,
         )
+
+    def changed(self) -> None:  # noqa: D102
+        super().changed()
+        for made in (self.group, self.packed):
+            if made is not None:
+                made.forget()
 
     @classmethod
     def from_factors(

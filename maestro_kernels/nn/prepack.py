@@ -1,14 +1,15 @@
-"""prepack: inference on CPUs with factors packed once, in the form that is fastest for each M.
+"""prepack: inference on CPUs with factors packed once, in the form that is fastest around each M.
 
 A packed copy belongs to the values it was made of and is made again after they changed;
-freshness.py says what is noticed.
+freshness.py says what is noticed. All that was made of one set of values is one state, replaced
+whole, so that any number of threads may call a layer while others set its rank.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from maestro_kernels import tuned
 from maestro_kernels.backends import packed
-from maestro_kernels.functional import lod_linear
-from maestro_kernels.nn.freshness import Made, watch_optimizers
+from maestro_kernels.functional import lod_linear, lod_linear_grouped
+from maestro_kernels.nn.freshness import Made
+from maestro_kernels.nn.grouping import LayerGroup, distinct_groups
 from maestro_kernels.nn.layer import check_int
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.ops import eager
@@ -29,20 +31,70 @@ __all__ = ["PackedGroup", "PackedLinear", "prepack", "unpack"]
 _MAX_SHAPES = 256
 # Dimensions of x that the library takes.
 _MAX_DIMS = 16
+# Forms are chosen for M up to each power of two, and once for all M above this one.
+_MAX_BUCKET = 4096
+ALONE = "one by one"
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What was packed of one set of values, and where it runs.
+
+    Attributes:
+        made: the values, one entry per layer.
+        biases: theirs, which are not packed.
+        dtype: theirs.
+        threads: torch's when forms were chosen.
+        choices: largest M of a bucket -> name of the form that runs there.
+        forms: name -> form, of those that run anywhere.
+        runs: shape of a contiguous x -> form. Only a memory of the above, so entries may be added.
+    """
+
+    made: tuple[Made, ...] = ()
+    biases: tuple[Tensor | None, ...] = ()
+    dtype: torch.dtype | None = None
+    threads: int = 0
+    choices: Mapping[int, str] = field(default_factory=dict)
+    forms: Mapping[str, Any] = field(default_factory=dict)
+    runs: dict[torch.Size, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(made: tuple[Made, ...], old: _State) -> _State:
+        """A state for these values; what is packed of the same ones is kept."""
+        biases, threads = tuple([m.bias for m in made]), torch.get_num_threads()
+        if len(made) == len(old.made) and all(map(Made.packs_like, made, old.made)):
+            if old.threads == threads:
+                return replace(old, made=made, biases=biases)
+            return replace(old, made=made, biases=biases, threads=threads, choices={}, runs={})
+        return _State(made, biases, made[0].u.dtype, threads)
+
+    def choosing(self, bucket: int, name: str, form: Any) -> _State:
+        """The state with one more choice, without the forms that run nowhere."""
+        choices = {**self.choices, bucket: name}
+        forms = {**self.forms, name: form}
+        forms = {n: f for n, f in forms.items() if f is not None and n in choices.values()}
+        return replace(self, choices=choices, forms=forms, runs={})
+
+    def remember(self, shape: torch.Size, run: Any) -> None:
+        if len(self.runs) >= _MAX_SHAPES:
+            self.runs.clear()
+        self.runs[shape] = run
+
+
+_NOTHING = _State()
 
 
 class _Packed:
-    """Packed copies for one layer or one group, by the number of rows they were chosen for.
+    """Packed copies for one layer or one group.
 
     Attributes:
-        choices: M -> name of the form that runs there, for M seen so far.
+        form: the one to run, or None to choose.
     """
 
-    __slots__ = ("_by_rows", "_by_shape", "_dtype", "_forms", "_made", "choices", "form")
+    __slots__ = ("_state", "form")
 
     def __init__(self, form: str | None = None) -> None:
-        self.form = form
-        self._forget()
+        self.form, self._state = form, _NOTHING
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
         return type(self)(self.form)
@@ -51,52 +103,27 @@ class _Packed:
         # Packed bytes are of this machine; the values they come from are saved with the layer.
         return type(self), (self.form,)
 
-    def _forget(self) -> None:
-        self.choices: dict[int, str] = {}
-        self._made: list[Made] = []
-        self._dtype: torch.dtype | None = None
-        self._forms: dict[tuple[str, int], Any] = {}
-        # The form for so many rows, and the same for a contiguous x of a shape: what a call asks.
-        self._by_rows: dict[int, Any] = {}
-        self._by_shape: dict[torch.Size, Any] = {}
+    @property
+    def choices(self) -> dict[int, str]:
+        """Largest M of each bucket (half of it excluded) -> form that runs there, so far."""
+        return dict(self._state.choices)
 
-    def _renew(self, layers: Sequence[LoDLinear]) -> None:
-        """Forget what was made of other values."""
-        self._forget()
-        made = []
-        for layer in layers:
-            factors = layer._parameters
-            u, v = factors.get("u"), factors.get("v")
-            # What is parametrised is computed anew on every call.
-            if u is None or v is None or "bias" not in factors or layer.backend is not None:
-                return
-            if not (u.is_cpu and v.is_cpu and u.dtype == v.dtype == layers[0].u.dtype):
-                return
-            made.append(Made(layer, u, v))
-        self._made, self._dtype = made, layers[0].u.dtype
+    def choice(self, rows: int) -> str | None:
+        """Name of the form that runs at M = rows; None where none was chosen yet."""
+        return self._state.choices.get(_bucket(rows))
 
-    def _made_now(self, layers: Sequence[LoDLinear]) -> list[Made]:
-        """What packed copies and the next outputs are made of; nothing where there are none."""
-        now = [then.again(layer) for then, layer in zip(self._made, layers, strict=False)]
-        kept = [made for made in now if made is not None]
-        if len(kept) == len(layers):
-            # Only biases changed, which are not packed. Outputs that wait refer to the old list.
-            self._made = kept
-        else:
-            self._renew(layers)
-        return self._made
+    def forget(self) -> None:
+        """Let go of everything packed."""
+        self._state = _NOTHING
 
-    def _keep(self, shape: torch.Size, form: Any) -> Any:
-        """Remember what runs a contiguous x of this shape."""
-        if len(self._by_shape) >= _MAX_SHAPES:
-            self._by_shape.clear()
-        self._by_shape[shape] = form
-        return form
-
-    def _keep_chosen(self) -> None:
-        """Free the forms that lost everywhere."""
-        chosen = {id(form) for form in self._by_rows.values()}
-        self._forms = {key: form for key, form in self._forms.items() if id(form) in chosen}
+    def _renew(self, made: tuple[Made, ...]) -> _State | None:
+        """The state for other values than so far, or None where they cannot be packed."""
+        dtype = made[0].u.dtype
+        for m in made:
+            if not (m.u.is_cpu and m.v.is_cpu and m.u.dtype == m.v.dtype == dtype):
+                return None
+        self._state = state = _State.of(made, self._state)
+        return state
 
 
 class PackedLinear(_Packed):
@@ -104,74 +131,114 @@ class PackedLinear(_Packed):
 
     __slots__ = ()
 
-    def __call__(self, layer: LoDLinear, x: Tensor) -> Tensor | None:
+    def __call__(self, layer: LoDLinear, x: Tensor, rank: int) -> Tensor | None:
         """The layer's output, or None where the call has to run unpacked."""
         if not _takes(x) or (torch.is_grad_enabled() and _wants_grad(x, layer)):
             return None
-        made = self._made
-        if not (made and made[0].same(layer)):
-            made = self._made_now((layer,))
-            if not made:
+        state = self._state
+        if not (
+            state.made
+            and state.made[0].same(layer, rank)
+            and state.threads == torch.get_num_threads()
+        ):
+            if layer.backend is not None or not Made.can_tell(layer):
+                self.forget()
                 return None
-        if x.dtype is not self._dtype:
+            renewed = self._renew((Made(layer, rank),))
+            if renewed is None:
+                return None
+            state = renewed
+        if x.dtype is not state.dtype:
             return None
-        bias = made[0].bias
-        form = self._by_shape.get(x.shape)
-        if form is None or not x.is_contiguous():
-            return self._new(layer, x, bias)
-        y: Tensor = form(x, bias)
+        made = state.made[0]
+        try:
+            run = state.runs.get(x.shape)
+            if run is None or not x.is_contiguous():
+                return self._other(state, x)
+            y: Tensor = run(x, made.bias)
+        except RuntimeError:
+            # An x that does not fit gets the words of an unpacked call; else it is raised as it is.
+            _unpacked(layer, x, rank)
+            raise
         return y
 
-    def _new(self, layer: LoDLinear, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    def _other(self, state: _State, x: Tensor) -> Tensor | None:
         """The output for an x of a new shape, or one that is not contiguous."""
-        K = layer.in_features
-        rows = x.numel() // K if K and x.shape[-1:] == (K,) else 0
+        made = state.made[0]
+        K = made.v.shape[1]
+        rows = _rows(x, K)
         if not rows:
             return None
-        if rows not in self._by_rows:
-            self._choose(layer, x.reshape(rows, K).contiguous(), rows)
-        form = self._by_rows[rows]
+        bucket = _bucket(rows)
+        if bucket not in state.choices:
+            chosen = self._choose(state, bucket)
+            if chosen is None:
+                return None
+            state = chosen
+        name = state.choices[bucket]
+        form = state.forms.get(name)
         if form is None:
             return None
-        if x.dim() != 2 and (self.choices[rows] != "fused" or x.dim() > _MAX_DIMS):
+        if x.dim() != 2 and (name != "fused" or x.dim() > _MAX_DIMS):
             form = partial(_flattened, form, K)
         if x.is_contiguous():
-            self._keep(x.shape, form)
+            state.remember(x.shape, form)
         elif x.dim() != 2 or x.stride(1) != 1:
             x = x.contiguous()
-        y: Tensor = form(x, bias)
+        y: Tensor = form(x, made.bias)
         return y
 
-    def _choose(self, layer: LoDLinear, x: Tensor, rows: int) -> None:
-        N, K, rank = layer.out_features, layer.in_features, layer.rank
+    def prepare(self, layer: LoDLinear, rows: int) -> None:
+        """Choose for M = rows now, waiting for what another thread measures."""
+        state = self._state
+        rank = layer.forward_rank()
+        if not (state.made and state.made[0].same(layer, rank)):
+            if layer.backend is not None or not Made.can_tell(layer):
+                return
+            renewed = self._renew((Made(layer, rank),))
+            if renewed is None:
+                return
+            state = renewed
+        if _bucket(rows) not in state.choices:
+            self._choose(state, _bucket(rows), wait=True)
+
+    def _choose(self, state: _State, bucket: int, wait: bool = False) -> _State | None:
+        """The state with a form for this bucket, or None while another thread is measuring."""
+        made = state.made[0]
+        u, v, bias, rank, activation = made.u, made.v, made.bias, made.rank, made.activation
+        (N, R), K = u.shape, v.shape[1]
         names: tuple[str, ...] = packed.FORMS if self.form is None else (self.form,)
-        known = tuned.choose_form(N, K, rank, rows, x.dtype) if self.form is None else None
+        known = tuned.choose_form(N, K, rank, bucket, u.dtype) if self.form is None else None
         if known is not None:
             names = (known,)
-        elif self.form is None and 2 * rank < layer.break_even_rank:
+        elif self.form is None and 2 * rank * (N + K) < N * K:
             # The merged matrix costs more than twice what the factors do: not worth its memory.
             names = tuple(name for name in names if name != "merged dense")
-        forms = {name: form for name in names if (form := self._make(layer, name, rows))}
-        calls: dict[str, Callable[[], object]] = {
-            name: partial(form, x, layer.bias) for name, form in forms.items()
-        }
-        if len(names) > 1:
-            calls["unpacked"] = partial(_unpacked, layer, x)
-        size = (N, K, layer.max_rank, rank, rows)
-        key = (*size, layer.u.dtype, layer.bias is not None, layer.activation)
-        name = next(iter(calls), "unpacked") if len(calls) < 2 else packed.fastest(key, calls)
-        self.choices[rows] = name
-        self._by_rows[rows] = forms.get(name)
-        self._keep_chosen()
+        can = [name for name in names if packed.can_make(name, u, v, rank)]
+        forms = dict(state.forms)
 
-    def _make(self, layer: LoDLinear, name: str, rows: int) -> Any:
-        # oneDNN lays weights out for a size of batch; the other forms fit every one.
-        key = (name, 0 if name == "fused" else 1 << (rows - 1).bit_length())
-        if key not in self._forms:
-            self._forms[key] = packed.make_form(
-                name, layer.u, layer.v, layer.rank, layer.activation, key[1]
-            )
-        return self._forms[key]
+        def form(name: str) -> packed.Form:
+            if name not in forms:
+                forms[name] = packed.make_form(name, u, v, rank, activation)
+            return forms[name]
+
+        name: str | None = can[0] if can else "unpacked"
+        if can and len(names) > 1:
+            x = torch.ones(bucket, K, dtype=u.dtype)
+
+            def unpacked() -> Tensor:
+                return lod_linear(x, u, v, bias, rank=rank, activation=activation)
+
+            def run(name: str) -> Tensor:
+                return form(name)(x, bias)
+
+            calls: dict[str, Callable[[], object]] = {name: partial(run, name) for name in can}
+            key = (N, K, R, rank, bucket, u.dtype, bias is not None, activation)
+            name = packed.fastest(key, {**calls, "unpacked": unpacked}, wait=wait)
+        if name is None:
+            return None
+        self._state = state = state.choosing(bucket, name, form(name) if name in can else None)
+        return state
 
 
 def _flattened(form: packed.Form, K: int, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -180,107 +247,139 @@ def _flattened(form: packed.Form, K: int, x: Tensor, bias: Tensor | None) -> Ten
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-ALONE = "one by one"
-
-
 class PackedGroup(_Packed):
     """The packed form of layers that read one x: one parallel region, or each layer by itself."""
 
-    __slots__ = ("_K", "_alone")
-
-    def __init__(self, form: str | None = None) -> None:
-        super().__init__(form)
-        # Whether layers run one by one at some number of rows, and how to count rows.
-        self._alone, self._K = False, 1
+    __slots__ = ()
 
     def __call__(
-        self, layers: Sequence[LoDLinear], x: Tensor
-    ) -> tuple[list[Tensor], list[Made]] | None:
-        """(outputs, what each was made of), or None where the group has to run unpacked."""
-        if not _takes(x):
+        self, layers: Sequence[LoDLinear], x: Tensor, made: tuple[Made, ...]
+    ) -> Sequence[Tensor] | None:
+        """The outputs, nothing where the layers are to run one by one, None where unpacked."""
+        if layers[0].backend is not None:
+            self.forget()
             return None
-        if torch.is_grad_enabled() and any(_wants_grad(x, layer) for layer in layers):
+        if not (x.is_cpu and _is_as_it_is(x)):
             return None
-        made = self._made
-        same = len(made) == len(layers)
-        for then, layer in zip(made, layers, strict=False):
-            same = same and then.same(layer)
-        if not same:
-            made = self._made_now(layers)
-            if not made:
+        state = self._state
+        if state.made is not made or state.threads != torch.get_num_threads():
+            renewed = self._renew(made)
+            if renewed is None:
                 return None
-        if x.dtype is not self._dtype:
+            state = renewed
+        if x.dtype is not state.dtype:
             return None
-        run = self._by_shape.get(x.shape)
-        if run is None or not x.is_contiguous():
-            run = self._new(layers, x)
-            if run is None:
-                return None
-            if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1):
-                x = x.contiguous()
-        return run(x, [then.bias for then in made]), made
+        if torch.is_grad_enabled() and (x.requires_grad or any(m.wants_grad() for m in made)):
+            return None
+        try:
+            run = state.runs.get(x.shape)
+            if run is None or not x.is_contiguous():
+                return self._other(state, layers, x)
+            ys: list[Tensor] = run(x, state.biases)
+        except RuntimeError:
+            # An x that does not fit gets the words of an unpacked call; else it is raised as it is.
+            lod_linear_grouped(
+                x,
+                [m.u for m in made],
+                [m.v for m in made],
+                state.biases,
+                ranks=[m.rank for m in made],
+                activation=[m.activation for m in made],
+            )
+            raise
+        return ys
 
-    def prefers_alone(self, x: Tensor) -> bool:
-        """Whether layers called one by one were found faster for as many rows as x has."""
-        return self._alone and self.choices.get(x.numel() // self._K) == ALONE
-
-    def _new(self, layers: Sequence[LoDLinear], x: Tensor) -> Any:
-        """What runs an x of a new shape, or one that is not contiguous."""
-        K = layers[0].in_features
-        rows = x.numel() // K if K and x.shape[-1:] == (K,) else 0
+    def _other(
+        self, state: _State, layers: Sequence[LoDLinear], x: Tensor
+    ) -> Sequence[Tensor] | None:
+        """The outputs for an x of a new shape, or one that is not contiguous."""
+        rows = _rows(x, state.made[0].v.shape[1])
         if not rows or x.dim() > _MAX_DIMS:
             return None
-        if rows not in self._by_rows:
-            self._by_rows[rows] = self._choose(layers, x.reshape(rows, K).contiguous(), rows)
-        run = self._by_rows[rows]
-        return self._keep(x.shape, run) if x.is_contiguous() else run
+        bucket = _bucket(rows)
+        if bucket not in state.choices:
+            chosen = self._choose(state, layers, bucket)
+            if chosen is None:
+                return None
+            state = chosen
+        run = state.forms.get(state.choices[bucket])
+        if run is None:
+            return ()
+        if x.is_contiguous():
+            state.remember(x.shape, run)
+        elif x.dim() != 2 or x.stride(1) != 1:
+            x = x.contiguous()
+        ys: list[Tensor] = run(x, state.biases)
+        return ys
 
-    def _choose(self, layers: Sequence[LoDLinear], x: Tensor, rows: int) -> Any:
-        grouped = self._forms.get(("fused", 0)) or packed.make_group_form(
-            [m.u for m in layers],
-            [m.v for m in layers],
-            [m.rank for m in layers],
-            [m.activation for m in layers],
-        )
-        singles = [m.packed or PackedLinear(self.form) for m in layers]
+    def prepare(self, layers: Sequence[LoDLinear], made: tuple[Made, ...], rows: int) -> None:
+        """Choose for M = rows now, waiting for what another thread measures."""
+        state = self._state if self._state.made is made else self._renew(made)
+        if state is not None and _bucket(rows) not in state.choices:
+            self._choose(state, layers, _bucket(rows), wait=True)
 
-        def one_by_one(x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-            pairs = zip(singles, layers, strict=True)
-            outputs = [(single(layer, x), layer) for single, layer in pairs]
-            return [_unpacked(layer, x) if y is None else y for y, layer in outputs]
-
-        biases, shared = [m.bias for m in layers], layers[0].group
-        one_by_one(x, biases)
-        if grouped is None or self.form not in (None, "fused"):
-            name = ALONE
-        elif self.form == "fused" or shared is None:
+    def _choose(
+        self, state: _State, layers: Sequence[LoDLinear], bucket: int, wait: bool = False
+    ) -> _State | None:
+        """The state with a form for this bucket, or None while another thread is measuring."""
+        made = state.made
+        name: str | None = ALONE
+        grouped = None
+        if self.form in (None, "fused") and all(
+            packed.can_make("fused", m.u, m.v, m.rank) for m in made
+        ):
+            us, vs, ranks = [m.u for m in made], [m.v for m in made], [m.rank for m in made]
+            grouped = state.forms.get("fused") or packed.make_group_form(
+                us, vs, ranks, [m.activation for m in made]
+            )
             name = "fused"
-        else:
-            # As a model calls them: finding the output that waits for each layer takes its time.
-            self._by_rows[rows] = grouped
-            calls: dict[str, Callable[[], object]] = {
-                ALONE: partial(one_by_one, x, biases),
-                "fused": lambda: [shared(layer, x) for layer in layers],
-            }
-            sizes = tuple((m.out_features, m.in_features, m.max_rank, m.rank) for m in layers)
-            key = (*sizes, rows, x.dtype, *(m.activation for m in layers))
-            name = packed.fastest(key, calls)
-            self._by_shape.clear()
-        self.choices[rows] = name
-        self._K = layers[0].in_features
-        self._alone = ALONE in self.choices.values()
-        self._forms = {("fused", 0): grouped} if "fused" in self.choices.values() else {}
-        return grouped if name == "fused" else one_by_one
+        if grouped is not None and self.form is None:
+            name = self._fastest(state, layers, bucket, grouped, wait)
+        if name is None:
+            return None
+        self._state = state = state.choosing(bucket, name, grouped if name == "fused" else None)
+        return state
+
+    def _fastest(
+        self, state: _State, layers: Sequence[LoDLinear], bucket: int, grouped: Any, wait: bool
+    ) -> str | None:
+        """What a model that calls the layers one after the other waits for less."""
+        made = state.made
+        x = torch.ones(bucket, made[0].v.shape[1], dtype=state.dtype)
+        singles = [PackedLinear() for _ in layers]
+        trial = LayerGroup(list(layers), packed=PackedGroup("fused"))
+        trial.packed._state = state.choosing(bucket, "fused", grouped)  # type: ignore[union-attr]
+        trial.adopt(made)
+        members = list(zip(singles, layers, [m.rank for m in made], strict=True))
+        with torch.no_grad():
+            for single, layer, _ in members:
+                single.prepare(layer, bucket)
+
+        def alone() -> None:
+            for single, layer, rank in members:
+                if single(layer, x, rank) is None:
+                    _unpacked(layer, x, rank)
+
+        def together() -> None:
+            for _, layer, rank in members:
+                if trial(layer, x, rank) is None:
+                    _unpacked(layer, x, rank)
+
+        sizes = tuple((*m.u.shape, m.v.shape[1], m.rank, m.activation) for m in made)
+        key = (*sizes, bucket, state.dtype)
+        return packed.fastest(key, {ALONE: alone, "fused": together}, wait=wait)
 
 
-def _unpacked(layer: LoDLinear, x: Tensor) -> Tensor:
-    return lod_linear(x, layer.u, layer.v, layer.bias, rank=layer.rank, activation=layer.activation)
+def _unpacked(layer: LoDLinear, x: Tensor, rank: int) -> Tensor:
+    return lod_linear(x, layer.u, layer.v, layer.bias, rank=rank, activation=layer.activation)
 
 
 def _takes(x: Tensor) -> bool:
     """Whether a call on x may use packed weights: a plain CPU tensor, nobody watching the call."""
-    if not (eager.is_plain(x) and x.is_cpu):
-        return False
+    return x is not None and eager.is_plain(x) and x.is_cpu and _is_as_it_is(x)
+
+
+def _is_as_it_is(x: Tensor) -> bool:
     return not eager.any_autocast() or eager.autocast_dtype(x) is None
 
 
@@ -289,21 +388,34 @@ def _wants_grad(x: Tensor, layer: LoDLinear) -> bool:
     return x.requires_grad or any(p is not None and p.requires_grad for p in factors)
 
 
+def _rows(x: Tensor, K: int) -> int:
+    """M, or 0 where x is empty or does not fit."""
+    return x.numel() // K if K and x.shape[-1:] == (K,) else 0
+
+
+def _bucket(rows: int) -> int:
+    """The M that a form is measured at to run at M = rows."""
+    return min(1 << (rows - 1).bit_length(), _MAX_BUCKET)
+
+
 def prepack(
     module: nn.Module, *, rows: int | Sequence[int] = (), form: str | None = None
 ) -> nn.Module:
     """Compute every LoDLinear's y = act(x @ v[:r].T @ u[:, :r].T + bias) from packed weights.
 
-    For CPU inference: weights are packed once, in the form a short measurement finds fastest at the
-    M (rows of x) of the call: the fused native kernel, two oneDNN linears, one oneDNN linear on
-    the merged matrix, or unpacked factors as before. The first call at each M measures; layers of
-    one size share the result. `summary` and `layer.packed.choices` say which was taken. Packed
-    copies need memory beside the factors, are not saved, and are made again after the factors
-    changed. A call that wants gradients, runs under autocast or is compiled uses the factors.
+    For CPU inference: weights are packed once, in the form a short measurement finds fastest around
+    the M (rows of x) of the call: the fused native kernel, two oneDNN linears, one oneDNN linear on
+    the merged matrix, or unpacked factors as before. The first call with an M up to each power of
+    two measures at that power, up to 4096, which stands for all M above; layers of one size share
+    the result, and other threads use the factors meanwhile. `summary` and `layer.packed.choices`
+    say which was taken. Packed copies need memory beside the factors, are not saved, and are made
+    again after the factors changed; `refresh` says which changes go unseen. Another number of
+    threads is chosen for anew. A call that wants gradients, runs under autocast or is compiled uses
+    the factors. Any number of threads may call the module and set ranks.
 
     Args:
         module: any module, changed in place; on CUDA nothing is done and a warning says so.
-        rows: M to measure now rather than at the first call.
+        rows: M to measure for now rather than at the first call.
         form: one of "fused", "two oneDNN linears", "merged dense", "unpacked" to skip measuring.
 
     Returns:
@@ -327,15 +439,19 @@ def prepack(
             "packed for CPU kernels only",
             stacklevel=2,
         )
-    watch_optimizers()
     layers = [m for m in layers if m.u.is_cpu]
     for layer in layers:
         layer.packed = PackedLinear(form)
-    for shared in {id(m.group): m.group for m in layers if m.group is not None}.values():
-        shared.packed = PackedGroup(form)
-    with torch.no_grad():
-        for size, layer in itertools.product(sizes, layers):
-            layer(torch.zeros(size, layer.in_features, dtype=layer.u.dtype))
+    shared = distinct_groups(layers)
+    for siblings in shared:
+        siblings.packed = PackedGroup(form)
+    for size in sizes:
+        for siblings in shared:
+            siblings.prepare(size)
+        for layer in layers:
+            group = layer.group
+            if group is None or group.packed is None or group.packed.choice(size) != "fused":
+                layer.packed.prepare(layer, size)  # type: ignore[union-attr]
     return module
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from maestro_kernels import dispatch
+from maestro_kernels.functional import explain
 from maestro_kernels.nn.candidates import Candidate, classify
 from maestro_kernels.nn.convert import conversion_report
-from maestro_kernels.nn.layer import LoDLayer
+from maestro_kernels.nn.layer import LoDLayer, check_int
+from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.pivoted import PivotedLinear
-from maestro_kernels.problem import LoDProblem
+from maestro_kernels.nn.prepack import ALONE
 
 __all__ = ["LayerSummary", "ModelSummary", "summary"]
 
@@ -62,10 +62,12 @@ class ModelSummary:
     Attributes:
         layers: every layer that holds a matrix.
         parameters: all parameters of the model, biases, norms and embeddings included.
+        rows: M of the calls that `backend` speaks of.
     """
 
     layers: tuple[LayerSummary, ...]
     parameters: int
+    rows: int = 1
 
     @property
     def _counted(self) -> list[LayerSummary]:
@@ -100,7 +102,8 @@ class ModelSummary:
         return {"layers": [asdict(layer) for layer in self.layers], **totals}
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "N x K", "rank", "break-even", "weights", "MACs/row", "runs on")
+        runs = f"runs on (M = {self.rows})"
+        header = ("layer", "kind", "N x K", "rank", "break-even", "weights", "MACs/row", runs)
         rows = [header]
         for layer in self.layers:
             rank = "dense" if layer.rank is None else f"{layer.rank}/{layer.max_rank}"
@@ -141,11 +144,14 @@ def summary(model: nn.Module, *, rows: int = 1) -> ModelSummary:
 
     Args:
         model: any module.
-        rows: rows of x for which the backend is asked.
+        rows: M, the rows of x, for which the dispatcher is asked with each layer's own factors; a
+            call that wants gradients or runs under autocast may be planned otherwise.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or rows no int.
+        ValueError: rows < 1.
     """
+    rows = check_int("summary", "rows", rows, 1)
     candidates = classify(model, fn="summary")
     modules = dict(model.named_modules())
     report = conversion_report(model)
@@ -159,25 +165,11 @@ def summary(model: nn.Module, *, rows: int = 1) -> ModelSummary:
             layers.append(_pivoted(candidate, module))
         else:
             layers.append(_dense(candidate, kept.get(name) or candidate.reason or ""))
-    return ModelSummary(tuple(layers), sum(p.numel() for p in model.parameters()))
+    return ModelSummary(tuple(layers), sum(p.numel() for p in model.parameters()), rows)
 
 
 def _factorised(candidate: Candidate, layer: LoDLayer, rows: int) -> LayerSummary:
     N, K = layer.matrix_shape
-    problem = LoDProblem(
-        M=rows,
-        N=N,
-        K=K,
-        R=layer.max_rank,
-        rank=layer.rank,
-        dtype=layer.u.dtype,
-        device=layer.u.device if layer.u.device.type != "meta" else torch.device("cpu"),
-        has_bias=layer.bias is not None,
-        x_stride=(K, 1),
-        u_stride=(layer.max_rank, 1),
-        v_stride=(K, 1),
-    )
-    library = candidate.kind == "lod_conv2d"
     return LayerSummary(
         name=candidate.name,
         kind=candidate.kind,
@@ -189,17 +181,42 @@ def _factorised(candidate: Candidate, layer: LoDLayer, rows: int) -> LayerSummar
         dense_parameters=layer.groups * N * K,
         parameters=layer.u.numel() + layer.v.numel(),
         macs=layer.groups * layer.rank * (N + K),
-        backend="convolutions" if library else _backend(layer, problem),
+        backend=_runs_on(layer, rows) if isinstance(layer, LoDLinear) else "convolutions",
         note="",
     )
 
 
-def _backend(layer: LoDLayer, problem: LoDProblem) -> str:
-    prepacked = getattr(layer, "packed", None)
-    if prepacked is None:
-        return dispatch.select(problem).backend
-    chosen = prepacked.choices.get(problem.M)
-    return f"prepacked: {chosen}" if chosen else "prepacked: chosen at the first call"
+def _runs_on(layer: LoDLinear, rows: int) -> str:
+    """What a call on (rows, K) without gradients or autocast runs on, as the dispatcher says."""
+    shared = layer.group if layer.group is not None and layer.group.active else None
+    plain = layer.backend is None and layer.u.is_cpu and layer.u.dtype == layer.v.dtype
+    chosen: str | None = ALONE
+    if plain and shared is not None and shared.packed is not None:
+        chosen = shared.packed.choice(rows)
+    if plain and layer.packed is not None:
+        together = ""
+        if chosen == ALONE:
+            chosen = layer.packed.choice(rows)
+        elif chosen is not None:
+            together = ", as a group"
+        if chosen != "unpacked":
+            return f"prepacked: {chosen or 'chosen at the first call'}{together}"
+    x = layer.u.new_empty(rows, layer.in_features)
+    u, v, bias, rank, activation = layer.u, layer.v, layer.bias, layer.rank, layer.activation
+    if shared is None or chosen == "unpacked":
+        plan = explain(x, u, v, bias, rank=rank, activation=activation, backend=layer.backend).plan
+        return f"prepacked: unpacked, {plan.backend}" if chosen == "unpacked" else plan.backend
+    members = shared.layers
+    plan = explain(
+        x,
+        [m.u for m in members],
+        [m.v for m in members],
+        [m.bias for m in members],
+        rank=[m.rank for m in members],
+        activation=[m.activation for m in members],
+        backend=layer.backend,
+    ).plan
+    return f"{plan.backend}, as a group"
 
 
 def _pivoted(candidate: Candidate, layer: PivotedLinear) -> LayerSummary:

@@ -162,12 +162,14 @@ def run_backward(
     hs: Sequence[Tensor | None],
     ranks: Ranks,
     needs: tuple[bool, bool, bool, bool],
+    *,
+    layers: Sequence[int],
 ) -> tuple[list[Tensor | None], ...]:
-    """(dxs, dus, dvs, dbiases) of a planned call; differentiable where grad mode is on."""
+    """(dxs, dus, dvs, dbiases) of these layers of a plan; differentiable where grad mode is on."""
     differentiable = torch.is_grad_enabled()
     module = reference if differentiable else plan.module
     active = ranks if isinstance(ranks, Tensor) else full_ranks(ranks, vs)
-    activations = [p.activation for p in plan.problems]
+    activations = [plan.problems[i].activation for i in layers]
     no_tensors: list[Tensor | None] = [None] * len(us)
     args = (
         [dy.reshape(_row_count(dy), dy.shape[-1]) for dy in dys],
@@ -197,7 +199,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class EagerGrouped(torch.autograd.Function):
-    """Eager gradient of a group: (plan, ranks, save_h, number of inputs), then flat tensors."""
+    """Eager gradient of a group: (plan, ranks, save_h, number of inputs), then flat tensors.
+
+    As with layers of their own, a backward pass computes the gradients of the layers that it
+    reaches, and the others keep what they saved for a later pass.
+    """
 
     @staticmethod
     def forward(  # noqa: D102
@@ -208,24 +214,83 @@ class EagerGrouped(torch.autograd.Function):
         ys, hs = run_forward(plan, xs, us, vs, biases, ranks, save_h)
         is_tensor = isinstance(ranks, Tensor)
         kept = hs if save_h else [None] * len(ys)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *kept, ranks if is_tensor else None)
         ctx.call = (plan, None if is_tensor else ranks, n_x)
+        ctx.later = None
         return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         plan, ranks, n_x = ctx.call
         n = len(plan.problems)
-        *saved, rank_tensor = ctx.saved_tensors
-        xs, us, vs, biases = _split(saved, n_x, n)
-        hs = saved[n_x + 3 * n :]
-        wanted = ctx.needs_input_grad[1:]
-        need_x, need_u, need_v, need_b = (any(part) for part in _split(wanted, n_x, n))
-        needs = (need_x, need_u, need_v, need_b)
-        active = ranks if rank_tensor is None else rank_tensor
-        grads = run_backward(plan, dys, xs, us, vs, biases, hs, active, needs)
-        flat = [g for part in grads for g in part]
-        return (None, *(g if want else None for g, want in zip(flat, wanted, strict=True)))
+        reached = [i for i, dy in enumerate(dys) if dy is not None]
+        grads: list[Tensor | None] = [None] * (n_x + 3 * n)
+        if reached:
+            *saved, rank_tensor = _saved(ctx, reached, n_x, n)
+            active = ranks if rank_tensor is None else rank_tensor
+            wanted = ctx.needs_input_grad[1:]
+            # Where each layer's x, u, v, bias and h stand among the tensors.
+            at = [[0] if n_x == 1 else reached]
+            at += [[n_x + part * n + i for i in reached] for part in range(4)]
+            xs, us, vs, biases, hs = ([saved[i] for i in places] for places in at)
+            need_x, need_u, need_v, need_b = (any(wanted[i] for i in part) for part in at[:4])
+            found = run_backward(
+                plan,
+                [dy for dy in dys if dy is not None],
+                xs,
+                us,
+                vs,
+                biases,
+                hs,
+                active if len(reached) == n else _picked(active, reached),
+                (need_x, need_u, need_v, need_b),
+                layers=reached,
+            )
+            for places, values in zip(at, found, strict=False):
+                for i, value in zip(places, values, strict=True):
+                    grads[i] = value if wanted[i] else None
+        return (None, *grads)
+
+
+def _picked(ranks: Ranks, layers: Sequence[int]) -> Ranks:
+    return ranks[list(layers)] if isinstance(ranks, Tensor) else [ranks[i] for i in layers]
+
+
+# Whether the backward pass that is running keeps the graph (retain_graph, create_graph).
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def _saved(ctx: Any, reached: Sequence[int], n_x: int, n: int) -> Sequence[Any]:
+    """What the forward saved, kept on for the layers that this backward pass does not reach.
+
+    torch frees it all after the first pass that does not keep the graph. `ctx.later` then holds
+    (layers not reached so far, tensors, their versions).
+    """
+    try:
+        saved, layers = ctx.saved_tensors, range(n)
+    except RuntimeError:
+        if ctx.later is None or not ctx.later[0].issuperset(reached):
+            raise
+        layers, saved, versions = ctx.later
+        for tensor, version in zip(saved, versions, strict=True):
+            if tensor is not None and tensor._version != version:
+                raise RuntimeError(
+                    "lod_linear_grouped: backward: expected what the forward saved as it was, got "
+                    f"a tensor {tuple(tensor.shape)} that was written to (version "
+                    f"{tensor._version}, expected {version})"
+                ) from None
+    if _keeps_graph():
+        return saved
+    rest = frozenset(layers).difference(reached)
+    if not rest:
+        ctx.later = None
+        return saved
+    places = {n_x + part * n + i for part in range(4) for i in rest} | {n_x + 4 * n}
+    places |= {0} if n_x == 1 else rest
+    kept = [tensor if i in places else None for i, tensor in enumerate(saved)]
+    ctx.later = rest, kept, [0 if t is None else t._version for t in kept]
+    return saved
 
 
 def _split(
@@ -279,7 +344,9 @@ def _op_backward(dys: list[Tensor], *args: Any) -> list[Tensor]:
     plan, active = _plan_op(xs, us, vs, biases, *call)
     kept = hs or [None] * len(us)
     with torch.no_grad():
-        *grads, dbiases = run_backward(plan, dys, xs, us, vs, biases, kept, active, tuple(needs))
+        *grads, dbiases = run_backward(
+            plan, dys, xs, us, vs, biases, kept, active, tuple(needs), layers=range(len(us))
+        )
     flat = [g for part in grads for g in part]
     flat += [g for g, has in zip(dbiases, has_bias, strict=True) if has]
     return [xs[0].new_empty(0) if g is None else g.contiguous() for g in flat]
@@ -337,7 +404,9 @@ def _registered_backward(ctx: Any, dys: Any, dhs: Any = None) -> tuple[Any, ...]
         filled = _fill(biases, has_bias)
         plan, active = _plan_op(xs, us, vs, filled, ranks, rank_tensor, activations, "reference")
         wanted = tuple(ctx.wanted)
-        *grads, dbiases = run_backward(plan, dys, xs, us, vs, filled, [None] * n, active, wanted)
+        *grads, dbiases = run_backward(
+            plan, dys, xs, us, vs, filled, [None] * n, active, wanted, layers=range(n)
+        )
         parts = [*grads, [g for g, has in zip(dbiases, has_bias, strict=True) if has]]
     else:
         flat = _ops.lod_linear_grouped_backward(

@@ -117,9 +117,10 @@ def _bind_form(name: str, case: Case, ring: Sequence[Inputs]) -> list[Forward]:
         raise Unavailable("weights are packed for CPU kernels only")
     forwards: list[Forward] = []
     for i in ring:
-        form = packed.make_form(name, i.us[0], i.vs[0], i.ranks[0], None, case.M)
-        if form is None:
+        factors = i.us[0], i.vs[0], i.ranks[0]
+        if not packed.can_make(name, *factors):
             raise Unavailable(f"{name} cannot serve these factors")
+        form = packed.make_form(name, *factors, None)
         forwards.append(partial(_packed, form, i.x, i.biases[0]))
     return forwards
 

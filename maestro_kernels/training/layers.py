@@ -28,7 +28,7 @@ def set_full_rank(layer: LoDLayer, rank: int) -> None:
     vars(layer)[_FULL_RANK] = rank
     layer.rank = rank
     # Its factors may be new ones: what nn.prepack made of the old is not used again.
-    layer._epoch += 1
+    layer.changed()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
