@@ -82,13 +82,13 @@ def test_a_cap_that_is_not_to_be_had_is_an_error_and_not_ignored(name):
         env={**os.environ, "MK_CPU_ISA": name},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[: len(calls) + 1] == [expected] * (len(calls) + 1)
     command = [sys.executable, "-m", "maestro_kernels", "info"]
     done = subprocess.run(
-        command, env={**os.environ, "MK_CPU_ISA": name}, capture_output=True, text=True, timeout=60
+        command, env={**os.environ, "MK_CPU_ISA": name}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
     assert done.stderr == f"maestro-kernels info: {expected}\n"
