@@ -20,10 +20,11 @@ CLANG_FORMAT = $(dir $(RUN))clang-format
 NATIVE := maestro_kernels/_native.so
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.[ch]*' -o -name CMakeLists.txt)
 
-.PHONY: help bench test test-all old-cuda native lint format aot-report native-report existing-environment clean
+.PHONY: help bench publish test test-all old-cuda native lint format aot-report native-report existing-environment clean
 
 help:
 	@echo "make bench       factorise a real sentence encoder, measure it, write $(OUT)/report.html"
+	@echo "make publish     put what make bench left in $(OUT) into bench/results, README and docs"
 	@echo "make test        run the tests"
 	@echo "make test-all    the exhaustive tests too"
 	@echo "make old-cuda    read the CUDA host sources with the headers of CUDA 12.0 to 12.4 (network)"
@@ -35,6 +36,9 @@ help:
 
 bench: $(READY) native
 	$(RUN) -m bench.sentence_encoder --out $(OUT)
+
+publish: $(READY)
+	$(RUN) -m maestro_kernels.benchmark.publish $(OUT)
 
 test: $(READY) native
 	$(RUN) -m pytest tests -q

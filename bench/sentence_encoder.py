@@ -1,6 +1,8 @@
 """The main job: `make bench`. Factorise a real sentence encoder, measure it, write a report.
 
-python -m bench.sentence_encoder --out out [--budgets 0.9 0.75 0.5 0.35] [--quick]
+python -m bench.sentence_encoder --out out [--budgets 0.9 0.8 0.7 0.5] [--quick]
+
+Every part is guarded: the report comes out whatever fails and names it; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -8,264 +10,332 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from maestro_kernels import hardware, load_pretrained
+from maestro_kernels import load_pretrained, summary
+from maestro_kernels.backends import native
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark import html, plots, report, rows
+from maestro_kernels.benchmark import encoder_forms as forms
+from maestro_kernels.benchmark import encoder_page as page
+from maestro_kernels.benchmark import encoder_results as results
+from maestro_kernels.benchmark import html, report, rows
 from maestro_kernels.benchmark import run as kernels
-from maestro_kernels.benchmark.cases import Case, suite
+from maestro_kernels.benchmark.cases import suite
+from maestro_kernels.benchmark.encoder_results import DEPLOYED, Form
+from maestro_kernels.benchmark.origin import origin, stamp
+from maestro_kernels.benchmark.stages import Stages
 from maestro_kernels.benchmark.summary import verdict as kernel_verdict
 from maestro_kernels.cli import main as command_line
 
-BATCHES = ("batch 1", "batch 64")
+# What each part takes on two cores, in seconds.
+PLAN = {
+    "factorise the encoder": 20,
+    "search ranks by measured loss": 45,
+    "compare embeddings": 30,
+    "time whole models": 75,
+    "save, reload, compare": 25,
+    "kernels on their own": 90,
+    "write the report": 5,
+}
+SECONDS_QUICK = 1.0
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.sentence_encoder", description=__doc__)
+    """Arguments; --quick makes everything small."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sentence_encoder", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.75, 0.5, 0.35])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.5])
     parser.add_argument("--calibration", type=int, default=512, help="sentences")
-    parser.add_argument("--held-out", type=int, default=384, help="sentences")
-    parser.add_argument("--seconds", type=float, default=8.0, help="per timing")
+    parser.add_argument("--measured", type=int, default=64, help="of these, to measure losses on")
+    parser.add_argument("--held-out", type=int, default=256, help="sentences")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of timing per batch size")
     parser.add_argument("--quick", action="store_true", help="one budget, few sentences, no suite")
     args = parser.parse_args(argv)
     if args.quick:
-        args.budgets, args.calibration, args.held_out, args.seconds = [0.5], 96, 96, 1.0
+        args.budgets, args.calibration, args.measured, args.held_out = [0.8], 64, 16, 64
+        args.seconds = SECONDS_QUICK
+    wrong = [b for b in args.budgets if not 0 < b <= 1]
+    if wrong:
+        parser.error(f"--budgets: expected fractions in (0, 1], got {wrong[0]}")
+    if not 0 < args.measured < args.calibration:
+        parser.error(
+            f"--measured: expected 1 to {args.calibration - 1} of the calibration sentences, "
+            f"got {args.measured}"
+        )
     return args
 
 
-def progress():
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+class Job:
+    """The parts of the job and what they leave for each other."""
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-def sweep(encoder, args, calibration, held_out, advance):
-    """One Result per budget and initialisation; latency is measured once per budget."""
-    original = encoder.embed(held_out)
-    results = []
-    for budget in args.budgets:
-        for init in ("svd", "data"):
-            advance(f"{budget:.0%} of the weights, {init}")
-            model = library.factorised(encoder, budget, init, calibration)
-            seconds = args.seconds if init == "data" else 0.0
-            results.append(
-                library.evaluate(encoder, model, budget, init, held_out, original, seconds=seconds)
-            )
-    return results
-
-
-def save_and_reload(encoder, args, results, held_out):
-    """Save the budget to look at with `maestro-kernels compress`, reload it, compare embeddings."""
-    data_aware = [r for r in results if r.init == "data"]
-    usable = [r for r in data_aware if r.cosine >= library.USABLE_COSINE]
-    chosen = (
-        min(usable, key=lambda r: r.budget) if usable else max(data_aware, key=lambda r: r.budget)
-    )
-    folder = args.out / "compressed"
-    command = ["compress", library.BUNDLED, "--budget", str(chosen.budget), "--init", "data"]
-    command += ["--data", str(args.out / "calibration.txt"), "--out", str(folder), "--group"]
-    print("\n$ maestro-kernels " + shlex.join(command))
-    if command_line(command) != 0:
-        raise SystemExit("the compress command failed")
-    fresh = library.load_encoder(library.BUNDLED).model
-    first = encoder.embed(held_out, load_pretrained(folder, fresh))
-    second = encoder.embed(
-        held_out, load_pretrained(folder, library.load_encoder(library.BUNDLED).model)
-    )
-    calibration = (args.out / "calibration.txt").read_text(encoding="utf-8").splitlines()
-    made = encoder.embed(held_out, library.factorised(encoder, chosen.budget, "data", calibration))
-    difference = max(float((first - made).abs().max()), float((first - second).abs().max()))
-    if difference > 1e-5:
-        raise SystemExit(f"the reloaded model's embeddings differ by {difference:.1e}")
-    exact = "bit for bit" if difference == 0 else f"to {difference:.0e}"
-    return f"Saved at {chosen.budget:.0%}, reloaded into a fresh model: same embeddings {exact}."
-
-
-def kernel_suite(args, show) -> list[rows.Row]:
-    command = "python -m bench.sentence_encoder"
-    options = kernels.Options("cpu", 1.5, compiled=True, command=command)
-    cases: list[Case] = suite("quick")
-    return list(kernels.run(cases, options, on_case=lambda case: show(f"kernels: {case.source}")))
-
-
-def ms(result, batch, name):
-    low, median, high = result.latency[batch][name]
-    return f"{median:.1f} ({low:.1f} to {high:.1f})"
-
-
-def fidelity_table(results):
-    first = results[0]
-    dense = [
-        "dense", "", "1.000", "1.000", "1.000", f"{first.dense_linear_weights / 1e6:.2f}",
-        f"{first.dense_parameters / 1e6:.2f}", f"{first.dense_macs / 1e6:.2f}",
-    ]  # fmt: skip
-    body = [
-        [
-            f"{r.budget:.0%}", r.init, f"{r.cosine:.3f}", f"{r.worst:.3f}", f"{r.spearman:.3f}",
-            f"{r.linear_weights / 1e6:.2f}", f"{r.parameters / 1e6:.2f}", f"{r.macs / 1e6:.2f}",
-        ]
-        for r in results
-    ]  # fmt: skip
-    headers = (
-        "budget", "init", "cosine", "worst cosine", "Spearman", "linear weights, M",
-        "whole model, M", "MACs per token, M",
-    )  # fmt: skip
-    return headers, [dense, *body]
-
-
-def latency_table(results):
-    timed = [r for r in results if r.latency]
-    headers = ("budget", "batch", "dense, ms", "two matmuls, ms", "ours, ms", "prepacked, ms",
-               "dense / prepacked", "two matmuls / prepacked")  # fmt: skip
-    body = []
-    for r in timed:
-        for batch in BATCHES:
-            body.append(
-                [
-                    f"{r.budget:.0%}",
-                    batch.removeprefix("batch "),
-                    ms(r, batch, "dense"),
-                    ms(r, batch, "two matmuls"),
-                    ms(r, batch, "ours"),
-                    ms(r, batch, library.DEPLOYED),
-                    f"{r.ratio(batch, library.DEPLOYED, 'dense'):.2f}×",
-                    f"{r.ratio(batch, library.DEPLOYED, 'two matmuls'):.2f}×",
-                ]
-            )
-    return headers, body
-
-
-def encoder_sections(results, lines, saved, counts):
-    def series(pick):
-        return {
-            f"{init} init": [
-                plots.Point(r.budget * 100, pick(r))
-                for r in sorted(results, key=lambda r: r.budget)
-                if r.init == init
-            ]
-            for init in ("data", "svd")
-        }
-
-    def line(title, pick, label):
-        drawing = plots.line_plot(
-            series(pick), title=title, xlabel="weights kept, %", ylabel=label, log=False
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self.args, self.console = args, console
+        self.forms: list[Form] = []
+        self.notes: list[str] = []
+        self.models: dict[int, torch.nn.Module] = {}
+        self.stamp = stamp()
+        args.out.mkdir(parents=True, exist_ok=True)
+        isa = "no-library" if native.load_error() else native.isa(torch.bfloat16)
+        self.file = results.file_name(self.stamp, isa)
+        calibration, self.held_out = library.split(
+            library.sentences(), args.calibration, args.held_out
         )
-        return html.figure(drawing)
+        self.encoder = library.load_encoder(library.BUNDLED)
+        # Ordered by hash, the first ones are a sample of all lengths.
+        self.measured = calibration[: args.measured]
+        self.calibration = forms.by_length(self.encoder, calibration)
+        self.held_out = forms.by_length(self.encoder, self.held_out)
+        text = "\n".join(self.calibration) + "\n"
+        (args.out / "calibration.txt").write_text(text, encoding="utf-8")
 
-    timed = sorted((r for r in results if r.latency), key=lambda r: r.budget)
+    def bfloat16(self) -> bool:
+        """Whether forms in bfloat16 are worth measuring here."""
+        self.slowdown = forms.bfloat16_slowdown(self.encoder, self.calibration)
+        if self.slowdown > forms.TOO_SLOW:
+            self.notes.append(
+                f"bfloat16 is left out: a pass takes {self.slowdown:.0f} times as long as in "
+                "float32 on this CPU, which only emulates it."
+            )
+        return self.slowdown <= forms.TOO_SLOW
 
-    def speed(batch):
-        names = (library.DEPLOYED, "ours", "two matmuls", "dense")
-        found = {
-            name: [
-                plots.Point(r.budget * 100, r.latency[batch][name][1], *r.latency[batch][name][::2])
-                for r in timed
-            ]
-            for name in names
-        }
-        return html.figure(
-            plots.line_plot(
-                found,
-                title=f"Latency, {batch}",
-                xlabel="weights kept, %",
-                ylabel="milliseconds",
-                log=False,
+    def baseline(self) -> bool:
+        """The original's embeddings, and the dtypes worth comparing."""
+        self.original = self.encoder.embed(self.held_out)
+        self.dtypes = DTYPES if self.bfloat16() else DTYPES[:1]
+        return True
+
+    def factors(self, _: object) -> dict[str, torch.nn.Module]:
+        """The encoder in factors of full rank, by initialisation."""
+        return {i: forms.full_rank(self.encoder, self.calibration, i) for i in ("data", "svd")}
+
+    def search(self, _: object) -> forms.Search:
+        """Ranks for every budget."""
+        known = set(self.measured)
+        found = forms.search_ranks(
+            self.encoder,
+            [text for text in self.calibration if text not in known],
+            self.measured,
+            self.args.budgets,
+            dtype=forms.search_dtype(self.slowdown),
+            progress=self.tell,
+        )
+        self.notes.append(str(found))
+        return found
+
+    def tell(self, text: str, done: int, total: int) -> None:
+        """Progress of the search."""
+        self.show(f"search: {text} ({done} of {total})")
+
+    def add(
+        self, model: torch.nn.Module, ranks: str, budget: float, init: str, dtype: str, run: str
+    ) -> None:
+        """Compare a model's embeddings with the original's and keep both."""
+        self.show(f"embeddings: {ranks} {budget:.0%} {init} {dtype}")
+        close = library.fidelity(self.encoder.embed(self.held_out, model), self.original)
+        sizes = summary(self.encoder.model if ranks == "dense" else model)
+        form = Form(
+            ranks, budget, init, dtype, run, close.cosine, close.worst, close.spearman,
+            sizes.weights, sizes.dense_weights, sizes.parameters, sizes.macs,
+        )  # fmt: skip
+        self.models[len(self.forms)] = model
+        self.forms.append(form)
+
+    def dense(self, _: object) -> bool:
+        """torch's own forms."""
+        for dtype in self.dtypes:
+            model = forms.in_dtype(self.encoder.model, dtype)
+            self.add(model, "dense", 1.0, "", _name(dtype), "nn.Linear")
+        quantized, why = forms.int8(self.encoder.model)
+        if quantized is None:
+            self.notes.append(f"Dense int8 is left out: {why}.")
+        else:
+            self.add(quantized, "dense", 1.0, "", "int8", f"quantize_dynamic, {why}")
+        return True
+
+    def uniform(self, full: dict[str, torch.nn.Module]) -> bool:
+        """Ours at one share for every layer."""
+        for budget in self.args.budgets:
+            for init, one in full.items():
+                small = forms.at_ranks(self.encoder, one, forms.uniform_ranks(one, budget))
+                self.factorised(small, "uniform", budget, init)
+        return True
+
+    def searched(self, full: dict[str, torch.nn.Module], found: forms.Search) -> bool:
+        """Ours at the ranks of the search."""
+        for budget, allocation in found.allocations.items():
+            small = forms.at_ranks(self.encoder, full["data"], allocation)
+            self.factorised(small, "searched", budget, "data")
+        return True
+
+    def factorised(self, small: torch.nn.Module, ranks: str, budget: float, init: str) -> None:
+        """One factorised model in every dtype, and for searched ranks as two matmuls."""
+        for dtype in self.dtypes if init == "data" else DTYPES[:1]:
+            model = forms.in_dtype(small, dtype)
+            self.add(forms.deployed(model), ranks, budget, init, _name(dtype), DEPLOYED)
+            if ranks == "searched":
+                self.models[len(self.forms)] = library.plain_pairs(model)
+                self.forms.append(replace(self.forms[-1], run="two matmuls"))
+
+    def latency(self, _: object) -> bool:
+        """All forms in turns, at each batch size."""
+        timed = {str(i): m for i, m in self.models.items() if self.forms[i].init != "svd"}
+        found: dict[int, dict[str, tuple[float, float, float]]] = {int(i): {} for i in timed}
+        for batch in results.BATCHES:
+            self.show(f"timing {len(timed)} models at {batch}")
+            count = int(batch.removeprefix("batch "))
+            texts = [self.held_out[k * len(self.held_out) // count] for k in range(count)]
+            tokens = self.encoder.tokens(texts)
+            with forms.quietly():
+                stats = library.latencies(timed, tokens, self.args.seconds)
+            for i, s in stats.items():
+                found[int(i)][batch] = (s.p20 * 1e3, s.p50 * 1e3, s.p80 * 1e3)
+        for i, latency in found.items():
+            self.forms[i] = replace(self.forms[i], latency=latency)
+        return True
+
+    def save_and_reload(self) -> str:
+        """Save with `maestro-kernels compress`, reload into a fresh model, compare embeddings."""
+        budget, folder = max(self.args.budgets), self.args.out / "compressed"
+        command = ["compress", library.BUNDLED, "--budget", str(budget), "--init", "data"]
+        command += ["--data", str(self.args.out / "calibration.txt")]
+        command += ["--out", str(folder), "--group"]
+        self.console.print("$ maestro-kernels " + shlex.join(command))
+        if command_line(command) != 0:
+            raise RuntimeError("the compress command failed")
+        first, second = (
+            self.encoder.embed(
+                self.held_out, load_pretrained(folder, library.load_encoder(library.BUNDLED).model)
+            )
+            for _ in range(2)
+        )
+        small = library.factorised(self.encoder, budget, "data", self.calibration)
+        made = self.encoder.embed(self.held_out, small)
+        difference = max(float((first - made).abs().max()), float((first - second).abs().max()))
+        if difference > 1e-5:
+            raise RuntimeError(f"the reloaded model's embeddings differ by {difference:.1e}")
+        exact = "bit for bit" if difference == 0 else f"to {difference:.0e}"
+        return f"Saved at {budget:.0%}, reloaded into a fresh model: same embeddings {exact}."
+
+    def kernels(self) -> list[rows.Row]:
+        """The quick suite of the kernel benchmark."""
+        options = kernels.Options(
+            "cpu", 1.5, compiled=True, command="python -m bench.sentence_encoder"
+        )
+        found = list(
+            kernels.run(
+                suite("quick"), options, on_case=lambda case: self.show(f"kernels: {case.source}")
             )
         )
+        path = self.args.out / f"{self.file}.jsonl"
+        path.unlink(missing_ok=True)
+        rows.append(path, found)
+        return found
 
-    fidelity_headers, fidelity_rows = fidelity_table(results)
-    latency_headers, latency_rows = latency_table(results)
-    return [
-        html.verdict([*lines, saved]),
-        html.section(
-            "How close the embeddings stay",
-            html.grid(
-                line("Cosine to the original", lambda r: r.cosine, "mean cosine, held-out"),
-                line("Similarities keep their order", lambda r: r.spearman, "Spearman"),
-            ),
-            html.table(fidelity_headers, fidelity_rows, numeric=range(2, 8)),
-            lead=(
-                f"all-MiniLM-L6-v2, {counts[1]} held-out sentences of Python's documentation; "
-                f"{counts[0]} others calibrate the data-aware initialisation. No fine-tuning."
-            ),
-        ),
-        html.section(
-            "How fast it is",
-            html.grid(*(speed(batch) for batch in BATCHES)),
-            html.table(latency_headers, latency_rows, numeric=range(2, 8)),
-            lead="Interleaved runs of whole forward passes; median, and 20th to 80th percentile. "
-            "Ratios above 1 mean that ours is faster. Dense layers are nn.Linear as they are.",
-        ),
+    def save_rows(self) -> Path:
+        """The forms, with the machine and what the search took."""
+        path = self.args.out / f"{self.file}-encoder.jsonl"
+        results.save(path, self.forms, {**self.stamp, "notes": self.notes})
+        return path
+
+    def show(self, text: str) -> None:
+        """One line that says what happens now."""
+        self.console.print(text, style="dim")
+
+
+def run(job: Job, stages: Stages) -> int:
+    """All parts in order, then the report of those that worked; the exit status."""
+    args, console = job.args, job.console
+    base = stages.run("embed the original", job.baseline)
+    full = stages.run("factorise the encoder", job.factors, base)
+    found = stages.run("search ranks by measured loss", job.search, full)
+    dense = stages.run("compare embeddings: dense", job.dense, base)
+    parts = [
+        stages.run("compare embeddings: uniform ranks", job.uniform, full),
+        stages.run("compare embeddings: searched ranks", job.searched, full, found),
     ]
+    stages.run("time whole models", job.latency, dense or next(filter(None, parts), None))
+    job.models.clear()
+    saved = stages.run("save, reload, compare", job.save_and_reload)
+    measured = None if args.quick else stages.run("kernels on their own", job.kernels)
+    path = stages.run("write the rows", job.save_rows) if job.forms else None
+    answer = results.verdict(job.forms) if job.forms else []
+    notes = [*job.notes, *([saved] if saved else [])]
+    counts = (len(job.calibration), len(job.held_out))
+    written = stages.run(
+        "write the report", lambda: write_report(job, answer, notes, counts, measured, stages)
+    )
+    if job.forms:
+        print_table(job.forms, console)
+    say = console.print
+    say("\n".join(["", "Verdict", *(f"- {line}" for line in [*answer, *notes])]))
+    if measured:
+        say("\n".join(["", "Kernels", *(f"- {line}" for line in kernel_verdict(measured))]))
+    if stages.failed:
+        say("\n".join(["", "Failed", *(f"- {line}" for line in stages.failed)]))
+    say(f"\nrows     {path}\nreport   {written}")
+    return int(bool(stages.failed))
 
 
-def print_tables(results):
-    from rich.console import Console
-    from rich.table import Table
+def write_report(
+    job: Job,
+    answer: Sequence[str],
+    notes: Sequence[str],
+    counts: tuple[int, int],
+    measured: list[rows.Row] | None,
+    stages: Stages,
+) -> Path:
+    """One page with whatever was found and whatever failed."""
+    sections = [html.warning(line) for line in stages.failed]
+    sections += page.sections(job.forms, answer, notes, counts)
+    if measured:
+        sections += [html.section("The kernels on their own"), *report.sections(measured)]
+    path: Path = job.args.out / "report.html"
+    title = "A sentence encoder at low rank"
+    path.write_text(html.page(title, sections, subtitle=origin(job.stamp)), encoding="utf-8")
+    return path
 
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    for title, (headers, body) in (
-        ("Fidelity on held-out text, and size", fidelity_table(results)),
-        ("Latency of the whole model", latency_table(results)),
-    ):
-        table = Table(title=title, title_justify="left")
-        for i, header in enumerate(headers):
-            table.add_column(header, justify="left" if i < 2 else "right")
-        for row in body:
-            table.add_row(*row)
-        console.print(table)
+
+def print_table(found: Sequence[Form], console: Console) -> None:
+    """The table of all forms."""
+    headers, body = results.table(found)
+    table = Table(title="The encoder in all its forms", title_justify="left")
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i < 3 else "right")
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
+
+
+def announce(args: argparse.Namespace, show: Callable[[str], None]) -> None:
+    """What will happen and about how long it takes."""
+    plan = {k: v for k, v in PLAN.items() if not (args.quick and k.startswith("kernels"))}
+    minutes = sum(plan.values()) / 60
+    long = "about a minute" if args.quick else f"about {minutes:.0f} minutes"
+    show(f"{', '.join(plan)}: {long} on 2 cores, report in {args.out / 'report.html'}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the job; 0 when every part came to its end, 1 when one failed."""
     args = parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    calibration, held_out = library.split(library.sentences(), args.calibration, args.held_out)
-    (args.out / "calibration.txt").write_text("\n".join(calibration) + "\n", encoding="utf-8")
-    encoder = library.load_encoder(library.BUNDLED)
-    device = hardware.current_device()
-    with progress() as bar:
-        steps = 2 * len(args.budgets)
-        task = bar.add_task("starting", total=steps)
-
-        def advance(text):
-            bar.update(task, description=text, advance=1)
-
-        results = sweep(encoder, args, calibration, held_out, advance)
-        bar.update(task, description="sentence encoder done", completed=steps)
-    stamp = {"device": device.name, "threads": torch.get_num_threads(),
-             "versions": hardware.versions()}  # fmt: skip
-    lines = [r.to_json(**stamp) for r in results]
-    (args.out / "encoder.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    saved = save_and_reload(encoder, args, results, held_out)
-    measured: list[rows.Row] = []
-    if not args.quick:
-        with progress() as bar:
-            task = bar.add_task("kernels", total=None)
-            measured = kernel_suite(args, lambda text: bar.update(task, description=text))
-        (args.out / "rows.jsonl").unlink(missing_ok=True)
-        rows.append(args.out / "rows.jsonl", measured)
-    answer = library.verdict(results)
-    sections = encoder_sections(results, answer, saved, (len(calibration), len(held_out)))
-    if measured:
-        sections += [html.section("The kernels on their own"), *report.sections(measured)]
-    page = args.out / "report.html"
-    subtitle = f"{device.name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    title = "A sentence encoder at low rank"
-    page.write_text(html.page(title, sections, subtitle=subtitle), encoding="utf-8")
-    print()
-    print_tables(results)
-    print("\n".join(["", "Verdict", *(f"- {line}" for line in [*answer, saved])]))
-    if measured:
-        print("\n".join(["", "Kernels", *(f"- {line}" for line in kernel_verdict(measured))]))
-    print(f"\nmodel    {args.out / 'compressed'}\nrows     {args.out / 'encoder.jsonl'}")
-    print(f"report   {page}")
-    return 0
+    console = Console(
+        width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True, markup=False
+    )
+    announce(args, console.print)
+    job = Job(args, console)
+    return run(job, Stages(args.out / "failures.log", console.print))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 from test_benchmark_rows import failed, row
 
-from maestro_kernels.benchmark import html, plots, readme, report
+from maestro_kernels.benchmark import html, plots, publish, readme, report
 from maestro_kernels.benchmark.rows import append, compare, with_speedups
 
 
@@ -140,27 +140,57 @@ def test_line_plot_draws_every_series_with_its_name():
     assert {"--s0", "--s1"} <= set(re.findall(r"var\((--\w+)\)", svg))
 
 
-def test_readme_table_is_written_checked_and_refuses_dirty_rows(tmp_path, capsys):
+def test_tables_are_written_checked_and_refuse_dirty_rows(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
     rows_path, document = tmp_path / "rows.jsonl", tmp_path / "README.md"
     append(rows_path, run_rows())
-    document.write_text(f"head\n{readme.BEGIN}\nstale\n{readme.END}\ntail\n")
-    arguments = [str(rows_path), str(document)]
-    assert readme.main([*arguments, "--check"]) == 1
-    assert readme.main(arguments) == 0
-    assert readme.main([*arguments, "--check"]) == 0
+    begin = "<!-- benchmark:begin, from {}, written by make publish -->"
+    end = "<!-- benchmark:end -->"
+    document.write_text(f"head\n{begin.format('rows.jsonl')}\nstale\n{end}\ntail\n")
+    arguments = ["--root", str(tmp_path)]
+    assert publish.main([*arguments, "--check"]) == 1
+    assert "stale" in document.read_text()
+    assert publish.main(arguments) == 0
+    assert publish.main([*arguments, "--check"]) == 0
     text = document.read_text()
     assert text.startswith("head\n")
-    assert text.endswith("\ntail\n")
+    assert text.endswith(f"\n{end}\ntail\n")
     assert "stale" not in text
     assert "| Test up | 16 | 7 | float32 | 720 µs | 360 µs | 270 µs (oneDNN packed) |" in text
     assert "test CPU, 2 threads" in text
     assert "abc" in text
     append(rows_path, [row("ours", cache="cold", run="2026-02-01", versions={"dirty": True})])
     capsys.readouterr()
-    assert readme.main(arguments) == 2
+    assert publish.main(arguments) == 2
     assert "uncommitted changes" in capsys.readouterr().err
-    document.write_text("no markers")
-    assert readme.main(arguments) == 2
+    for marker, message in (
+        (begin.format("gone.jsonl"), "expected the rows gone.jsonl, got no such file"),
+        ("<!-- odd:begin, from rows.jsonl, written by make publish -->", "got 'odd'"),
+    ):
+        kind = marker.split()[1].partition(":")[0]
+        document.write_text(f"{marker}\nx\n<!-- {kind}:end -->")
+        assert publish.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    document.write_text(f"{begin.format('-')}\nnothing yet\n{end}")
+    assert publish.main(arguments) == 0
+    assert "nothing yet" in document.read_text()
+
+
+def test_a_run_is_published_under_its_own_name(tmp_path):
+    out, root = tmp_path / "out", tmp_path / "root"
+    (root / "docs").mkdir(parents=True)
+    (root / "bench" / "results").mkdir(parents=True)
+    out.mkdir()
+    document = root / "README.md"
+    document.write_text(
+        "<!-- benchmark:begin, from -, written by make publish -->\n<!-- benchmark:end -->"
+    )
+    assert publish.main([str(out), "--root", str(root)]) == 2
+    append(out / "cpu-avx2-2-threads.jsonl", run_rows())
+    assert publish.main([str(out), "--root", str(root)]) == 0
+    assert (root / "bench" / "results" / "cpu-avx2-2-threads.jsonl").is_file()
+    assert "from bench/results/cpu-avx2-2-threads.jsonl, written" in document.read_text()
+    assert publish.main(["--root", str(root), "--check"]) == 0
 
 
 def test_readme_table_refuses_wrong_results_and_missing_rows():

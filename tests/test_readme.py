@@ -5,20 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from maestro_kernels.benchmark.readme import main
+from maestro_kernels.benchmark.publish import main
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = ROOT / "bench" / "results" / "xeon-4-threads.jsonl"
 
 
-def test_the_table_is_generated_from_the_committed_rows():
-    assert main([str(ROWS), str(ROOT / "README.md"), "--check"]) == 0
+def test_every_table_is_generated_from_the_rows_it_names():
+    assert main(["--root", str(ROOT), "--check"]) == 0
+    assert len(re.findall(r":begin, from ", (ROOT / "README.md").read_text("utf-8"))) == 2
 
 
-def test_a_changed_figure_is_noticed(tmp_path):
+def test_a_changed_figure_is_noticed(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bench").symlink_to(ROOT / "bench")
     changed = (ROOT / "README.md").read_text(encoding="utf-8").replace("µs |", "ms |", 1)
     (tmp_path / "README.md").write_text(changed, encoding="utf-8")
-    assert main([str(ROWS), str(tmp_path / "README.md"), "--check"]) != 0
+    assert main(["--root", str(tmp_path), "--check"]) == 1
+    assert "README.md: differs from its rows" in capsys.readouterr().err
 
 
 def test_the_code_runs_from_top_to_bottom(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """The main job's library: a real sentence encoder, real text, and how well low rank keeps it.
 
-Loads the encoder, finds English sentences that ship with Python, factorises, and measures what a
-user would ask: how close the embeddings stay, how many weights are left, how fast it is.
+Loads the encoder, finds English sentences that ship with Python, and compares embeddings.
 """
 
 from __future__ import annotations
@@ -9,10 +8,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +20,23 @@ from torch import Tensor, nn
 
 from maestro_kernels.benchmark.heap import keeping_memory
 from maestro_kernels.benchmark.timing import Stats, interleave
-from maestro_kernels.nn import LoDLinear, convert, prepack, summary
+from maestro_kernels.nn import LoDLinear, convert
 
 __all__ = [
     "BUNDLED",
     "Encoder",
     "Fidelity",
     "PlainPair",
-    "Result",
+    "factorised",
     "fidelity",
     "latencies",
     "load_encoder",
     "plain_pairs",
     "sentences",
     "split",
-    "verdict",
 ]
 
 BUNDLED = "minilm"
-# Below this mean cosine a user of embeddings would notice; above it, hardly.
-USABLE_COSINE = 0.95
-# How a user would run the model on a CPU.
-DEPLOYED = "ours, prepacked"
-# A latency ratio within this of 1 is called equal.
-NOISE = 0.05
 
 
 @dataclass
@@ -76,7 +67,9 @@ class Encoder:
     def embed(self, texts: Sequence[str], model: nn.Module | None = None) -> Tensor:
         """One unit vector per text, (len(texts), hidden), by `model` or the encoder's own."""
         run = self.model if model is None else model
-        return torch.cat([pooled(run(**b)[0], b["attention_mask"]) for b in self.batches(texts)])
+        return torch.cat(
+            [pooled(run(**b)[0].float(), b["attention_mask"]) for b in self.batches(texts)]
+        )
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -233,48 +226,6 @@ def latencies(
         return interleave(calls, seconds=seconds, min_rounds=5)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Result:
-    """One budget with one initialisation; latencies in milliseconds are None where not measured.
-
-    Attributes:
-        budget: fraction of the linear layers' weights that may be kept.
-        init: "svd" or "data".
-        cosine: see Fidelity; also worst and spearman.
-        worst: see cosine.
-        spearman: see cosine.
-        linear_weights: weights left in the linear layers.
-        dense_linear_weights: weights they had.
-        parameters: of the whole model.
-        dense_parameters: of the whole dense model.
-        macs: multiply-adds per token in the linear layers.
-        dense_macs: the same of the dense model.
-        latency: "batch 1" or "batch 64" -> model name -> (p20, median, p80).
-    """
-
-    budget: float
-    init: str
-    cosine: float
-    worst: float
-    spearman: float
-    linear_weights: int
-    dense_linear_weights: int
-    parameters: int
-    dense_parameters: int
-    macs: int
-    dense_macs: int
-    latency: dict[str, dict[str, tuple[float, float, float]]]
-
-    def ratio(self, batch: str, of: str, over: str) -> float | None:
-        """Median time of `over` divided by that of `of`: above 1, `of` is faster."""
-        times = self.latency.get(batch)
-        return None if not times else times[over][1] / times[of][1]
-
-    def to_json(self, **more: Any) -> str:
-        """One JSONL row."""
-        return json.dumps({"schema": 1, "job": "sentence encoder", **asdict(self), **more})
-
-
 def factorised(encoder: Encoder, budget: float, init: str, calibration: Sequence[str]) -> nn.Module:
     """A factorised copy: every linear layer keeps `budget` of its weights.
 
@@ -289,111 +240,3 @@ def factorised(encoder: Encoder, budget: float, init: str, calibration: Sequence
             raise ValueError("compress: data: expected sentences for init 'data', got none")
         data = list(encoder.batches(calibration))
     return convert(encoder.model, rank=budget, init=init, data=data, inplace=False)
-
-
-def evaluate(
-    encoder: Encoder,
-    model: nn.Module,
-    budget: float,
-    init: str,
-    held_out: Sequence[str],
-    original: Tensor,
-    *,
-    seconds: float = 0.0,
-) -> Result:
-    """Fidelity, size and, where `seconds` > 0, latency of one factorised model."""
-    close = fidelity(encoder.embed(held_out, model), original)
-    report = summary(model)
-    latency: dict[str, dict[str, tuple[float, float, float]]] = {}
-    if seconds > 0:
-        runs = {
-            "dense": encoder.model,
-            "two matmuls": plain_pairs(model),
-            "ours": model,
-            "ours, prepacked": prepack(copy.deepcopy(model)),
-        }
-        for size in (1, 64):
-            batch = encoder.tokens([held_out[i % len(held_out)] for i in range(size)])
-            measured = latencies(runs, batch, seconds)
-            latency[f"batch {size}"] = {
-                name: (s.p20 * 1e3, s.p50 * 1e3, s.p80 * 1e3) for name, s in measured.items()
-            }
-    return Result(
-        budget,
-        init,
-        close.cosine,
-        close.worst,
-        close.spearman,
-        report.weights,
-        report.dense_weights,
-        report.parameters,
-        sum(p.numel() for p in encoder.model.parameters()),
-        report.macs,
-        report.dense_macs,
-        latency,
-    )
-
-
-def verdict(results: Sequence[Result]) -> list[str]:
-    """Which budget pays and which does not, in plain words, from the rows alone."""
-    timed = [r for r in results if r.latency]
-    paying = []
-    for r in timed:
-        for batch in r.latency:
-            ratio = r.ratio(batch, DEPLOYED, "dense")
-            if ratio is not None and ratio > 1 + NOISE and r.cosine >= USABLE_COSINE:
-                paying.append((r, batch, ratio))
-    lines = []
-    if paying:
-        r, batch, ratio = max(paying, key=lambda entry: entry[2])
-        lines.append(
-            f"Keeping {r.budget:.0%} of the linear layers' weights pays at {batch}: {ratio:.2f}× "
-            f"as fast as dense when prepacked, mean cosine {r.cosine:.3f} to the original "
-            f"embeddings."
-        )
-    else:
-        lines.append(
-            "Without fine-tuning no budget pays: none is both faster than dense and keeps a mean "
-            f"cosine of {USABLE_COSINE} to the original embeddings."
-        )
-    for r in sorted(timed, key=lambda r: -r.budget):
-        speeds = [
-            f"{ratio:.2f}× dense at {batch}"
-            for batch in r.latency
-            if (ratio := r.ratio(batch, DEPLOYED, "dense")) is not None
-        ]
-        keeps = "keeps" if r.cosine >= USABLE_COSINE else "loses too much:"
-        lines.append(
-            f"{r.budget:.0%}: {keeps} mean cosine {r.cosine:.3f}; speed {', '.join(speeds)}."
-        )
-    lines += _initialisations(results) + _against_two(timed)
-    return lines
-
-
-def _initialisations(results: Sequence[Result]) -> list[str]:
-    by_budget: dict[float, dict[str, Result]] = {}
-    for r in results:
-        by_budget.setdefault(r.budget, {})[r.init] = r
-    pairs = [p for p in by_budget.values() if {"svd", "data"} <= p.keys()]
-    if not pairs:
-        return []
-    better = sum(p["data"].cosine > p["svd"].cosine for p in pairs)
-    gap = sum(p["data"].cosine - p["svd"].cosine for p in pairs) / len(pairs)
-    return [
-        f"Data-aware initialisation is closer to the original than plain SVD at {better} of "
-        f"{len(pairs)} budgets, by {gap:+.2f} mean cosine on average."
-    ]
-
-
-def _against_two(timed: Sequence[Result]) -> list[str]:
-    lines = []
-    for name in ("ours", DEPLOYED):
-        ratios = [r.ratio(batch, name, "two matmuls") for r in timed for batch in r.latency]
-        found = sorted(ratio for ratio in ratios if ratio is not None)
-        if found:
-            what = "prepacked" if name == DEPLOYED else "on the factors as they are"
-            lines.append(
-                f"Against two plain F.linear calls, ours {what} runs at {found[0]:.2f}× to "
-                f"{found[-1]:.2f}× their speed here."
-            )
-    return lines

@@ -1,23 +1,14 @@
-"""The table in the README: `python -m maestro_kernels.benchmark.readme ROWS README`.
-
-It is generated from rows between two markers; `--check` fails when it differs from them.
-"""
+"""The kernels' table in the README, and how a generated block gets into a document."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from maestro_kernels.benchmark.cases import joined
-from maestro_kernels.benchmark.rows import Row, latest_run, load
+from maestro_kernels.benchmark.rows import Row
 from maestro_kernels.benchmark.summary import device_line, duration, outcomes, times, verdict
 
-__all__ = ["BEGIN", "END", "main", "markdown_table", "replace_block"]
-
-BEGIN = "<!-- benchmark:begin, written by python -m maestro_kernels.benchmark.readme -->"
-END = "<!-- benchmark:end -->"
+__all__ = ["markdown_table", "replace_block"]
 
 
 def markdown_table(rows: Sequence[Row], *, cache: str = "cold") -> str:
@@ -79,7 +70,7 @@ def markdown_table(rows: Sequence[Row], *, cache: str = "cold") -> str:
     return "\n".join(lines)
 
 
-def replace_block(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
+def replace_block(text: str, block: str, begin: str, end: str) -> str:
     """Put a block between the two markers of a document.
 
     Raises:
@@ -89,29 +80,3 @@ def replace_block(text: str, block: str, begin: str = BEGIN, end: str = END) -> 
         raise ValueError(f"replace_block: text: expected {begin!r} and then {end!r}, once each")
     head, _, rest = text.partition(begin)
     return f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write or check the table; 1 when it differs, 2 for wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m maestro_kernels.benchmark.readme")
-    parser.add_argument("rows", type=Path, help="rows.jsonl of a run; its latest run is shown")
-    parser.add_argument("readme", type=Path, help="document with the two markers")
-    parser.add_argument("--cache", choices=("cold", "warm"), default="cold")
-    parser.add_argument("--check", action="store_true", help="change nothing, fail if it differs")
-    args = parser.parse_args(argv)
-    try:
-        old = args.readme.read_text(encoding="utf-8")
-        new = replace_block(old, markdown_table(latest_run(load(args.rows)), cache=args.cache))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    if args.check:
-        if old != new:
-            print(f"{args.readme}: the table differs from {args.rows}", file=sys.stderr)
-        return int(old != new)
-    args.readme.write_text(new, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
