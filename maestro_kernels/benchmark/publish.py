@@ -50,7 +50,7 @@ def _encoder_short(path: Path) -> str:
 
 
 def _search_cost(path: Path) -> str:
-    """Cosine per search and budget, written by examples/search_cost.py."""
+    """Cosine per search and budget, written by bench/search_cost.py."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
     lines = [

@@ -25,6 +25,8 @@ _WORTH = 1e-4
 _FIRST, _LAST = 0.25, 0.01
 # Pairs of layers tried one by one where all changes together do not help.
 _PAIRS = 4
+# Probes leave so many passes for the choices that they lead to.
+_SPARE = _PAIRS + 2
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def refine(
     now, low = starts[best], found[best]
     fronts = [_front(costs, errors) for costs, errors in options]
     reach = _FIRST
-    while reach >= _LAST and meter.left > 2:
+    while reach >= _LAST and meter.left > _SPARE:
         curves = _probed(options, fronts, now, low, reach, meter)
         better = None
         for candidate in _candidates(options, curves, now, limit):
@@ -157,7 +159,7 @@ def _probed(
         near[here] = far[here] = 0.0
         measured: list[int | None] = []
         for probe, side in ((down, costs < costs[here]), (up, costs > costs[here])):
-            if probe is None or not meter.left:
+            if probe is None or meter.left <= _SPARE:
                 measured.append(None)
                 continue
             change = meter((*now[:i], probe, *now[i + 1 :])) - low

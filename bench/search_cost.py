@@ -1,6 +1,6 @@
 """What the main job's search gives away for its speed: the same budgets searched at length.
 
-    python examples/search_cost.py [--rows bench/results/search-cost.jsonl]
+    python -m bench.search_cost [--rows bench/results/search-cost.jsonl]
 
 Both searches choose ranks of the sentence encoder by measured loss; all models take prefixes of the
 same data-aware factors and are judged on the same held-out sentences. Finished pieces are rows; a
@@ -41,7 +41,7 @@ def found(
         sens = search.sensitivity(model, batches, method="loss", points=4)
         ranks = {b: dict(search.allocate(model, search.Params(b), sens)) for b in BUDGETS}
     else:
-        passes = 0 if "not refined" in name else None
+        passes = 0 if "not refined" in name else 80
         done = forms.search_ranks(
             encoder, texts[64:], texts[:64], BUDGETS, dtype=dtype, passes=passes
         )
