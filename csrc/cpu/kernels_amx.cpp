@@ -209,8 +209,7 @@ class TileMultiplication {
         // One pass where a panel is read once only.
         passes(row_tiles <= 2 && p.panels ? 1 : most(1, ceil_div(operations, kPassTiles))),
         pass(most(1, ceil_div(operations, passes))),
-        rows_first(passes == 1 && p.panels && row_tiles >= kStripTiles && p.target == Target::output &&
-                   p.stride_out > kPageBytes),
+        rows_first(passes == 1 && p.panels && row_tiles >= kStripTiles && p.target == Target::output),
         strip(rows_first ? most(1, kStripBytes / most(1, operations * kBTileBytes)) * kPanel : kBlockColumns),
         stride_sum(passes == 1 ? kPanel : least(kBlockColumns, round_up(p.n, kPanel))) {
     if (in_place < operations) copy_tail(p, in_place * kTileK, tail);

@@ -285,7 +285,6 @@ void pack_panel(const char* w, int64_t stride_w, int64_t n, int64_t k, char* pan
 constexpr int64_t kPassUnits = 256;
 constexpr int64_t kAheadBytes = 8192;
 constexpr int64_t kBlockColumns = 16 * kPanel;  // columns that take all passes in turn: their sums stay near
-constexpr int64_t kPageBytes = 4096;
 constexpr int64_t kStripBytes = 128 << 10;  // panels that stay in a core's own cache while all rows pass by
 
 template <class F>
@@ -299,9 +298,9 @@ int64_t scratch_bytes(int64_t rows, int64_t n) {
   return copied + panel + rows * least(kBlockColumns, round_up(n, kPanel)) * 4 + 64;
 }
 
-// One product, whatever the target: k in passes, in each the panels, in each the tiles. Where one pass does and a row
-// of y is longer than a page, one tile of rows after the other reads a strip of panels: then y is written in long
-// pieces of its rows, not in single lines of many pages.
+// One product, whatever the target: k in passes, in each the panels, in each the tiles. Where one pass does, y is
+// written by one tile of rows after the other from a strip of panels: in long pieces of its rows, not in single lines
+// of many pages.
 template <class F, int columns, int max_rows>
 class Multiplication {
  public:
@@ -315,7 +314,7 @@ class Multiplication {
         in_place(p.prepared || (F::a_dtype == D && p.k % unit_length(D) == 0)) {
     const bool read_once = in_place && p.panels && (total_units <= kPassUnits || p.rows <= max_rows);
     pass = read_once ? most(1, total_units) : kPassUnits;
-    rows_first = read_once && p.rows > 2 * tile_rows && p.target == Target::output && p.stride_out > kPageBytes;
+    rows_first = read_once && p.rows > 2 * tile_rows && p.target == Target::output;
     strip = most(1, kStripBytes / (pass * kUnitBytes)) * kPanel;
     float* const sums = reinterpret_cast<float*>(own_panel + kPassUnits * kUnitBytes);
     result = p.target == Target::partial ? p.partial : sums;
