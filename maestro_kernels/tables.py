@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from maestro_kernels import hardware
-from maestro_kernels.files import config_folder, write_text
+from maestro_kernels.files import check_file, config_folder, write_text
 
 __all__ = [
     "BASELINE",
@@ -250,9 +250,9 @@ def file_name(device: hardware.Device) -> str:
 
 def save(table: Table, path: str | Path) -> None:
     """Write a table: complete, or not at all."""
-    path, text = Path(path), table.to_json()
-    _parse(json.loads(text), f"save: {path.name}")
-    write_text(path, text)
+    place, text = check_file("save", "path", path), table.to_json()
+    _parse(json.loads(text), f"save: {place.name}")
+    write_text(place, text)
 
 
 def load(path: str | Path, device: hardware.Device | None = None) -> Table:

@@ -105,11 +105,12 @@ def test_a_run_killed_twice_ends_with_the_same_bits(whole, tmp_path, capsys):
     killed(config, folder, "loss:18")
     assert load_rows(folder / "metrics.jsonl")[-1]["step"] == 7
     killed(config, folder, "replace:2")
-    assert (folder / ".checkpoint.pt.partial").exists()
+    assert len(list(folder.glob(".maestro-*.partial"))) == 1
     assert main(["train", str(config), "--out", str(folder), "--resume", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert 0 < result["resumed_at"] < STEPS
     assert_same_run(folder, whole)
+    assert not list(folder.glob(".maestro-*"))
 
 
 class Interrupted(BaseException):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_kernels.benchmark.cases import joined
+from maestro_kernels.files import append_lines, check_file
 
 __all__ = [
     "SCHEMA",
@@ -140,11 +141,11 @@ class Row:
 
 
 def append(path: str | Path, rows: Iterable[Row]) -> None:
-    """Add rows to the end of a file; what is there is never changed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(row.to_json() + "\n" for row in rows)
+    """Add rows to the end of a file; whole rows that are there are never changed.
+
+    Several processes may add to one file.
+    """
+    append_lines(check_file("append", "path", path), [row.to_json() for row in rows])
 
 
 def load(path: str | Path) -> list[Row]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from maestro_kernels.files import write_text
+
 if TYPE_CHECKING:
     from maestro_kernels.benchmark.cases import Case
     from maestro_kernels.benchmark.rows import Row
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = rows.compare(earlier, measured) if earlier else None
     rows.append(args.out / "rows.jsonl", measured)
     page = args.out / "report.html"
-    page.write_text(report.html_report(measured, comparison=comparison), encoding="utf-8")
+    write_text(page, report.html_report(measured, comparison=comparison))
     if args.json:
         print("\n".join(row.to_json() for row in measured))
     else:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from maestro_kernels.files import write_text
+
 if TYPE_CHECKING:
     from maestro_kernels.search.drawings import Front
     from maestro_kernels.search.latencies import Profile
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     found.save(args.out / "profile.json")
     page = report.page(found, device=device, front=front, command=_command(args))
-    (args.out / "report.html").write_text(page, encoding="utf-8")
+    write_text(args.out / "report.html", page)
     pngs = report.save_pngs(found, args.out, device=device, front=front)
     if args.json:
         record = json.loads((args.out / "profile.json").read_text(encoding="utf-8"))

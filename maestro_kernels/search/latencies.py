@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from maestro_kernels.files import write_text
+from maestro_kernels.files import check_file, write_text
 from maestro_kernels.search import latency_model, staircase
 from maestro_kernels.search.measure import Point, point_from
 from maestro_kernels.search.strategies import AUTO, DENSE, DENSE_PACKED, PACKED, PREPACKED, TWO
@@ -283,6 +283,7 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON: complete, or not at all."""
+        place = check_file("Profile.save", "path", path)
         head = {
             "schema": SCHEMA,
             "device": self.device,
@@ -292,7 +293,7 @@ class Profile:
         }
         lines = [json.dumps(asdict(p)) for p in self.points]
         text = json.dumps(head, ensure_ascii=False)[:-1]
-        write_text(Path(path), text + ', "points": [\n' + ",\n".join(lines) + "\n]}\n")
+        write_text(place, text + ', "points": [\n' + ",\n".join(lines) + "\n]}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.benchmark.heap import keeping_memory
 from maestro_kernels.benchmark.timing import rounds
-from maestro_kernels.files import write_text
+from maestro_kernels.files import check_file, write_text
 from maestro_kernels.nn.candidates import Selector
 from maestro_kernels.nn.convert import convert, dense_form
 from maestro_kernels.nn.layer import LoDLayer, check_int
@@ -88,9 +88,10 @@ class ModelProfile:
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load` reads: complete, or not at all."""
+        place = check_file("ModelProfile.save", "path", path)
         layers = {n: [[rank, ms] for rank, ms in known.items()] for n, known in self.layers.items()}
         record = {**vars(self), "schema": _SCHEMA, "layers": layers}
-        write_text(Path(path), json.dumps(record) + "\n")
+        write_text(place, json.dumps(record) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> ModelProfile:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from maestro_kernels.benchmark import html, plots
 from maestro_kernels.benchmark.html import Cell, Html
 from maestro_kernels.benchmark.summary import DASH, duration, times
+from maestro_kernels.files import replacing
 from maestro_kernels.search import drawings
 from maestro_kernels.search.latencies import Profile, break_even_text
 from maestro_kernels.search.strategies import DENSE, DENSE_PACKED, PREPACKED, TWO
@@ -314,10 +315,10 @@ def save_pngs(
         made.append(("pareto", draw(drawings.pareto, front)))
         made.append(("ranks", draw(drawings.rank_chart, front.chosen)))
     paths = []
-    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in made:
         paths.append(folder / f"{name}.png")
-        figure().savefig(paths[-1], dpi=160, facecolor=palette.card)
+        with replacing(paths[-1]) as file:
+            figure().savefig(file, format="png", dpi=160, facecolor=palette.card)
     return paths
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from maestro_kernels.files import check_file, write_text
 from maestro_kernels.nn.candidates import Selector
 from maestro_kernels.nn.layer import LoDLayer, check_int
 from maestro_kernels.nn.moments import check_batches, input_moments
@@ -92,8 +93,9 @@ class Sensitivity:
         return sum(self.layers[name].error(rank) for name, rank in ranks.items())
 
     def save(self, path: str | Path) -> None:
-        """Write JSON that `load` reads."""
-        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        """Write JSON that `load` reads: complete, or not at all."""
+        place = check_file("Sensitivity.save", "path", path)
+        write_text(place, json.dumps(self.to_dict()) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -6,6 +6,7 @@ needs to go on bit for bit, random states included.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maestro_kernels.files import write_durably
+from maestro_kernels.files import check_file, check_path, replacing
 from maestro_kernels.nn.ranks import lod_layers
 from maestro_kernels.training.layers import set_full_rank
 from maestro_kernels.training.loop import Maestro, NonFiniteLoss, first_non_finite
@@ -33,7 +34,7 @@ _FORMAT, _VERSION = "maestro_kernels.training", 1
 
 
 def save_checkpoint(
-    path: str | Path,
+    path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     maestro: Maestro | None = None,
@@ -42,7 +43,8 @@ def save_checkpoint(
     """Write a run's state: model, optimizer, sampler, random states and what else is given.
 
     Args:
-        path: file to write; the one that is there stays until the new one is whole and on disk.
+        path: file to write; the one that is there stays until the new one is whole and on disk,
+            and of several writers the last one wins.
         model: factorised or not.
         optimizer: over its parameters.
         maestro: see Maestro.
@@ -50,13 +52,17 @@ def save_checkpoint(
             `load_checkpoint`: the epoch, a scheduler's state_dict, ...
 
     Raises:
+        TypeError: path is no path.
+        ValueError: path is a folder, a FIFO or a device.
         NonFiniteLoss: a parameter or buffer is not finite; the earlier checkpoint stays.
+        OSError: the file cannot be written; the earlier checkpoint stays.
     """
+    place = check_file("save_checkpoint", "path", path)
     where = first_non_finite(model)
     if where is not None:
         raise NonFiniteLoss(
             f"save_checkpoint: model: expected finite values, got a non-finite {where}; "
-            f"{str(path)!r} was not written"
+            f"{str(place)!r} was not written"
         )
     state = {
         "format": _FORMAT,
@@ -67,13 +73,13 @@ def save_checkpoint(
         "random": _random_state(),
         "extra": extra,
     }
-    path = Path(path)
-    write_durably(path, lambda file: torch.save(state, file))
-    return path
+    with replacing(place) as file:
+        torch.save(state, file)
+    return place
 
 
 def load_checkpoint(
-    path: str | Path,
+    path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     maestro: Maestro | None = None,
@@ -98,7 +104,7 @@ def load_checkpoint(
             Nothing is changed then.
     """
     fn = "load_checkpoint"
-    state = _read(fn, Path(path))
+    state = _read(fn, check_path(fn, "path", path))
     if maestro is not None:
         if state["maestro"] is None:
             raise ValueError(
@@ -166,6 +172,13 @@ def _read(fn: str, path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{fn}: path: expected format version {_VERSION}, got {state.get('version')!r}"
         )
+    kinds = {"model": dict, "optimizer": dict, "random": dict, "extra": dict}
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key), kind):
+            raise ValueError(
+                f"{fn}: path: expected a whole checkpoint, got {path.name!r} with "
+                f"{type(state.get(key)).__name__} as its {key!r}"
+            )
     return state
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from maestro_kernels.benchmark import html, plots
 from maestro_kernels.benchmark.html import Cell, Html
 from maestro_kernels.benchmark.plots import Point
+from maestro_kernels.files import write_text
 from maestro_kernels.training.metrics import load_rows
 
 __all__ = ["html_report", "verdict", "write_report"]
@@ -35,7 +36,7 @@ def write_report(folder: str | Path, *, stopped: str = "") -> Path:
     folder = Path(folder)
     page = folder / "report.html"
     text = html_report(load_rows(folder / "metrics.jsonl"), stopped=stopped)
-    page.write_text(text, encoding="utf-8")
+    write_text(page, text)
     return page
 
 

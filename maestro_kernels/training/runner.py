@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from maestro_kernels import hardware
+from maestro_kernels.files import check_folder, sole_user
 from maestro_kernels.nn import convert, save_pretrained, summary
 from maestro_kernels.nn.ranks import lod_layers
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
@@ -73,24 +74,26 @@ def train(
             "epoch" row.
 
     Raises:
-        ValueError: the folder holds a run and resume is False; its checkpoint is of another
-            configuration or architecture.
+        ValueError: the folder is none, holds a run and resume is False, or is in use by a run
+            that is still going on; its checkpoint is of another configuration or architecture.
         NonFiniteLoss: training diverged; the last good checkpoint is kept.
     """
-    run = _Run(config, Path(folder), torch.device(device), beside)
-    try:
-        resumed_at = run.start(resume)
-        while run.epoch < config.train.epochs:
-            run.train_epoch(progress)
-    except NonFiniteLoss as error:
-        raise NonFiniteLoss(
-            f"{error} (epoch {run.epoch + 1}); the checkpoint of step {run.saved_step} in "
-            f"{str(run.checkpoint)!r} is kept"
-        ) from None
-    finally:
-        run.close()
-    run.model.eval()
-    save_pretrained(run.model, run.folder / "model")
+    place = check_folder("train", "folder", folder)
+    run = _Run(config, place, torch.device(device), beside)
+    with sole_user("train", "folder", place):
+        try:
+            resumed_at = run.start(resume)
+            while run.epoch < config.train.epochs:
+                run.train_epoch(progress)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(
+                f"{error} (epoch {run.epoch + 1}); the checkpoint of step {run.saved_step} in "
+                f"{str(run.checkpoint)!r} is kept"
+            ) from None
+        finally:
+            run.close()
+        run.model.eval()
+        save_pretrained(run.model, run.folder / "model")
     return Result(run.folder, run.model, run.last, resumed_at)
 
 
