@@ -14,6 +14,11 @@ def tiny(kind):
     elif kind == "llama":
         config = hf.LlamaConfig(**sizes, intermediate_size=128, num_key_value_heads=2)
         model = hf.LlamaForCausalLM(config)
+    elif kind == "qwen3":
+        config = hf.Qwen3Config(
+            **sizes, intermediate_size=128, num_key_value_heads=2, head_dim=16, pad_token_id=None
+        )
+        model = hf.Qwen3ForCausalLM(config)
     elif kind == "gpt2":
         config = hf.GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=50, n_positions=32)
         model = hf.GPT2LMHeadModel(config)

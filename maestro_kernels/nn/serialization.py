@@ -1,349 +1,298 @@
-"""save_pretrained and load_pretrained: safetensors for the tensors, JSON for the structure.
+"""save_pretrained and load_pretrained: a model's tensors and structure in a folder of the user's.
 
-Nothing is pickled. A folder is complete or it is not there; a model is changed only after the
-whole folder has been read and checked against it.
+One file has everything and is replaced in one step; nothing is pickled. A model is changed only
+after all of a save has been read and checked against it.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maestro_kernels import __version__
-from maestro_kernels.nn.conv import LoDConv2d
-from maestro_kernels.nn.convert import swap_layers
+from maestro_kernels.files import check_folder, kind_of, replacing, write_text
+from maestro_kernels.nn import saved_file
 from maestro_kernels.nn.grouping import group, groups
-from maestro_kernels.nn.layer import LoDLayer
-from maestro_kernels.nn.linear import LoDLinear
-from maestro_kernels.nn.pivoted import PivotedLinear
+from maestro_kernels.nn.placing import check_compiled, commit, fit
 from maestro_kernels.nn.ranks import lod_layers
+from maestro_kernels.nn.saved_file import COPY, TENSORS
+from maestro_kernels.nn.structure import (
+    Slot,
+    Structure,
+    describe,
+    parse,
+    plain,
+    slots,
+    version_of,
+)
 
 __all__ = ["load_pretrained", "save_pretrained"]
 
-_STRUCTURE, _TENSORS = "maestro.json", "model.safetensors"
-_FORMAT, _VERSION = "maestro_kernels", 1
+# Another checkpoint in the folder, which a model.safetensors would hide from its readers.
+_INDEX = "model.safetensors.index.json"
+# See saved_file: of the old format two files have to be of one save.
+_ATTEMPTS = 100
 
 
-def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
+def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write a model's tensors, ranks, structure and groups into a folder.
 
+    `model.safetensors` holds all of it and is replaced in one step, after it is on disk: whoever
+    reads meanwhile, and whatever happens, finds the save of before or this one. `maestro.json`
+    repeats the structure for people. Other files in the folder are left alone.
+
     Args:
-        model: any module; dense models are fine too.
-        directory: a new or empty folder, or one that an earlier call wrote, which is replaced.
+        model: any module; dense models are fine too, and compiled ones.
+        directory: a folder; it is made, parents too. A link to one stays a link.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: the folder holds something else, or a tensor is on the meta device.
+        TypeError: model is no module, directory no path, or a tensor of a dtype that safetensors
+            does not hold.
+        ValueError: the directory is no folder, or a file there is somebody else's; a tensor has
+            no values (meta device, lazy); the model could not be loaded back: a factorised layer
+            with parametrizations, a subclass of one, state beside parameters and buffers.
+        NotImplementedError: a tensor is no plain dense one.
+        OSError: the folder cannot be written. The save of before is still there.
     """
-    from safetensors.torch import save_file
-
     fn = "save_pretrained"
     lod_layers(model, fn)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoDLayer | PivotedLinear)}
-    target = Path(directory)
-    if target.is_file() or (
-        target.is_dir() and any(target.iterdir()) and not (target / _STRUCTURE).is_file()
-    ):
-        raise ValueError(
-            f"{fn}: directory: expected a new or empty folder or one written by save_pretrained, "
-            f"got {str(target)!r}, which holds other files"
-        )
-    tensors, ties = _tensors(fn, model)
-    structure = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "package": __version__,
-        "layers": {name: _describe(layer) for name, layer in layers.items()},
-        "ties": ties,
-        "grouped": bool(groups(model)),
-    }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    structure, tensors = _collect(fn, model)
+    text = structure.to_json()
     try:
-        save_file(tensors, fresh / _TENSORS, metadata={"format": "pt"})
-        (fresh / _STRUCTURE).write_text(json.dumps(structure, indent=1) + "\n")
-        fresh.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            target.rename(old / "old")
-            fresh.rename(target)
-            shutil.rmtree(old)
-        else:
-            fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return target
+        folder = check_folder(fn, "directory", directory)
+        place = Path(os.path.realpath(folder))
+        _check_owner(fn, place)
+        # The tensors take their place first, when the inner of the two files is finished.
+        with replacing(place / COPY) as copy, replacing(place / TENSORS) as file:
+            digest = saved_file.write(fn, file, tensors, text)
+            copy.write(_copy(text, digest).encode())
+            # A disk that is full should say so before anything is replaced.
+            copy.flush()
+        _settle_copy(place, digest)
+    except OSError as error:
+        raise _named(fn, error) from error
+    return folder
 
 
-def load_pretrained(directory: str | Path, dense_model: nn.Module) -> nn.Module:
+def load_pretrained(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
     """Rebuild a saved model inside a dense model of the same architecture.
 
     Args:
         directory: a folder written by `save_pretrained`.
         dense_model: the dense architecture, for instance built from its configuration; also on the
-            meta device. It is changed in place, keeps its device, and takes the saved dtypes.
+            meta device, which it leaves for the CPU. It is changed in place, keeps its device and
+            what of it is trained, and takes the saved dtypes. Compile it afterwards where a layer
+            was compiled by itself.
 
     Returns:
         The model; a new module only where the model itself is a saved factorised layer.
 
     Raises:
-        TypeError: dense_model is no module.
+        TypeError: dense_model is no module, or directory no path.
         ValueError: the folder is missing, damaged, from elsewhere or from a newer version, or does
-            not fit the model. The model is then unchanged.
+            not fit the model.
+        OSError: the folder cannot be read.
+
+    Whatever is raised, also by an interrupt, the model is then as it was.
     """
     fn = "load_pretrained"
     if not isinstance(dense_model, nn.Module):
-        raise TypeError(f"{fn}: dense_model: expected an nn.Module, got {_kind(dense_model)}")
-    source = Path(directory)
-    structure = _read_structure(fn, source)
-    tensors = _read_tensors(fn, source)
-    modules = dict(dense_model.named_modules())
-    swaps: dict[nn.Module, nn.Module] = {}
-    for name, record in structure["layers"].items():
-        if name not in modules:
-            raise ValueError(
-                f"{fn}: dense_model: expected a layer {name!r} as in {str(source)!r}, got none"
-            )
-        old = modules[name]
-        new = _layer(fn, name, record, old, tensors)
-        new.train(old.training)
-        swaps[old] = new
-    _check_fit(fn, source, dense_model, swaps, tensors, structure["ties"])
-    model = swap_layers(dense_model, swaps, inplace=True)
-    places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    loaded = {
-        key: tensor.to(places[key].device) if not places[key].is_meta else tensor
-        for key, tensor in tensors.items()
-        if key in places
-    }
-    model.load_state_dict(loaded, strict=False, assign=True)
-    for alias, key in structure["ties"].items():
-        _tie(model, alias, key)
-    return group(model) if structure["grouped"] else model
+        raise TypeError(
+            f"{fn}: dense_model: expected an nn.Module, got {type(dense_model).__name__}"
+        )
+    try:
+        source = check_folder(fn, "directory", directory)
+        structure, tensors = _read(fn, source)
+    except OSError as error:
+        raise _named(fn, error) from error
+    placement = fit(fn, source, structure, tensors, dense_model)
+    check_compiled(fn, placement, dense_model)
+    model = commit(placement, tensors, dense_model)
+    return group(model) if structure.grouped else model
 
 
-def _tensors(fn: str, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to write, each storage once, and {name: the name it is stored under} for the rest."""
+def _named(fn: str, error: OSError) -> OSError:
+    if error.errno is None:
+        return error
+    return OSError(error.errno, f"{fn}: directory: {error.strerror}", error.filename)
+
+
+# --- saving ----------------------------------------------------------------------------------
+
+
+def _collect(fn: str, model: nn.Module) -> tuple[Structure, dict[str, Tensor]]:
+    """The structure of a model and its tensors, each storage once."""
+    layers = describe(fn, model)
+    found = slots(model)
+    _check_state(fn, model, found)
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for key, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{fn}: model: expected tensors only, got {_kind(tensor)} at {key!r}")
-        if tensor.is_meta:
-            raise ValueError(f"{fn}: model: expected values, got {key!r} on the meta device")
+    seen: dict[tuple[object, ...], str] = {}
+    for key, slot in found.items():
+        _check_values(fn, key, slot.tensor)
+        tensor = slot.tensor.detach()
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and place in seen:
             ties[key] = seen[place]
             continue
         seen[place] = key
-        tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return tensors, ties
-
-
-def _describe(layer: LoDLayer | PivotedLinear) -> dict[str, Any]:
-    record: dict[str, Any] = {"max_rank": layer.max_rank, "rank": layer.rank}
-    record["bias"] = layer.bias is not None
-    if isinstance(layer, LoDLinear | PivotedLinear):
-        kind = "lod_linear" if isinstance(layer, LoDLinear) else "pivoted_linear"
-        return {"kind": kind, "activation": layer.activation, **record}
-    return {"kind": "lod_conv2d", **record}
-
-
-def _read_structure(fn: str, source: Path) -> dict[str, Any]:
-    path = source / _STRUCTURE
-    if not path.is_file():
-        raise ValueError(
-            f"{fn}: directory: expected a folder with {_STRUCTURE}, got {str(source)!r} without it"
-        )
+        tensors[key] = tensor
+    for name, record in layers.items():
+        key = f"{name}.active_rank" if name else "active_rank"
+        if key in tensors:
+            # What a captured graph runs at may differ; the layer's rank is what is meant.
+            tensors[key] = torch.tensor(record.rank, dtype=torch.int32)
+    buffers = [key for key, slot in found.items() if not slot.persistent]
+    structure = Structure(layers, ties, buffers, bool(groups(model)))
+    # What would not load into the very model it comes from is refused now, not later.
     try:
-        structure = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        fit(fn, Path(), structure, tensors, model)
+    except ValueError as error:
         raise ValueError(
-            f"{fn}: {_STRUCTURE}: expected JSON, got a damaged file ({error})"
+            f"{fn}: model: expected a model that can be loaded again, got one that cannot: {error}"
         ) from None
-    if not isinstance(structure, dict) or structure.get("format") != _FORMAT:
-        raise ValueError(
-            f"{fn}: {_STRUCTURE}: expected a file written by save_pretrained, got another file"
-        )
-    version = structure.get("version")
-    if version != _VERSION:
-        raise ValueError(
-            f"{fn}: {_STRUCTURE}: expected format version {_VERSION}, got {version!r}; "
-            "a newer maestro_kernels wrote it"
-        )
-    kinds = {"layers": dict, "ties": dict, "grouped": bool}
-    for key, kind in kinds.items():
-        if not isinstance(structure.get(key), kind):
+    return structure, tensors
+
+
+def _check_state(fn: str, model: nn.Module, found: Mapping[str, Slot]) -> None:
+    """Refuse state that lies in no parameter or buffer: there is no general way to load it."""
+    state = {plain(key): value for key, value in model.state_dict(keep_vars=True).items()}
+    for key, value in state.items():
+        if key not in found or found[key].tensor is not value:
             raise ValueError(
-                f"{fn}: {_STRUCTURE}: expected {key!r} to be a {kind.__name__}, "
-                f"got {_kind(structure.get(key))}"
+                f"{fn}: model: expected a state_dict of the model's parameters and buffers, got "
+                f"{type(value).__name__} at {key!r}, which is none of them"
             )
-    return structure
-
-
-def _read_tensors(fn: str, source: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = source / _TENSORS
-    if not path.is_file():
-        raise ValueError(
-            f"{fn}: directory: expected {_TENSORS} in {str(source)!r}, got no such file"
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{fn}: {_TENSORS}: expected a whole safetensors file, got a damaged one ({error})"
-        ) from None
-
-
-def _layer(
-    fn: str, name: str, record: Any, old: nn.Module, tensors: dict[str, Tensor]
-) -> LoDLayer | PivotedLinear:
-    """The factorised layer for one place, on the meta device; load_state_dict fills it."""
-    fields = {"kind": str, "max_rank": int, "rank": int, "bias": bool}
-    if not isinstance(record, dict) or any(
-        not isinstance(record.get(key), kind) for key, kind in fields.items()
-    ):
-        raise ValueError(
-            f"{fn}: {_STRUCTURE}: expected {', '.join(fields)} for layer {name!r}, got {record!r}"
-        )
-    prefix = f"{name}." if name else ""
-    pivoted = record["kind"] == "pivoted_linear"
-    missing = [k for k in ("u", "v", *["order"] * pivoted) if prefix + k not in tensors]
-    if missing:
-        raise ValueError(f"{fn}: {_TENSORS}: expected {prefix + missing[0]!r}, got no such tensor")
-    u, v = (torch.empty_like(tensors[prefix + key], device="meta") for key in ("u", "v"))
-    N = u.shape[0] + (v.shape[0] if pivoted else 0)
-    bias = torch.empty(N, dtype=u.dtype, device="meta") if record["bias"] else None
-    layer: LoDLayer | PivotedLinear
-    if pivoted or record["kind"] == "lod_linear":
-        expected = _linear_size(old)
-        if expected is None or (N, v.shape[-1]) != expected or v.dim() != 2:
+    for key, slot in found.items():
+        if slot.persistent and key not in state:
             raise ValueError(
-                f"{fn}: dense_model: expected a linear layer of {N} x {v.shape[-1]} at {name!r}, "
-                f"got {_kind(old)}" + (f" of {expected[0]} x {expected[1]}" if expected else "")
+                f"{fn}: model: expected {key!r} in the model's state_dict, got a state_dict "
+                "without it"
             )
-        if pivoted:
-            order = _permutation(fn, f"{prefix}order", tensors[f"{prefix}order"], N)
-            layer = PivotedLinear(u, v, order, bias, record.get("activation"))
-        else:
-            layer = LoDLinear.from_factors(u, v, bias, record.get("activation"))
-    elif record["kind"] == "lod_conv2d" and isinstance(old, nn.Conv2d | LoDConv2d):
+
+
+def _check_values(fn: str, key: str, tensor: Tensor) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{fn}: model: expected values, got {key!r}, which is lazy")
+    if tensor.is_meta:
+        raise ValueError(f"{fn}: model: expected values, got {key!r} on the meta device")
+    held = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    if type(held) is not Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
+        what = type(held).__name__ if type(held) is not Tensor else str(tensor.layout)
+        raise NotImplementedError(
+            f"{fn}: model: expected plain dense tensors, got {key!r}, a {what}"
+            + (" of quantised values" if tensor.is_quantized else "")
+        )
+    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        raise ValueError(f"{fn}: model: expected values, got {key!r}, whose storage is freed")
+
+
+def _check_owner(fn: str, place: Path) -> None:
+    """Refuse a folder in which a file of somebody else's has one of our names."""
+    tensors, copy = place / TENSORS, place / COPY
+    expected = f"{fn}: directory: expected a folder without"
+    for path in (tensors, copy):
+        kind = kind_of(path)
+        if kind not in (None, "a file"):
+            raise ValueError(f"{expected} other things of our names, got {kind} {str(path)!r}")
+    if tensors.exists() and saved_file.read_header(tensors) is None:
+        raise ValueError(
+            f"{expected} a {TENSORS} of another origin, got {str(tensors)!r}, which has no header "
+            "of save_pretrained; remove it or choose another folder"
+        )
+    if copy.exists() and version_of(copy.read_text("utf-8", errors="replace")) is None:
+        raise ValueError(
+            f"{expected} a {COPY} of another origin, got {str(copy)!r}; remove it or choose "
+            "another folder"
+        )
+    if (place / _INDEX).exists():
+        raise ValueError(
+            f"{expected} another checkpoint, got {str(place / _INDEX)!r}, whose readers would "
+            f"find our {TENSORS} instead"
+        )
+
+
+def _copy(structure: str, digest: str) -> str:
+    """The structure as people read it."""
+    return json.dumps({**json.loads(structure), "sha256": digest}, indent=1) + "\n"
+
+
+def _settle_copy(place: Path, digest: str) -> None:
+    """Write the JSON again if another process replaced the tensors before we wrote it.
+
+    Whoever writes it last has looked afterwards, so that in the end it tells of the tensors.
+    """
+    while True:
         try:
-            layer = LoDConv2d.from_factors(old, u, v, bias)  # type: ignore[arg-type]
+            found = saved_file.read_header(place / TENSORS)
+        except FileNotFoundError:
+            return
+        if found is None or found[1] == digest:
+            return
+        structure, digest = found
+        write_text(place / COPY, _copy(structure, digest))
+
+
+# --- loading ---------------------------------------------------------------------------------
+
+
+def _read(fn: str, source: Path) -> tuple[Structure, dict[str, Tensor]]:
+    path = source / TENSORS
+    kind = kind_of(path)
+    if kind != "a file":
+        raise ValueError(
+            f"{fn}: directory: expected a folder with {TENSORS}, got {str(source)!r} "
+            + ("without it" if kind is None else f"with {kind} of that name")
+        )
+    try:
+        text, tensors = saved_file.read(path)
+    except saved_file.OldSave:
+        return _read_old(fn, source)
+    except ValueError as error:
+        raise _damaged(fn, error) from None
+    return parse(fn, TENSORS, text, version=2), tensors
+
+
+def _read_old(fn: str, source: Path) -> tuple[Structure, dict[str, Tensor]]:
+    """A save of format 1: the structure in JSON, no digest; both files of the same moment."""
+    paths = (source / TENSORS, source / COPY)
+    for _ in range(_ATTEMPTS):
+        before = [_stamp(path) for path in paths]
+        if before[1] is None:
+            break
+        text = paths[1].read_text(encoding="utf-8", errors="replace")
+        if version_of(text) not in (None, 1):
+            break
+        structure = parse(fn, COPY, text, version=1)
+        try:
+            with paths[0].open("rb") as file:
+                tensors = saved_file.tensors_of(file, paths[0])
         except ValueError as error:
-            raise ValueError(
-                f"{fn}: dense_model: expected a convolution that fits the saved factors at "
-                f"{name!r}, got {old} ({error})"
-            ) from None
-    else:
-        raise ValueError(
-            f"{fn}: dense_model: expected a layer for {record['kind']!r} at {name!r}, "
-            f"got {_kind(old)}"
-        )
-    _take_rank(fn, name, record, layer)
-    return layer
+            raise _damaged(fn, error) from None
+        if before == [_stamp(path) for path in paths]:
+            return structure, tensors
+    raise ValueError(
+        f"{fn}: {TENSORS}: expected the header that save_pretrained writes, got "
+        f"{str(paths[0])!r} without it"
+    )
 
 
-def _take_rank(fn: str, name: str, record: dict[str, Any], layer: LoDLayer | PivotedLinear) -> None:
-    """Set the saved active rank; a pivoted layer has one rank only."""
-    lowest = layer.max_rank if isinstance(layer, PivotedLinear) else 0
-    if layer.max_rank != record["max_rank"] or not lowest <= record["rank"] <= layer.max_rank:
-        raise ValueError(
-            f"{fn}: {_STRUCTURE}: expected max_rank {layer.max_rank} and {lowest} <= rank <= "
-            f"max_rank for {name!r}, got max_rank {record['max_rank']} and rank {record['rank']}"
-        )
-    if isinstance(layer, LoDLayer):
-        layer.rank = record["rank"]
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _permutation(fn: str, key: str, order: Tensor, size: int) -> Tensor:
-    """`order` on the meta device, after a check that it sends outputs to each place once."""
-    expected = torch.arange(size, dtype=torch.int32)
-    if order.dtype is not torch.int32 or not torch.equal(order.cpu().sort().values, expected):
-        raise ValueError(
-            f"{fn}: {_TENSORS}: expected a permutation of 0..{size - 1} in int32 as {key!r}, "
-            f"got {order.dtype} {tuple(order.shape)}"
-        )
-    return torch.empty_like(order, device="meta")
-
-
-def _linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """(N, K) of a dense or factorised linear layer, also Hugging Face's Conv1D."""
-    if isinstance(module, nn.Linear | LoDLinear | PivotedLinear):
-        return module.out_features, module.in_features
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        return weight.shape[1], weight.shape[0]
-    return None
-
-
-def _check_fit(
-    fn: str,
-    source: Path,
-    model: nn.Module,
-    swaps: dict[nn.Module, nn.Module],
-    tensors: dict[str, Tensor],
-    ties: dict[str, str],
-) -> None:
-    """Compare the saved tensors with what the rebuilt model will hold."""
-    expected: dict[str, tuple[int, ...]] = {}
-    own = model.state_dict(keep_vars=True)
-    names = {id(module): name for name, module in model.named_modules()}
-    replaced = {names[id(old)]: new for old, new in swaps.items()}
-    for key, tensor in own.items():
-        if key.rpartition(".")[0] not in replaced:
-            expected[key] = tuple(tensor.shape)
-    for name, new in replaced.items():
-        for key, tensor in new.state_dict().items():
-            expected[f"{name}.{key}" if name else key] = tuple(tensor.shape)
-    saved = {key: tuple(t.shape) for key, t in tensors.items()}
-    for alias, key in ties.items():
-        if key not in saved:
-            raise ValueError(
-                f"{fn}: {_STRUCTURE}: expected a tensor {key!r} for {alias!r}, got none"
-            )
-        saved[alias] = saved[key]
-    for key in sorted(expected.keys() | saved.keys()):
-        if key not in saved:
-            raise ValueError(
-                f"{fn}: {_TENSORS}: expected {key!r} {expected[key]}, got no such tensor"
-            )
-        if key not in expected:
-            raise ValueError(
-                f"{fn}: dense_model: expected a place for {key!r} of {str(source)!r}, got none"
-            )
-        if expected[key] != saved[key]:
-            raise ValueError(
-                f"{fn}: dense_model: expected {key!r} of shape {saved[key]} as saved, "
-                f"got {expected[key]}"
-            )
-    for key, buffer in model.named_buffers():
-        if buffer.is_meta and key not in own:
-            raise ValueError(
-                f"{fn}: dense_model: expected a value for the buffer {key!r}, which is not saved, "
-                "got the meta device"
-            )
-
-
-def _tie(model: nn.Module, alias: str, key: str) -> None:
-    """Let two names share one tensor again."""
-    alias_path, _, alias_name = alias.rpartition(".")
-    path, _, name = key.rpartition(".")
-    setattr(model.get_submodule(alias_path), alias_name, getattr(model.get_submodule(path), name))
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
+def _damaged(fn: str, error: ValueError) -> ValueError:
+    return ValueError(
+        f"{fn}: {TENSORS}: expected a whole safetensors file, got a damaged one ({error})"
+    )

@@ -1,0 +1,238 @@
+"""What a saved model says of itself beside its tensors: layers, ties, buffers, groups.
+
+Knows JSON and names, no files; what it returns has the right types throughout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from maestro_kernels import __version__
+from maestro_kernels.nn.conv import LoDConv2d
+from maestro_kernels.nn.layer import LoDLayer
+from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.pivoted import PivotedLinear
+from maestro_kernels.problem import ACTIVATIONS
+
+__all__ = ["LayerRecord", "Slot", "Structure", "describe", "parse", "plain", "slots", "version_of"]
+
+_FORMAT, VERSION = "maestro_kernels", 2
+_KINDS = {"lod_linear": LoDLinear, "pivoted_linear": PivotedLinear, "lod_conv2d": LoDConv2d}
+_PARTS = {
+    "lod_linear": {"u", "v", "bias", "active_rank"},
+    "pivoted_linear": {"u", "v", "bias", "order"},
+    "lod_conv2d": {"u", "v", "bias", "active_rank"},
+}
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One factorised layer.
+
+    Attributes:
+        kind: "lod_linear", "pivoted_linear" or "lod_conv2d".
+        max_rank: R.
+        rank: active rank.
+        bias: whether it has one.
+        activation: of its own, or None.
+    """
+
+    kind: str
+    max_rank: int
+    rank: int
+    bias: bool
+    activation: str | None = None
+
+    @property
+    def tensors(self) -> set[str]:
+        """Names of the layer's tensors."""
+        return _PARTS[self.kind] - (set() if self.bias else {"bias"})
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Everything beside the tensors.
+
+    Attributes:
+        layers: factorised layers by name.
+        ties: name -> the name under which the same tensor is stored.
+        buffers: stored buffers that state_dict leaves out; a model on the meta device needs them.
+        grouped: whether `group` was on.
+        version: of the format.
+    """
+
+    layers: dict[str, LayerRecord]
+    ties: dict[str, str]
+    buffers: list[str] = field(default_factory=list)
+    grouped: bool = False
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """What `parse` reads."""
+        head = {"format": _FORMAT, "version": self.version, "package": __version__}
+        layers = {name: asdict(record) for name, record in self.layers.items()}
+        rest = {"ties": self.ties, "buffers": self.buffers, "grouped": self.grouped}
+        return json.dumps({**head, "layers": layers, **rest})
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor hangs in a model.
+
+    Attributes:
+        module: its owner.
+        name: in the owner.
+        tensor: what hangs there.
+        persistent: whether state_dict has it.
+    """
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    persistent: bool
+
+
+def plain(name: str) -> str:
+    """A module's or tensor's name without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def slots(model: nn.Module) -> dict[str, Slot]:
+    """Every parameter and buffer by plain name; one that hangs in two places has two."""
+    found: dict[str, Slot] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{plain(path)}." if plain(path) else ""
+        left_out = module._non_persistent_buffers_set
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                found[prefix + name] = Slot(module, name, tensor, name not in left_out)
+    return found
+
+
+def describe(fn: str, model: nn.Module) -> dict[str, LayerRecord]:
+    """The factorised layers of a model under all their names.
+
+    Raises:
+        ValueError: one that cannot be built again from its factors.
+    """
+    found = {}
+    for path, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, LoDLayer | PivotedLinear):
+            found[plain(path)] = _record(fn, plain(path), layer)
+    return found
+
+
+def _record(fn: str, name: str, layer: LoDLayer | PivotedLinear) -> LayerRecord:
+    kind = next((kind for kind, known in _KINDS.items() if type(layer) is known), None)
+    if kind is None:
+        hint = ""
+        if hasattr(layer, "parametrizations"):
+            hint = ", parametrised (torch.nn.utils.parametrize.remove_parametrizations ends that)"
+        raise ValueError(
+            f"{fn}: model: expected factorised layers of the classes of maestro_kernels, got "
+            f"{type(layer).__name__} at {name!r}{hint}"
+        )
+    bias, activation = layer.bias is not None, getattr(layer, "activation", None)
+    record = LayerRecord(kind, layer.max_rank, layer.rank, bias, activation)
+    held = (layer._parameters, layer._buffers, layer._modules)
+    own = {key for part in held for key, value in part.items() if value is not None}
+    if own != record.tensors:
+        raise ValueError(
+            f"{fn}: model: expected the tensors {sorted(record.tensors)} in the factorised layer "
+            f"{name!r}, got {sorted(own)}"
+        )
+    return record
+
+
+def version_of(text: str) -> object | None:
+    """The version that JSON of save_pretrained names; None for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        return None
+    version: object | None = found.get("version")
+    return version
+
+
+def parse(fn: str, where: str, text: str, version: int) -> Structure:
+    """A structure from its JSON.
+
+    Args:
+        fn: the function, for errors.
+        where: the file.
+        text: JSON.
+        version: of the format, which this place must have.
+
+    Raises:
+        ValueError: anything that save_pretrained does not write.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{fn}: {where}: expected JSON, got a damaged file ({error})") from None
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise ValueError(
+            f"{fn}: {where}: expected a file written by save_pretrained, got another file"
+        )
+    if type(found.get("version")) is not int or found["version"] != version:
+        newer = type(found.get("version")) is int and found["version"] > VERSION
+        raise ValueError(
+            f"{fn}: {where}: expected format version {version}, got {found.get('version')!r}"
+            + ("; a newer maestro_kernels wrote it" if newer else "")
+        )
+    kinds = {"layers": dict, "ties": dict, "grouped": bool}
+    if version > 1:
+        kinds["buffers"] = list
+    for key, kind in kinds.items():
+        if not isinstance(found.get(key), kind):
+            raise ValueError(
+                f"{fn}: {where}: expected {key!r} to be a {kind.__name__}, "
+                f"got {type(found.get(key)).__name__}"
+            )
+    buffers = found.get("buffers", []) if version > 1 else []
+    for key, names in (("ties", found["ties"].values()), ("buffers", buffers)):
+        for value in names:
+            if not isinstance(value, str):
+                raise ValueError(f"{fn}: {where}: expected names in {key!r}, got {value!r}")
+    layers = dict(_layers(fn, where, found["layers"]))
+    return Structure(layers, found["ties"], buffers, found["grouped"], version)
+
+
+def _layers(fn: str, where: str, found: dict[str, Any]) -> Iterator[tuple[str, LayerRecord]]:
+    fields = {"kind": str, "max_rank": int, "rank": int, "bias": bool}
+    for name, record in found.items():
+        # bool is an int to isinstance, and a rank of true no rank.
+        if not isinstance(record, dict) or any(
+            type(record.get(key)) is not kind for key, kind in fields.items()
+        ):
+            raise ValueError(
+                f"{fn}: {where}: expected {', '.join(fields)} for layer {name!r}, got {record!r}"
+            )
+        kind, activation = record["kind"], record.get("activation")
+        if kind not in _KINDS:
+            raise ValueError(
+                f"{fn}: {where}: expected kind {', '.join(_KINDS)} for layer {name!r}, got {kind!r}"
+            )
+        known = (None,) if kind == "lod_conv2d" else ACTIVATIONS
+        if activation not in known:
+            raise ValueError(
+                f"{fn}: {where}: expected an activation of {known} for layer {name!r}, "
+                f"got {activation!r}"
+            )
+        lowest = record["max_rank"] if kind == "pivoted_linear" else 0
+        if not lowest <= record["rank"] <= record["max_rank"]:
+            raise ValueError(
+                f"{fn}: {where}: expected {lowest} <= rank <= max_rank for {name!r}, got max_rank "
+                f"{record['max_rank']} and rank {record['rank']}"
+            )
+        yield (
+            name,
+            LayerRecord(kind, record["max_rank"], record["rank"], record["bias"], activation),
+        )
