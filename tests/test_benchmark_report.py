@@ -198,3 +198,12 @@ def test_readme_table_refuses_wrong_results_and_missing_rows():
         readme.markdown_table([*run_rows(), failed("ours, native", cache="cold")])
     with pytest.raises(ValueError, match="expected cold rows of ours, got none"):
         readme.markdown_table([r for r in run_rows() if r.cache == "warm"])
+
+
+def test_the_page_reads_as_people_write():
+    page = report.html_report(run_rows())
+    assert "`" not in page
+    assert re.search(r"\d{4}-\d\d-\d\d, \d\d:\d\d UTC", page)
+    assert not re.search(r"\dT\d\d:\d\d", page)
+    assert "1 threads" not in page
+    assert html.prose("after `prepack` < 1") == "<p>after <code>prepack</code> &lt; 1</p>"

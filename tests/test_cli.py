@@ -54,10 +54,3 @@ def test_info_names_the_instruction_set_of_each_dtype(capsys):
     assert record["library"]["cuda_error"] == native.cuda_error()
     cuda = native.cuda_error()
     assert ("with CUDA kernels" if cuda is None else f"no CUDA kernels: {cuda}") in text
-
-
-def test_wrong_input_is_one_line_and_exit_code_2(capsys):
-    assert main(["bench", "--shape", "1,2"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("maestro-kernels bench: ")
-    assert error.count("\n") == 1

@@ -87,13 +87,20 @@ def test_page_is_self_contained_and_holds_every_drawing(front):
 
 def test_sentences_say_where_low_rank_pays():
     text = " ".join(report.sentences(make_profile(((512, 512),), Ms=(1,))))
-    assert text.startswith("Low rank beats the dense layer at every size measured")
+    assert text.startswith("With half of its weights the layer runs 0.50× as fast as dense (512→")
+    assert "Low rank beats the dense layer at every size measured" in text
     assert re.search(r"faster than dense up to rank 6\d, 2\d% of the rank", text)
     assert "largest ranks worth choosing: 16, 32, 64" in text
     slow = make_profile(((64, 64),), Ms=(1,), factors={"ours": 50.0, "two matmuls": 60.0})
-    assert report.sentences(slow)[0].startswith("Low rank is slower than the dense layer at every")
+    assert report.sentences(slow)[1].startswith("Low rank is slower than the dense layer at every")
     both = make_profile(((64, 64), (1024, 1024)), Ms=(64,))
-    assert report.sentences(both)[0] in (
+    headline, second, *_ = report.sentences(both)
+    assert re.fullmatch(
+        r"With half of their weights the layers run [\d.]+× as fast as dense, from [\d.]+× "
+        r"\(\d+→r→\d+ at 64 rows\) to [\d.]+× \(\d+→r→\d+ at 64 rows\)\.",
+        headline,
+    )
+    assert second in (
         "Low rank beats the dense layer in 1 of 2 combinations of size and rows.",
         "Low rank beats the dense layer at every size measured, up to its break-even rank.",
     )

@@ -5,18 +5,21 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from profile_support import make_profile
-from test_benchmark_report import run_rows
 from torch import nn
 
 from maestro_kernels import hardware
 from maestro_kernels.benchmark import report as benchmark_report
+from maestro_kernels.benchmark import rows
 from maestro_kernels.cli import profile as cli
 from maestro_kernels.search import profile_report
+from maestro_kernels.training.report import html_report as training_page
 
+ROOT = Path(__file__).resolve().parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here (.ci/run installs it)")
 
@@ -47,6 +50,8 @@ frame.addEventListener("load", () => {
     }).map(t => t.textContent)),
     ink: view.getComputedStyle(page.body).color,
     paper: view.getComputedStyle(page.body).backgroundColor,
+    cut: [...page.querySelectorAll(".scroll")].filter(e =>
+      !e.closest("details") && e.scrollWidth > e.clientWidth).length,
   });
 });
 frame.srcdoc = document.querySelector("#page").content.textContent;
@@ -78,6 +83,38 @@ def measured(page, tmp_path, width):
     return json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
 
 
+def run_of_digits():
+    """Rows of a training run, as `maestro-kernels train` writes them."""
+    layers = {
+        name: {"N": N, "K": K, "kind": "linear", "rank": min(N, K)}
+        for name, N, K in (("0", 128, 64), ("2", 128, 128), ("4", 10, 128))
+    }
+    sections = {"convert": {"init": "svd"}, "train": {"epochs": 5, "lr": 0.03}, "maestro": {}}
+    start = {
+        "event": "start",
+        "config": {"task": "digits", "options": {}, **sections},
+        "samples": 1257,
+        "layers": layers,
+        "device": "cpu",
+        "threads": 1,
+        "versions": {"torch": "2.13.0", "commit": None},
+    }
+    steps = [
+        {"event": "step", "step": 10 * i + 10, "loss": 2.3 / (i + 1), "penalty": 0.1 / (i + 1)}
+        for i in range(10)
+    ]
+    epochs = [
+        {
+            "event": "epoch", "epoch": i + 1, "step": 20 * i + 20, "train_loss": 2.0 / (i + 1),
+            "metrics": {"accuracy": 0.9, "loss": 0.4}, "seconds": 3.0 * i,
+            "ranks": {"0": 64 - 8 * i, "2": 128 - 20 * i, "4": 10}, "parameters": 40_000,
+            "weights": 25_000 - 2_000 * i, "dense_weights": 25_856,
+        }
+        for i in range(5)
+    ]  # fmt: skip
+    return [start, *steps, *epochs]
+
+
 @pytest.fixture(scope="module")
 def pages():
     torch.manual_seed(0)
@@ -88,11 +125,14 @@ def pages():
     assert front is not None
     return {
         "profile": profile_report.page(prof, device=DEVICE, front=front, command="x " * 60),
-        "benchmark": benchmark_report.html_report(run_rows()),
+        "benchmark": benchmark_report.html_report(
+            rows.latest_run(rows.load(ROOT / "bench" / "results" / "xeon-4-threads.jsonl"))
+        ),
+        "training": training_page(run_of_digits()),
     }
 
 
-@pytest.mark.parametrize("name", ["profile", "benchmark"])
+@pytest.mark.parametrize("name", ["profile", "benchmark", "training"])
 def test_page_renders_from_a_file_without_a_message(pages, name, tmp_path):
     path = tmp_path / "report.html"
     path.write_text(pages[name], encoding="utf-8")
@@ -108,12 +148,14 @@ def test_page_renders_from_a_file_without_a_message(pages, name, tmp_path):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("name", ["profile", "benchmark"])
+@pytest.mark.parametrize("name", ["profile", "benchmark", "training"])
 def test_page_is_legible_at_this_width(pages, name, width, tmp_path):
     found = measured(pages[name], tmp_path, width)
     assert found["inner"] == width
     assert found["scroll"] <= width, found["wide"]
     assert found["wide"] == []
+    # On a desk every table that is not folded fits; on a phone it scrolls inside its own box.
+    assert width < 1280 or found["cut"] == 0
     assert found["text"] >= 13
     assert found["labels"] >= 9
     assert found["clipped"] == []

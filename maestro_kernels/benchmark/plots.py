@@ -92,7 +92,7 @@ def line_plot(
     levels: Sequence[float] = (),
     height: float = 3.9,
 ) -> Html:
-    """Lines with markers and a band between low and high.
+    """Lines with markers and an upright bar from low to high at each point.
 
     Args:
         series: name -> points in order of x; the first series is drawn in the accent colour.
@@ -120,7 +120,7 @@ def line_plot(
         )
         low = [p.y if p.low is None else p.low for p in points]
         high = [p.y if p.high is None else p.high for p in points]
-        axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.vlines(xs, low, high, color=colour, alpha=0.55, linewidth=1.2)
     for level in levels:
         axes.axhline(level, color=_SOFT, linewidth=1, linestyle="--", zorder=2)
     if log:

@@ -108,7 +108,7 @@ def html_report(
         raise ValueError("html_report: rows: expected at least one row, got none")
     first = rows[0]
     commit = str(first.versions.get("commit") or "no commit")[:10]
-    subtitle = f"{device_line(first)} · {first.run} · commit {commit}"
+    subtitle = f"{device_line(first)} · {html.when(first.run)} · commit {commit}"
     answer, *rest = sections(rows)
     blocks = [] if comparison is None else [comparison_section(comparison)]
     return html.page(
@@ -238,8 +238,8 @@ def _latency_section(rows: Sequence[Row]) -> Html | None:
     return html.section(
         "Time over batch size",
         html.grid(*figures),
-        lead=f"Median per call, {_main_cache(rows)} caches; the band runs from the 20th to the "
-        f"80th percentile. Both axes are logarithmic.",
+        lead=f"Median per call, {_main_cache(rows)} caches; the upright bars run from the 20th "
+        f"to the 80th percentile. Both axes are logarithmic.",
     )
 
 
@@ -394,7 +394,8 @@ def _label(row: Row) -> str:
 
 
 def _where(row: Row) -> list[str | Cell]:
-    return [row.source, row.shape, _kind(row)]
+    # A group's shape is long, and has no space where a browser would fold it.
+    return [row.source, Cell(row.shape.replace("→", "→\u200b"), "fold"), Cell(_kind(row), "fold")]
 
 
 def _kind(row: Row) -> str:

@@ -13,6 +13,7 @@ from maestro_kernels.benchmark.rows import Row, beyond_noise
 
 __all__ = [
     "Outcome",
+    "count",
     "device_line",
     "duration",
     "geometric_mean",
@@ -114,11 +115,16 @@ def refusals(rows: Sequence[Row]) -> list[tuple[str, str, str, int]]:
     return [(*key, n) for key, n in counts.most_common()]
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun: 1 thread, 2 threads."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def device_line(row: Row) -> str:
     """Processor, threads and versions behind a row."""
-    kind = "threads" if row.device.get("kind") == "cpu" else "SMs"
-    cores = row.threads if kind == "threads" else row.device.get("num_cores")
-    return f"{row.device.get('name')}, {cores} {kind}, torch {row.versions.get('torch')}"
+    on_cpu = row.device.get("kind") == "cpu"
+    cores = count(row.threads, "thread") if on_cpu else f"{row.device.get('num_cores')} SMs"
+    return f"{row.device.get('name')}, {cores}, torch {row.versions.get('torch')}"
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from maestro_kernels.cli import options
+from maestro_kernels.cli.output import about, count, plots_can_be_drawn, progress, say, show
 from maestro_kernels.files import write_text
 
 if TYPE_CHECKING:
@@ -39,12 +40,18 @@ def register(commands: Any) -> None:
         "--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="repeatable"
     )
     command.add_argument("--mode", choices=("forward", "training"), help="default: as in the suite")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--threads", type=int, help="CPU threads torch uses")
-    command.add_argument("--seconds", type=float, default=2.5, help="per case and cache state")
+    options.add_device(command)
+    options.add_threads(command)
+    command.add_argument(
+        "--seconds", type=options.positive, default=2.5, help="per case and cache state"
+    )
     command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    command.add_argument("--out", type=Path, default=Path("reports/bench"), metavar="DIR")
-    command.add_argument("--compare", type=Path, metavar="ROWS.jsonl", help="an earlier run")
+    command.add_argument(
+        "--out", type=options.new_folder, default=Path("reports/bench"), metavar="DIR"
+    )
+    command.add_argument(
+        "--compare", type=options.text_file, metavar="ROWS.jsonl", help="an earlier run"
+    )
     command.add_argument("--json", action="store_true", help="print the rows as JSON lines")
     command.set_defaults(run=run)
 
@@ -55,34 +62,27 @@ def run(args: argparse.Namespace) -> int:
     from maestro_kernels.benchmark.run import Options
     from maestro_kernels.benchmark.summary import verdict
 
-    # Found out before anything is measured: a missing plotter must not cost a run.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotImplementedError(
-            "bench: report: expected matplotlib for the plots, got none; "
-            "pip install 'maestro-kernels[bench]'"
-        )
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"bench: --threads: expected at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
+    options.use_threads(args)
     cases = _cases(args)
     # Read before anything is measured: a damaged file must not cost a run.
     earlier = rows.latest_run(rows.load(args.compare)) if args.compare else None
-    options = Options(
-        args.device, args.seconds, compiled=not args.no_compile, command=_command(args)
-    )
-    measured = _measure(cases, options, show=not args.json)
+    how = Options(args.device, args.seconds, compiled=not args.no_compile, command=_command(args))
+    draws = plots_can_be_drawn("bench")
+    say("bench", _plan(cases, how))
+    measured = _measure(cases, how)
     comparison = rows.compare(earlier, measured) if earlier else None
     rows.append(args.out / "rows.jsonl", measured)
-    page = args.out / "report.html"
-    write_text(page, report.html_report(measured, comparison=comparison))
+    files = {"rows": args.out / "rows.jsonl"}
+    if draws:
+        files["report"] = args.out / "report.html"
+        write_text(files["report"], report.html_report(measured, comparison=comparison))
     if args.json:
         print("\n".join(row.to_json() for row in measured))
     else:
-        _print(report.terminal_table(measured), *verdict(measured))
+        show(report.terminal_table(measured), *verdict(measured), width=160)
         if comparison is not None:
-            _print(report.comparison_table(comparison))
-        print(f"\nrows    {args.out / 'rows.jsonl'}\nreport  {page}")
+            show(report.comparison_table(comparison), width=160)
+        print("\n" + "\n".join(f"{name:<7} {path}" for name, path in files.items()))
     broken = [r for r in measured if r.family == "ours" and r.gate in ("failed", "error")]
     for row in broken:
         print(f"{row.provider} on {row.shape} {row.dtype}: {row.reason}", file=sys.stderr)
@@ -119,39 +119,26 @@ def _command(args: argparse.Namespace) -> str:
     return shlex.join([*words, *(["--no-compile"] if args.no_compile else [])])
 
 
-def _measure(cases: list[Case], options: Options, *, show: bool) -> list[Row]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _plan(cases: list[Case], how: Options) -> str:
+    """What is about to run and for how long: samples, copies for cold caches, compilation."""
+    sampling = how.seconds * len(how.caches) * len(how.launches)
+    each = 1.5 * sampling + 2 + (8 if how.compiled else 0)
+    where = count(torch.get_num_threads(), "thread") if how.device == "cpu" else how.device
+    return f"{count(len(cases), 'case')} on {where}, {about(len(cases) * each)}"
 
+
+def _measure(cases: list[Case], how: Options) -> list[Row]:
     from maestro_kernels.benchmark.run import run as run_cases
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not show) as progress:
-        task = progress.add_task("probing the device", total=len(cases))
+    with progress("bench") as advance:
+        advance("probing the device", 0, len(cases))
         started = 0
 
         def on_case(case: Case) -> None:
             nonlocal started
-            progress.update(task, description=f"{case.source}, M {case.M}", completed=started)
+            advance(f"{case.source}, M {case.M}", started, len(cases))
             started += 1
 
-        measured = list(run_cases(cases, options, on_case=on_case))
-        progress.update(task, description="done", completed=len(cases))
+        measured = list(run_cases(cases, how, on_case=on_case))
+        advance("done", len(cases), len(cases))
     return measured
-
-
-def _print(*blocks: Any) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        # In a log a table must not be folded to 80 columns.
-        console = Console(highlight=False, width=160)
-    for block in blocks:
-        console.print(block)

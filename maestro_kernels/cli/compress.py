@@ -7,6 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from maestro_kernels.cli import options
+from maestro_kernels.cli.output import about, count, say
+
+# Of a matrix decomposition on a few cores, in FLOP per second; good enough to say how long.
+_FLOP_RATE = 1e10
+
 
 def register(commands: Any) -> None:
     """Add the sub-command."""
@@ -37,10 +45,17 @@ def register(commands: Any) -> None:
         help="svd: the weights alone; data: weighted by what the layers see (needs --data)",
     )
     command.add_argument(
-        "--data", type=Path, metavar="FILE", help="calibration text, one sentence per line"
+        "--data",
+        type=options.text_file,
+        metavar="FILE",
+        help="calibration text, one sentence per line",
     )
     command.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to write, new or replaced"
+        "--out",
+        type=options.new_folder,
+        required=True,
+        metavar="DIR",
+        help="folder to write, new or replaced",
     )
     command.add_argument("--group", action="store_true", help="run q/k/v and gate/up grouped")
     command.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -55,7 +70,13 @@ def run(args: argparse.Namespace) -> int:
     texts = _read(args.data, args.init)
     if not 0 < args.budget <= 1:
         raise ValueError(f"compress: --budget: expected 0 < FRACTION <= 1, got {args.budget}")
+    say("compress", f"reading {args.model}")
     encoder = library.load_encoder(args.model)
+    layers = [m for m in encoder.model.modules() if isinstance(m, torch.nn.Linear)]
+    say(
+        "compress",
+        f"factorising {count(len(layers), 'linear layer')}, {about(_seconds(layers, len(texts)))}",
+    )
     model = library.factorised(encoder, args.budget, args.init, texts)
     if args.group:
         group(model)
@@ -70,14 +91,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _seconds(layers: list[torch.nn.Linear], texts: int) -> float:
+    """About how long factorising takes: one SVD a layer, and the model run on the texts twice."""
+    sizes = [layer.weight.shape for layer in layers]
+    svd = sum(20 * N * K * min(N, K) for N, K in sizes)
+    data = sum(2 * N * K for N, K in sizes) * 40 * 2 * texts
+    return (svd + data) / _FLOP_RATE
+
+
 def _read(path: Path | None, init: str) -> list[str]:
     if init != "data":
         return []
     if path is None:
         raise ValueError("compress: --data: expected a text file for --init data, got none")
-    if not path.is_file():
-        raise ValueError(f"compress: --data: expected a text file, got no file {str(path)!r}")
-    texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"compress: --data: expected UTF-8 text in {str(path)!r}, got other bytes"
+        ) from None
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError(f"compress: --data: expected sentences in {str(path)!r}, got none")

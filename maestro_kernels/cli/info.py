@@ -10,6 +10,7 @@ import torch
 
 from maestro_kernels import dispatch, hardware
 from maestro_kernels.backends import native
+from maestro_kernels.cli.output import count
 from maestro_kernels.problem import LoDProblem
 
 
@@ -81,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"compiled library: {library['error']}")
     for device in record["devices"]:
-        print(f"\n{device['device']}: {device['name']}, {device['arch']}, {device['cores']} cores")
+        cores = count(device["cores"], "core")
+        print(f"\n{device['device']}: {device['name']}, {device['arch']}, {cores}")
         for name, why in device["backends"].items():
             isa = record["native_isa"] if name == "native" and device["device"] == "cpu" else {}
             how = ", ".join(f"{dtype} on {isa[dtype]}" for dtype in isa)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from maestro_kernels.cli import options
+from maestro_kernels.cli.output import (
+    about,
+    count,
+    plots_can_be_drawn,
+    progress,
+    say,
+    show,
+    user_error,
+)
 from maestro_kernels.files import write_text
 
 if TYPE_CHECKING:
@@ -25,6 +34,8 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# About as many ranks as `profile` measures where it chooses them, and ways to run each.
+_RANKS_CHOSEN, _CANDIDATES = 16, 6
 
 
 def register(commands: Any) -> None:
@@ -43,18 +54,31 @@ def register(commands: Any) -> None:
         nargs="+",
         help="out,in sizes N,K; a Hugging Face folder or config.json; or module:object",
     )
-    command.add_argument("--rows", default="1,64", metavar="M,M,...", help="rows of x")
     command.add_argument(
-        "--ranks", metavar="r,r,...", help="exactly these; default: coarse to fine"
+        "--rows", type=options.numbers, default=[1, 64], metavar="M,M,...", help="default: 1,64"
+    )
+    command.add_argument(
+        "--ranks",
+        type=options.numbers,
+        metavar="r,r,...",
+        help="exactly these; default: coarse to fine",
     )
     command.add_argument("--dtype", choices=_DTYPES, help="default: the model's, or float32")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--threads", type=int, help="CPU threads torch uses")
-    command.add_argument("--strategy", help="low-rank strategy that counts, e.g. prepacked")
-    command.add_argument("--speedup", type=float, default=1.5, help="of the ranks to choose")
-    command.add_argument("--seconds", type=float, default=0.025, help="per candidate and mode")
+    options.add_device(command)
+    options.add_threads(command)
+    command.add_argument(
+        "--strategy", metavar="NAME", help="low-rank strategy that counts, e.g. prepacked"
+    )
+    command.add_argument(
+        "--speedup", type=options.positive, default=1.5, help="of the ranks to choose"
+    )
+    command.add_argument(
+        "--seconds", type=options.positive, default=0.025, help="per candidate and mode"
+    )
     command.add_argument("--fresh", action="store_true", help="measure again what was measured")
-    command.add_argument("--out", type=Path, default=Path("reports/profile"), metavar="DIR")
+    command.add_argument(
+        "--out", type=options.new_folder, default=Path("reports/profile"), metavar="DIR"
+    )
     command.add_argument("--json", action="store_true", help="print the profile as JSON")
     command.set_defaults(run=run)
 
@@ -64,51 +88,70 @@ def run(args: argparse.Namespace) -> int:
     from maestro_kernels import hardware
     from maestro_kernels.search import profile_report as report
     from maestro_kernels.search.profile import profile
+    from maestro_kernels.search.strategies import strategy_names
 
-    # Found out before anything is measured: a missing plotter must not cost a run.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotImplementedError(
-            "profile: report: expected matplotlib for the plots, got none; "
-            "pip install 'maestro-kernels[bench]'"
-        )
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"profile: --threads: expected at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
-    rows = _numbers("--rows", args.rows)
+    options.use_threads(args)
+    if args.strategy:
+        known = strategy_names(torch.device(args.device).type)
+        if args.strategy not in known:
+            raise ValueError(
+                f"profile: --strategy: expected one of {', '.join(known)}, got {args.strategy!r}"
+            )
+    draws = plots_can_be_drawn("profile")
+    say("profile", f"reading {' '.join(args.target)}")
     target = load_target(args.target)
-    found = profile(
-        target,
-        None if args.ranks is None else _numbers("--ranks", args.ranks),
-        rows,
-        None if args.dtype is None else getattr(torch, args.dtype),
-        args.device,
-        cache=not args.fresh,
-        seconds=args.seconds,
-        progress=False if args.json else None,
-    )
+    say("profile", _plan(args, target))
+    with progress("profile") as advance:
+        found = profile(
+            target,
+            args.ranks,
+            args.rows,
+            None if args.dtype is None else getattr(torch, args.dtype),
+            args.device,
+            cache=not args.fresh,
+            seconds=args.seconds,
+            progress=advance,
+        )
     if args.strategy:
         found = found.using(args.strategy)
-    front = _front(target, found, rows[-1], args.speedup)
+    front = _front(target, found, args.rows[-1], args.speedup)
     device = hardware.measured_device(args.device, found.dtype)
     args.out.mkdir(parents=True, exist_ok=True)
     found.save(args.out / "profile.json")
-    page = report.page(found, device=device, front=front, command=_command(args))
-    write_text(args.out / "report.html", page)
-    pngs = report.save_pngs(found, args.out, device=device, front=front)
+    pngs = []
+    if draws:
+        page = report.page(found, device=device, front=front, command=_command(args))
+        write_text(args.out / "report.html", page)
+        pngs = report.save_pngs(found, args.out, device=device, front=front)
     if args.json:
         record = json.loads((args.out / "profile.json").read_text(encoding="utf-8"))
         if front is not None:
             record["allocation"] = front.chosen.to_dict()
         print(json.dumps(record))
         return 0
-    _print(report.terminal_table(found))
+    show(report.terminal_table(found))
     print("\n".join(report.sentences(found)))
     if front is not None:
         print(f"\n{front.chosen}")
-    print(f"\nprofile  {args.out / 'profile.json'}\nplots    {len(pngs)} PNG files in {args.out}")
-    print(f"report   {args.out / 'report.html'}")
+    print(f"\nprofile  {args.out / 'profile.json'}")
+    if draws:
+        print(f"plots    {count(len(pngs), 'PNG file')} in {args.out}")
+        print(f"report   {args.out / 'report.html'}")
     return 0
+
+
+def _plan(args: argparse.Namespace, target: Any) -> str:
+    """What is about to be measured, and about how long it takes where nothing is known yet."""
+    from maestro_kernels.search.targets import shapes_of
+
+    sizes = len(shapes_of(target))
+    ranks = len(args.ranks) if args.ranks else _RANKS_CHOSEN
+    each = _CANDIDATES * ranks * args.seconds * 2
+    where = count(torch.get_num_threads(), "thread") if args.device == "cpu" else args.device
+    return (
+        f"{count(sizes, 'layer size')} with {' and '.join(map(str, args.rows))} rows on {where}, "
+        f"{about(sizes * len(args.rows) * (2 * each + 4))}; what an earlier run measured is kept"
+    )
 
 
 def load_target(texts: list[str]) -> Any:
@@ -134,13 +177,9 @@ def load_target(texts: list[str]) -> Any:
 
 
 def _hugging_face(path: Path) -> nn.Module:
-    try:
-        import transformers
-    except ImportError:
-        raise NotImplementedError(
-            "profile: target: expected transformers for a Hugging Face model, got none; "
-            "pip install transformers"
-        ) from None
+    from maestro_kernels.benchmark.encoder import quiet_transformers
+
+    transformers = quiet_transformers("profile")
     folder = path if path.is_dir() else path.parent
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
@@ -149,8 +188,8 @@ def _hugging_face(path: Path) -> nn.Module:
         else:
             with torch.device("meta"):
                 model = transformers.AutoModel.from_config(config)
-    except (OSError, KeyError, ValueError) as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
+    except Exception as error:  # what damaged weights raise is up to each format's reader
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"profile: target: expected a Hugging Face configuration, got {path.name!r}: {first}"
         ) from None
@@ -169,8 +208,13 @@ def _python_object(text: str) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"profile: target: expected {text!r} to exist, got {error}") from None
+    except Exception as error:  # the user's code, at its import
+        raise ValueError(f"profile: target: {text!r} {user_error(error)}") from error
     if callable(found) and not isinstance(found, nn.Module):
-        found = found()
+        try:
+            found = found()
+        except Exception as error:  # the user's code
+            raise ValueError(f"profile: target: {text!r} {user_error(error)}") from error
     if not isinstance(found, nn.Module):
         raise ValueError(f"profile: target: expected a torch model, got {type(found).__name__}")
     return found.eval()
@@ -215,29 +259,12 @@ def _front(target: Any, profile: Profile, M: int, speedup: float) -> Front | Non
     return Front(curves, chosen)
 
 
-def _numbers(option: str, text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"profile: {option}: expected integers >= 1 like 1,64, got {text!r}")
-    return sorted({int(part) for part in parts})
-
-
 def _command(args: argparse.Namespace) -> str:
     """What repeats the measurement; folders are named without where they lie."""
     targets = [Path(t).name if Path(t).exists() else t for t in args.target]
-    words = ["maestro-kernels", "profile", *targets, "--rows", args.rows]
-    words += ["--ranks", args.ranks] if args.ranks else []
+    words = ["maestro-kernels", "profile", *targets, "--rows", ",".join(map(str, args.rows))]
+    words += ["--ranks", ",".join(map(str, args.ranks))] if args.ranks else []
     words += ["--dtype", args.dtype] if args.dtype else []
     words += ["--strategy", args.strategy] if args.strategy else []
     words += ["--device", args.device, "--threads", str(torch.get_num_threads())]
     return shlex.join(words)
-
-
-def _print(block: Any) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        # In a log a table must not be folded to 80 columns.
-        console = Console(highlight=False, width=140)
-    console.print(block)

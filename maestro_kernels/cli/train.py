@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from maestro_kernels.cli import options
+from maestro_kernels.cli.output import about, count, plots_can_be_drawn, progress, say
 
 if TYPE_CHECKING:
     from maestro_kernels.training.config import TrainConfig
@@ -29,14 +30,19 @@ def register(commands: Any) -> None:
         ),
         epilog="example: maestro-kernels train examples/digits.toml --out runs/digits",
     )
-    command.add_argument("config", type=Path, metavar="CONFIG", help="a .toml or .json file")
     command.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the run; default: reports/train/CONFIG"
+        "config", type=options.text_file, metavar="CONFIG", help="a .toml or .json file"
+    )
+    command.add_argument(
+        "--out",
+        type=options.new_folder,
+        metavar="DIR",
+        help="folder of the run; default: reports/train/CONFIG",
     )
     command.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in DIR, if there is one"
     )
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_device(command)
     command.add_argument("--json", action="store_true", help="print the last row as JSON")
     command.set_defaults(run=run)
 
@@ -47,54 +53,43 @@ def run(args: argparse.Namespace) -> int:
     from maestro_kernels.training.loop import NonFiniteLoss
     from maestro_kernels.training.report import write_report
 
-    # Found out before anything is trained: a missing plotter must not cost a run.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotImplementedError(
-            "train: report: expected matplotlib for the plots, got none; "
-            "pip install 'maestro-kernels[bench]'"
-        )
+    draws = plots_can_be_drawn("train")
     config = load_config(args.config)
     folder = args.out or Path("reports/train") / args.config.stem
     try:
         result = _train(args, config, folder)
     except NonFiniteLoss as error:
-        page = write_report(folder, stopped=str(error))
-        print(f"maestro-kernels train: {error}\nreport  {page}", file=sys.stderr)
+        say("train", str(error))
+        if draws:
+            print(f"report  {write_report(folder, stopped=str(error))}", file=sys.stderr)
         return 1
-    _finish(args, folder, result, write_report(folder))
+    _finish(args, folder, result, write_report(folder) if draws else None)
     return 0
 
 
 def _train(args: argparse.Namespace, config: TrainConfig, folder: Path) -> Result:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from maestro_kernels.training.runner import train
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    # On standard error, so that --json leaves standard output to the result.
-    with Progress(*columns, console=Console(stderr=True), disable=args.json) as progress:
-        task = progress.add_task(config.task, total=None, note="")
-        note = ""
+    epochs = config.train.epochs
+    say("train", f"{config.task}, {count(epochs, 'epoch')}, in {folder}")
+    with progress("train") as advance:
+        note, first, told = "", None, False
 
         def show(event: dict[str, Any]) -> None:
-            nonlocal note
+            nonlocal note, first, told
             if event.get("event") == "epoch":
                 note = _note(event)
                 return
-            place = f"epoch {event['epoch'] + 1}/{config.train.epochs}"
-            progress.update(
-                task,
-                description=place,
-                total=event["steps"],
-                completed=event["step"],
-                note=f"training loss {event['loss']:.3f}{note}",
-            )
+            now, steps = time.monotonic(), event["steps"]
+            done = event["epoch"] * steps + event["step"]
+            first = first or (now, done)
+            if not told and now - first[0] > 1:
+                # A second of steps says how long the rest takes; no earlier figure could.
+                told = True
+                rest = (now - first[0]) * (epochs * steps - done) / (done - first[1])
+                say("train", f"{count(steps, 'step')} an epoch, {about(rest)} left")
+            place = f"epoch {event['epoch'] + 1}/{epochs}"
+            advance(f"{place}, training loss {event['loss']:.3f}{note}", done, epochs * steps)
 
         beside = args.config.resolve().parent
         return train(
@@ -112,15 +107,16 @@ def _note(row: dict[str, Any]) -> str:
     return ", ".join(["", *figures, f"weights {row['weights'] / row['dense_weights']:.0%}"])
 
 
-def _finish(args: argparse.Namespace, folder: Path, result: Result, page: Path) -> None:
+def _finish(args: argparse.Namespace, folder: Path, result: Result, page: Path | None) -> None:
     from maestro_kernels.training.metrics import load_rows
     from maestro_kernels.training.report import verdict
 
     paths = {
         "model": folder / "model",
         "metrics": folder / "metrics.jsonl",
-        "report": page,
     }
+    if page is not None:
+        paths["report"] = page
     if args.json:
         row = {key: value for key, value in result.last.items() if key != "event"}
         files = {name: str(path) for name, path in paths.items()}

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from maestro_kernels import hardware, tables, tuned
+from maestro_kernels.cli import options
+from maestro_kernels.cli.output import about, count, progress, say, show
 
 if TYPE_CHECKING:
     from maestro_kernels.tables import Row, Table
 
 _DTYPES = ("float32", "bfloat16", "float16")
+# Strategies times modes of a call, with what lies between samples.
+_MODES = {"cpu": 40, "cuda": 80}
 
 
 def register(commands: Any) -> None:
@@ -29,7 +33,7 @@ def register(commands: Any) -> None:
         "measured by an interrupted run is not measured again.",
         epilog="example: maestro-kernels tune --shape 768,768 --shape 3072,768 --dtype float32",
     )
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_device(command)
     command.add_argument("--dtype", action="append", choices=_DTYPES, help="repeatable")
     command.add_argument(
         "--shape", action="append", metavar="N,K", help="tune this layer size; repeatable"
@@ -40,18 +44,24 @@ def register(commands: Any) -> None:
         metavar="N+N+N,K",
         help="tune layers that read one input, like 768+768+768,768; repeatable",
     )
-    command.add_argument("--rows", metavar="M,M,...", help="rows of x to measure")
+    command.add_argument(
+        "--rows", type=options.numbers, metavar="M,M,...", help="rows of x to measure"
+    )
     command.add_argument("--quick", action="store_true", help="every second M and rank")
-    command.add_argument("--threads", type=int, help="CPU threads torch uses; part of the device")
-    command.add_argument("--seconds", type=float, default=0.03, help="per strategy and mode")
+    options.add_threads(command, "CPU threads torch uses; part of the device")
+    command.add_argument(
+        "--seconds", type=options.positive, default=0.03, help="per strategy and mode"
+    )
     command.add_argument(
         "--limit",
-        type=float,
+        type=options.positive,
         default=math.inf,
         metavar="SECONDS",
         help="stop then, with what was measured; the next call goes on (exit status 3)",
     )
-    command.add_argument("--out", type=Path, metavar="FILE", help="not where auto looks")
+    command.add_argument(
+        "--out", type=options.new_file, metavar="FILE", help="not where auto looks"
+    )
     command.add_argument("--fresh", action="store_true", help="measure again what was measured")
     command.add_argument("--json", action="store_true", help="print the table as JSON")
     command.set_defaults(run=run)
@@ -60,30 +70,30 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, validate, write, and say what auto will do differently."""
     from maestro_kernels.search import tuning
-    from maestro_kernels.search.profile import progress_bar
 
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"tune: --threads: expected at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
+    options.use_threads(args)
     shapes = [_sizes("--shape", text, 1) for text in args.shape or ()]
     groups = [_sizes("--group", text, 2) for text in args.group or ()]
     chosen = bool(args.shape or args.group)
-    parts, wanted = [], 0
-    command, begin = _command(args), time.monotonic()
+    plans = []
     for name in args.dtype or (["bfloat16"] if "cuda" in args.device else ["float32"]):
         plan = tuning.plan(
             args.device,
             getattr(torch, name),
             shapes=[(Ns[0], K) for Ns, K in shapes] if chosen else None,
             groups=groups if chosen else None,
-            rows=_rows(args.rows),
+            rows=args.rows,
             quick=args.quick,
         )
         if not plan.cases:
             raise ValueError(f"tune: --shape: expected calls that can be measured here, got {plan}")
-        wanted += len(plan.cases)
-        with progress_bar(None if not args.json else False, f"tune {name}") as advance:
+        plans.append(plan)
+    wanted = sum(len(plan.cases) for plan in plans)
+    say("tune", _announcement(args, wanted))
+    parts: list[Table] = []
+    command, begin = _command(args), time.monotonic()
+    for plan in plans:
+        with progress("tune") as advance:
             parts.append(
                 tuning.tune(
                     plan,
@@ -105,9 +115,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(table.to_json(), end="")
     else:
-        _print(table)
-        left = f"; {wanted - rows} calls are left" if rows < wanted else ""
-        print(f"\n{len(table.rows)} rows in {path}{left}")
+        show(_grid(table), width=120)
+        rest = wanted - rows
+        left = f"; {count(rest, 'call')} {'is' if rest == 1 else 'are'} left" if rest else ""
+        print(f"\n{count(len(table.rows), 'row')} in {path}{left}")
     return 0 if rows == wanted else 3
 
 
@@ -140,13 +151,16 @@ def _sizes(option: str, text: str, least: int) -> tuple[tuple[int, ...], int]:
     return Ns, K
 
 
-def _rows(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    parts = text.split(",")
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"tune: --rows: expected M,M,... with M >= 1, got {text!r}")
-    return sorted({int(part) for part in parts})
+def _announcement(args: argparse.Namespace, cases: int) -> str:
+    """What is about to be measured, and about how long it takes where nothing is known yet."""
+    kind = torch.device(args.device).type
+    where = count(torch.get_num_threads(), "thread") if kind == "cpu" else args.device
+    seconds = cases * (_MODES[kind] * args.seconds + 1)
+    limit = f", at most {args.limit:g} s" if math.isfinite(args.limit) else ""
+    return (
+        f"{count(cases, 'call')} on {where}, {about(seconds)}{limit}; what an earlier run "
+        "measured is kept"
+    )
 
 
 def _command(args: argparse.Namespace) -> str:
@@ -155,14 +169,13 @@ def _command(args: argparse.Namespace) -> str:
     for option in ("dtype", "shape", "group"):
         for value in getattr(args, option) or ():
             words += [f"--{option}", value]
-    words += ["--rows", args.rows] if args.rows else []
+    words += ["--rows", ",".join(map(str, args.rows))] if args.rows else []
     words += ["--quick"] if args.quick else []
     words += ["--threads", str(torch.get_num_threads()), "--seconds", f"{args.seconds:g}"]
     return shlex.join(words)
 
 
-def _print(table: Table) -> None:
-    from rich.console import Console
+def _grid(table: Table) -> Any:
     from rich.table import Table as Grid
 
     grid = Grid(title="what auto runs now", title_justify="left", header_style="bold")
@@ -172,10 +185,7 @@ def _print(table: Table) -> None:
         best = _best(row)
         gain = f"{row.speedup(best):.2f}×" if best else ""
         grid.add_row(str(row), best or tables.BASELINE, gain, row.fastest_form or "")
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=120)
-    console.print(grid)
+    return grid
 
 
 def _best(row: Row) -> str | None:

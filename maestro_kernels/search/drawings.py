@@ -65,7 +65,7 @@ def latency(
             noise = [scale * knot.noise for knot in curve.values()]
             low = [y - n for y, n in zip(ys, noise, strict=True)]
             high = [y + n for y, n in zip(ys, noise, strict=True)]
-            axes.fill_between(list(curve), low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.vlines(list(curve), low, high, color=colour, alpha=0.55, linewidth=1.2)
     axes.axhline(scale * dense, color=palette.ink, linewidth=1.6, label="dense layer")
     if (DENSE_PACKED, "cold", profile.launch) in profile.keys:
         packed = profile.latency(N=N, K=K, rank="dense", M=M, strategy=DENSE_PACKED)

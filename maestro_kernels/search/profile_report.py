@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from maestro_kernels.benchmark import html, plots
 from maestro_kernels.benchmark.html import Cell, Html
-from maestro_kernels.benchmark.summary import DASH, duration, times
+from maestro_kernels.benchmark.summary import DASH, count, duration, geometric_mean, times
 from maestro_kernels.files import replacing
 from maestro_kernels.search import drawings
 from maestro_kernels.search.latencies import Profile, break_even_text
@@ -42,7 +42,7 @@ def sentences(profile: Profile) -> list[str]:
             f"Low rank beats the dense layer in {len(paying)} of {len(cells)} combinations of "
             f"size and rows."
         )
-    found = [first]
+    found = [_headline(profile, cells), first]
     for s, M in paying[:3]:
         found.append(_sentence(profile, s, M))
     if "interpolation" in profile.errors:
@@ -58,12 +58,36 @@ def sentences(profile: Profile) -> list[str]:
     return found
 
 
+def _headline(profile: Profile, cells: list[tuple[Shape, int]]) -> str:
+    """What half of the weights buys here, the figure one would quote."""
+    gains = {_place(s, M): _gain(profile, s, M) for s, M in cells}
+    low, high = min(gains, key=gains.__getitem__), max(gains, key=gains.__getitem__)
+    if len(gains) == 1:
+        gain = times(gains[low])
+        return f"With half of its weights the layer runs {gain} as fast as dense ({low})."
+    return (
+        f"With half of their weights the layers run {times(geometric_mean([*gains.values()]))} as "
+        f"fast as dense, from {times(gains[low])} ({low}) to {times(gains[high])} ({high})."
+    )
+
+
+def _gain(profile: Profile, s: Shape, M: int) -> float:
+    """How many times as fast as dense at the rank whose factors hold half of the weights."""
+    half = round(s.N * s.K / (s.N + s.K) / 2) or 1
+    dense = profile.latency(N=s.N, K=s.K, rank="dense", M=M)
+    return dense / profile.latency(N=s.N, K=s.K, rank=half, M=M)
+
+
+def _place(s: Shape, M: int) -> str:
+    return f"{s.K}→r→{s.N} at {count(M, 'row')}"
+
+
 def _sentence(profile: Profile, shape: Shape, M: int) -> str:
     N, K = shape.N, shape.K
     limit = profile.break_even(N=N, K=K, M=M)
     assert limit is not None
     ideal = N * K / (N + K)
-    where = f"{K}→r→{N} at {M} {'row' if M == 1 else 'rows'}"
+    where = _place(shape, M)
     if math.isinf(limit):
         return f"{where}: faster than dense at all ranks measured."
     best = profile.preferred(N=N, K=K, M=M)
@@ -79,7 +103,7 @@ def terminal_table(profile: Profile) -> Table:
     from rich.table import Table
 
     device = profile.device
-    title = f"{device['name']}, {device['num_cores']} cores, {profile.dtype}, cold caches"
+    title = f"{device['name']}, {count(device['num_cores'], 'core')}, {profile.dtype}, cold caches"
     table = Table(title=title, title_justify="left", header_style="bold")
     for name in ("rows · in→r→out", "layers", "rank"):
         table.add_column(name)
@@ -154,7 +178,7 @@ def page(
         command: what repeats it.
     """
     d = profile.device
-    subtitle = f"{d['name']} ({d['arch']}), {d['num_cores']} cores, {profile.dtype}"
+    subtitle = f"{d['name']} ({d['arch']}), {count(d['num_cores'], 'core')}, {profile.dtype}"
     blocks = [html.verdict(sentences(profile)), _cards(profile), _latency(profile)]
     if front is not None:
         blocks.append(_accuracy(front))
@@ -188,16 +212,17 @@ def _cards(profile: Profile) -> Html:
             limit = profile.break_even(N=s.N, K=s.K, M=M)
             if limit is not None and math.isfinite(limit):
                 limits.append(limit * (s.N + s.K) / (s.N * s.K))
-            dense = profile.latency(N=s.N, K=s.K, rank="dense", M=M)
-            half = s.N * s.K / (s.N + s.K) / 2
-            ratios.append(dense / profile.latency(N=s.N, K=s.K, rank=round(half) or 1, M=M))
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            ratios.append(_gain(profile, s, M))
+    mean = times(geometric_mean(ratios))
     share = f"{sum(limits) / len(limits):.0%}" if limits else DASH
     return html.cards(
         (
             (str(len(profile.points)), "times measured"),
-            (str(len(profile.shapes)), "layer sizes"),
-            (times(mean), "speed-up over dense at half the weights, geometric mean"),
+            (str(len(profile.shapes)), "layer size" + "s" * (len(profile.shapes) != 1)),
+            (
+                mean,
+                "speed-up over dense at half the weights, geometric mean",
+            ),
             (share, "measured break-even rank as a share of equal work, mean"),
         )
     )
@@ -217,11 +242,11 @@ def _latency(profile: Profile) -> Html:
     return html.section(
         "Latency over rank",
         html.grid(*figures),
-        lead="Medians with cold caches, as in a model whose other layers ran in between; the band "
-        "is the 20th to 80th percentile. Left of the dashed line low rank is faster than the "
-        "dense layer. A rank is worth choosing if no larger one is as fast; a circled one lies "
-        "just below a step, where the next costs far more. What is much slower than the dense "
-        "layer leaves the picture." + rest,
+        lead="Medians with cold caches, as in a model whose other layers ran in between; upright "
+        "bars run from the 20th to the 80th percentile. Left of the dashed line low rank is "
+        "faster than the dense layer. A rank is worth choosing if no larger one is as fast; a "
+        "circled one lies just below a step, where the next costs far more. What is much slower "
+        "than the dense layer leaves the picture." + rest,
     )
 
 

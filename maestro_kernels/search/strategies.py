@@ -24,7 +24,16 @@ from maestro_kernels.benchmark.providers import (
 )
 from maestro_kernels.ops import grouped, linear
 
-__all__ = ["AUTO", "DENSE", "DENSE_PACKED", "PREPACKED", "TWO", "for_profile", "for_table"]
+__all__ = [
+    "AUTO",
+    "DENSE",
+    "DENSE_PACKED",
+    "PREPACKED",
+    "TWO",
+    "for_profile",
+    "for_table",
+    "strategy_names",
+]
 
 DENSE, TWO, AUTO = "dense", "two matmuls", "ours"
 DENSE_PACKED, PREPACKED = "dense, packed", "prepacked"
@@ -34,6 +43,13 @@ STRATEGIES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"native": ("fused",)},
     "cuda": {"triton": ("row", "two_phase"), "native": ("decode", "rows", "row")},
 }
+
+
+def strategy_names(kind: str) -> list[str]:
+    """Low-rank strategies that a profile on "cpu" or "cuda" may hold."""
+    of_device = (f"{b}: {name}" for b, names in STRATEGIES[kind].items() for name in names)
+    forms = [PREPACKED, *(p.name for p in _forms("merged dense"))] if kind == "cpu" else []
+    return [AUTO, TWO, *of_device, *forms]
 
 
 def for_profile(case: Case) -> list[Provider]:
