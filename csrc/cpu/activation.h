@@ -13,17 +13,19 @@ Vec polynomial(Vec x, const float (&c)[n]) {  // highest power first
   return p;
 }
 
-// e^x to 1 ulp (Cephes expf); x is clamped to where the result is a normal number, NaN stays NaN.
+// e^x to 1 ulp (Cephes expf): infinity from 88.8 on, 0 below -104 by way of the denormals, NaN for NaN.
 inline Vec exp(Vec x) {
   static constexpr float c[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  x = min(Vec::set(88.0f), max(Vec::set(-87.0f), x));
+  x = min(Vec::set(89.0f), max(Vec::set(-104.0f), x));
   const Vec n = round(x * Vec::set(1.44269504088896341f));
   const Vec r = fma(n, Vec::set(2.12194440e-4f), fma(n, Vec::set(-0.693359375f), x));
   return scale_by_power(fma(polynomial(r, c), r * r, r + Vec::set(1.0f)), n);
 }
 
-inline Vec sigmoid(Vec x) { return Vec::set(1.0f) / (Vec::set(1.0f) + exp(Vec::zero() - x)); }
+// z / (1 + e^-s). A quotient and no product with the sigmoid: where e^-s overflows, a finite z gives a zero and an
+// infinite one NaN, as in torch.
+inline Vec times_sigmoid(Vec z, Vec s) { return z / (Vec::set(1.0f) + exp(Vec::zero() - s)); }
 
 // x Phi(x) = x (1 + erf(x / sqrt 2)) / 2. Near zero erf is a polynomial (Cephes erff); beyond one it comes from erfc,
 // whose Chebyshev fit has a relative error of 1.2e-7 everywhere (Numerical Recipes 6.2), so that the left tail is
@@ -44,7 +46,7 @@ inline Vec gelu(Vec x) {
 
 // x sigmoid(2 c) = x (1 + tanh c) / 2 without cancellation, c = sqrt(2 / pi) (x + 0.044715 x^3).
 inline Vec gelu_tanh(Vec x) {
-  return x * sigmoid(x * fma(x * x, Vec::set(2 * 0.7978845608f * 0.044715f), Vec::set(2 * 0.7978845608f)));
+  return times_sigmoid(x, x * fma(x * x, Vec::set(2 * 0.7978845608f * 0.044715f), Vec::set(2 * 0.7978845608f)));
 }
 
 inline Vec apply(Activation activation, Vec x) {
@@ -58,7 +60,7 @@ inline Vec apply(Activation activation, Vec x) {
     case Activation::gelu_tanh:
       return gelu_tanh(x);
     case Activation::silu:
-      return x * sigmoid(x);
+      return times_sigmoid(x, x);
   }
   return x;
 }

@@ -166,7 +166,11 @@ void tile(const Tile& t) {
       continue;
     }
     if (careful) {
-      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) { chain = chain + lost[i][j]; });
+      // Where a sum is infinite, inf - inf has made what was lost NaN.
+      const Vec infinity = Vec::set(__builtin_inff());
+      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
+        chain = select_less(abs(lost[i][j]), infinity, chain + lost[i][j], chain);
+      });
     }
     if (t.sum) {
       each([&](int i, int j, Vec& chain)

@@ -55,8 +55,11 @@ inline Vec round(Vec a) {  // adding 1.5 2^23 leaves no room for a fraction; |a|
   const Float4 shift = Vec::set(12582912.0f).v;
   return {(a.v + shift) - shift};
 }
-// a 2^n for an integer n in [-126, 127]
-inline Vec scale_by_power(Vec a, Vec n) { return {a.v * as_float((__builtin_convertvector(n.v, Int4) + 127) << 23)}; }
+// a 2^n for an integer n in [-250, 250], in two steps: 2^n itself may be out of range where a 2^n is not.
+inline Vec scale_by_power(Vec a, Vec n) {
+  const Int4 whole = __builtin_convertvector(n.v, Int4), half = whole >> 1;
+  return {a.v * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23)};
+}
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return {choose(a.v < b.v, yes.v, no.v)}; }
 
 inline float float_of(uint32_t bits) {

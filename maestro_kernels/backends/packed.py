@@ -26,9 +26,10 @@ FORMS = ("fused", "two oneDNN linears", "merged dense", "unpacked")
 # (docs/performance-log.md), so one copy serves them all.
 _ROWS = 256
 
-# In place on the result. oneDNN's own are left alone but for relu: its tanh and its logistic
-# function err several times as much as torch's in float32.
+# In place on the result. oneDNN's own are left alone: its relu makes a NaN zero, its tanh and its
+# logistic function err several times as much as torch's in float32.
 _ACTIVATIONS: dict[str | None, Callable[[Tensor], object]] = {
+    "relu": torch.ops.aten.relu_.default,
     "gelu": torch.ops.aten.gelu_.default,
     "gelu_tanh": partial(torch.ops.aten.gelu_.default, approximate="tanh"),
     "silu": torch.ops.aten.silu_.default,
@@ -79,13 +80,12 @@ def _packable(u: Tensor, v: Tensor) -> bool:
 def _onednn(weights: Sequence[Tensor], activation: str | None) -> Form:
     """One or two oneDNN linears; the bias and the activation belong to the last."""
     *first, last = [onednn.reorder(w, _ROWS) for w in weights]
-    post = "relu" if activation == "relu" else "none"
     act = _ACTIVATIONS.get(activation)
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         for weight in first:
             x = onednn.linear(x, weight, None)
-        y = onednn.linear(x, last, bias, post)
+        y = onednn.linear(x, last, bias)
         if act is not None:
             act(y)
         return y
