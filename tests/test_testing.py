@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from maestro_kernels.backends.reference import lod_linear_ref
-from maestro_kernels.testing import accuracy_error, assert_accurate, make_inputs, poison
+from maestro_kernels.testing import (
+    accuracy_error,
+    assert_accurate,
+    make_inputs,
+    poison,
+    rounding_errors,
+)
 
 
 def _case(dtype=torch.bfloat16, rank=13):
@@ -57,3 +63,48 @@ def test_refuses_a_baseline_that_is_not_finite():
 
 def test_poison_covers_integers():
     assert poison(torch.zeros(3, dtype=torch.int32)).tolist() == [-(2**31)] * 3
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_does_not_hide_what_is_wrong(dtype):
+    # A baseline without any error, so that only what follows from the arithmetic is allowed.
+    x, u, v, bias, two, exact = _case(dtype)
+    lucky, rounding = exact.to(dtype), rounding_errors(x, u, v, rank=13)["y"]
+    assert_accurate("y", two, lucky, exact, rounding)
+    one = two.clone()
+    one[5, 7] += 0.25
+    for wrong in (one, two - bias, poison(two.clone()), lod_linear_ref(x, u, v, bias, rank=12)):
+        assert accuracy_error(wrong, lucky, exact, rounding) is not None
+    assert accuracy_error(two * (1 + 64 * torch.finfo(dtype).eps), lucky, exact, rounding)
+
+
+def test_rounding_of_a_large_float32_layer_leaves_no_room_for_less_precision():
+    x, u, v, _ = make_inputs(8, 512, 4096, 256)
+    exact = (x.double() @ v.double().T) @ u.double().T
+    lucky, rounding = exact.float(), rounding_errors(x, u, v)["y"]
+    h = F.linear(x, v)
+    assert_accurate("y", F.linear(h, u), lucky, exact, rounding)
+    for less in (torch.bfloat16, torch.float16):
+        assert accuracy_error(F.linear(h.to(less).float(), u), lucky, exact, rounding) is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "gelu", "silu"])
+def test_rounding_covers_two_matmuls_that_rest_on_one_scalar(dtype, activation):
+    # H is M r numbers: where that is few, a baseline may happen to round them all well.
+    for seed in range(40):
+        leaves = make_inputs(1 + seed % 2, 50, 60, 4, dtype=dtype, seed=seed, requires_grad=True)
+        dy = torch.randn(1 + seed % 2, 50).to(dtype)
+        doubled = [t.detach().double().requires_grad_() for t in leaves]
+        results = []
+        for x, u, v, bias in (leaves, doubled):
+            y = lod_linear_ref(x, u, v, bias, rank=1, activation=activation)
+            results.append((y, *torch.autograd.grad(y, (x, u, v, bias), dy.to(y.dtype))))
+        rounding = rounding_errors(
+            *leaves[:3], rank=1, activation=activation, bias=leaves[3], dy=dy
+        )
+        for name, got, exact in zip(("y", "dx", "du", "dv", "dbias"), *results, strict=True):
+            assert_accurate(f"{name} {seed}", got, exact.to(dtype), exact, rounding[name])
