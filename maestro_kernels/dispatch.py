@@ -32,7 +32,9 @@ __all__ = [
     "Plan",
     "forget_plans",
     "plan_grouped",
+    "plan_grouped_afresh",
     "plan_linear",
+    "plan_linear_afresh",
     "select",
     "unsupported",
 ]
@@ -82,9 +84,12 @@ class Plan:
     def autograd_serves(self) -> bool:
         """Two library matmuls without an activation: torch's own gradient saves and does no more.
 
-        It costs a small call half of what a Function of ours does.
+        It costs a small call half of what a Function of ours does. Of a tensor rank it would
+        multiply the zeros beyond it with whatever v holds there.
         """
-        return self.module.__name__ == _MODULES["matmul"] and self.problems[0].activation is None
+        problem = self.problems[0]
+        plain = problem.activation is None and problem.rank is not None
+        return plain and self.module.__name__ == _MODULES["matmul"]
 
     def __str__(self) -> str:
         lines = [f"{self.fn}: {problem}" for problem in self.problems]
@@ -271,6 +276,9 @@ def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
     return check(group) if check and len(group) > 1 else None
 
 
+# Building a key: of no tensor, of something unhashable, of a nested or sparse tensor.
+_NO_KEY = (AttributeError, TypeError, RuntimeError)
+
 # (plan, the library's op) of calls that the native library serves, by what decides the plan. It
 # checks the rest of a call itself, so that a small one builds no larger key than this.
 _native_plans: dict[tuple[Any, ...], tuple[Plan, Callable[..., Tensor]]] = {}
@@ -280,9 +288,12 @@ def native_plan(
     x: Tensor, u: Tensor, rank: int | Tensor | None, activation: str | None
 ) -> tuple[Plan, Callable[..., Tensor]] | None:
     """(plan, op) of an eager CPU call that the native library served before, or None."""
-    # True is equal to 1 as a key, but is no rank.
-    if x.is_cpu and (rank is None or type(rank) is int):
-        return _native_plans.get((x.shape, u.shape, x.dtype, rank, activation))
+    try:
+        # True is equal to 1 as a key, but is no rank.
+        if x.is_cpu and (rank is None or type(rank) is int):
+            return _native_plans.get((x.shape, u.shape, x.dtype, rank, activation))
+    except _NO_KEY:
+        pass  # plan_linear, which comes next, says what is wrong
     return None
 
 
@@ -314,20 +325,19 @@ def plan_linear(
             x.device,
             u.device,
             v.device,
-            None if bias is None else (bias.shape, bias.dtype, bias.device),
+            None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
             # A bool equals an int but is not a rank: the type keeps them apart.
             rank if rank is None else _rank_key(rank),
             activation,
             backend,
+            x.layout,
             (u.stride(), v.stride()) if x.is_cpu and backend != "triton" else _layout(x, u, v),
         )
         plan = _linear_plans.get(key)
-    except (AttributeError, TypeError):  # not tensors, or unhashable: the check below says which
+    except _NO_KEY:  # the check below says which
         key, plan = None, None
     if plan is None:
-        check_choices("lod_linear", activation, backend)
-        check_linear("lod_linear", x, u, v, bias, rank)
-        plan = select(describe(x, u, v, bias, rank, activation), backend)
+        plan = plan_linear_afresh(x, u, v, bias, rank, activation, backend)
         if key is not None:
             if len(_linear_plans) >= _MAX_PLANS:
                 _linear_plans.clear()
@@ -350,7 +360,6 @@ def plan_grouped(
     backend: str | None,
 ) -> Plan:
     """Validate one eager grouped call and return its plan, from a cache where it was seen."""
-    fn = "lod_linear_grouped"
     plain = backend != "triton" and len(xs) > 0 and getattr(xs[0], "is_cpu", False)
     try:
         key = (
@@ -365,16 +374,10 @@ def plan_grouped(
             backend,
         )
         plan = _grouped_plans.get(key)
-    except (AttributeError, TypeError):  # not tensors, or unhashable: the check below says which
+    except _NO_KEY:  # the check below says which
         key, plan = None, None
     if plan is None:
-        check_grouped(fn, xs, us, vs, biases, ranks, activations, backend)
-        shared = len(xs) == 1
-        problems = [
-            describe(xs[0 if shared else i], us[i], vs[i], biases[i], ranks[i], activations[i])
-            for i in range(len(us))
-        ]
-        plan = select(problems, backend, fn=fn, shared_x=shared)
+        plan = plan_grouped_afresh(xs, us, vs, biases, ranks, activations, backend)
         if key is not None:
             if len(_grouped_plans) >= _MAX_PLANS:
                 _grouped_plans.clear()
@@ -382,8 +385,43 @@ def plan_grouped(
     return plan
 
 
+def plan_linear_afresh(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rank: int | Tensor | None,
+    activation: str | None,
+    backend: str | None,
+) -> Plan:
+    """Validate one call and plan it for exactly these tensors, layout of x included."""
+    check_choices("lod_linear", activation, backend)
+    check_linear("lod_linear", x, u, v, bias, rank)
+    return select(describe(x, u, v, bias, rank, activation), backend)
+
+
+def plan_grouped_afresh(
+    xs: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ranks: Sequence[int | None] | Tensor,
+    activations: Sequence[str | None],
+    backend: str | None,
+) -> Plan:
+    """Validate one grouped call and plan it for exactly these tensors."""
+    fn = "lod_linear_grouped"
+    check_grouped(fn, xs, us, vs, biases, ranks, activations, backend)
+    shared = len(xs) == 1
+    problems = [
+        describe(xs[0 if shared else i], us[i], vs[i], biases[i], ranks[i], activations[i])
+        for i in range(len(us))
+    ]
+    return select(problems, backend, fn=fn, shared_x=shared)
+
+
 def _tensor_key(tensor: Tensor, plain: bool) -> tuple[Any, ...]:
-    facts = (tensor.shape, tensor.dtype, tensor.device)
+    facts = (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
     return facts if plain else (*facts, *_layout(tensor))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from maestro_kernels import dispatch as _dispatch
 from maestro_kernels.ops import grouped as _grouped
 from maestro_kernels.ops import linear as _linear
+from maestro_kernels.problem import check_storages
 
 __all__ = ["explain", "lod_linear", "lod_linear_grouped"]
 
@@ -138,14 +139,15 @@ def explain(
     Raises:
         The errors of the call itself.
     """
-    if isinstance(u, Tensor):
-        return _dispatch.Explanation(
-            _dispatch.plan_linear(x, u, v, bias, rank, activation, backend)  # type: ignore[arg-type]
-        )
-    xs, us, vs, biases, ranks, activations = _spread(x, u, v, bias, rank, activation)
-    return _dispatch.Explanation(
-        _dispatch.plan_grouped(xs, us, vs, biases, ranks, activations, backend)
-    )
+    if isinstance(u, Sequence) and not isinstance(u, str):
+        xs, us, vs, biases, ranks, activations = _spread(x, u, v, bias, rank, activation)
+        plan = _dispatch.plan_grouped_afresh(xs, us, vs, biases, ranks, activations, backend)
+        _grouped.check_group_storages(plan.fn, xs, us, vs, biases, ranks)
+    else:
+        call: tuple[Any, ...] = (x, u, v, bias, rank, activation, backend)
+        plan = _dispatch.plan_linear_afresh(*call)
+        check_storages(plan.fn, x=x, u=u, v=v, bias=bias, rank=rank)
+    return _dispatch.Explanation(plan)
 
 
 def _spread(
@@ -153,24 +155,36 @@ def _spread(
 ) -> tuple[list[Any], list[Any], list[Any], list[Any], Any, list[Any]]:
     """One value or one per layer becomes one per layer; lengths are checked by problem.py."""
     for name, value in (("us", us), ("vs", vs)):
-        if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence):
             raise TypeError(
                 f"lod_linear_grouped: {name}: expected a sequence of factors, "
                 f"got {type(value).__name__}"
             )
     n = len(us)
-    xs = [x] if isinstance(x, Tensor) else list(x)
+    xs = [x] if isinstance(x, Tensor) else _listed("x", x, "one tensor or a sequence of tensors")
     if biases is None or isinstance(biases, Tensor):
         biases = [biases] * n
+    biases = _listed("biases", biases, "None, a tensor or a sequence of those")
     if activation is None or isinstance(activation, str):
         activation = [activation] * n
+    activation = _listed("activation", activation, "a name, None or a sequence of those")
     if isinstance(ranks, Tensor) and ranks.dim() == 0:
         ranks = ranks.expand(n).contiguous()
     elif ranks is None or isinstance(ranks, int | torch.SymInt):
         ranks = [ranks] * n
-    elif not isinstance(ranks, Tensor) and any(isinstance(r, Tensor) for r in ranks):
-        ranks = _stack_ranks(ranks, vs)
-    return xs, list(us), list(vs), list(biases), ranks, list(activation)
+    elif not isinstance(ranks, Tensor):
+        ranks = _listed("ranks", ranks, "an int, None, an int32 tensor or a sequence of those")
+        if any(isinstance(r, Tensor) for r in ranks):
+            ranks = _stack_ranks(ranks, vs)
+    return xs, list(us), list(vs), biases, ranks, activation
+
+
+def _listed(name: str, value: Any, expected: str) -> list[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"lod_linear_grouped: {name}: expected {expected}, got {type(value).__name__}"
+        )
+    return list(value)
 
 
 def _stack_ranks(ranks: Sequence[Any], vs: Sequence[Tensor]) -> Tensor:
@@ -178,11 +192,22 @@ def _stack_ranks(ranks: Sequence[Any], vs: Sequence[Tensor]) -> Tensor:
     device = next(r.device for r in ranks if isinstance(r, Tensor))
     filled = []
     for i, rank in enumerate(ranks):
-        value = vs[i].shape[0] if rank is None and i < len(vs) else rank
-        if isinstance(value, Tensor) and (value.dtype != torch.int32 or value.dim() != 0):
+        R = vs[i].shape[0] if i < len(vs) and isinstance(vs[i], Tensor) else 0
+        value = R if rank is None else rank
+        if isinstance(value, Tensor):
+            fits = value.dtype == torch.int32 and value.dim() == 0
+            got = f"{value.dtype} of shape {tuple(value.shape)}"
+        else:
+            fits = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+            got = type(value).__name__
+        if not fits:
             raise TypeError(
-                f"lod_linear_grouped: ranks[{i}]: expected an int or a 0-d int32 tensor, "
-                f"got {value.dtype} of shape {tuple(value.shape)}"
+                f"lod_linear_grouped: ranks[{i}]: expected None, an int or a 0-d int32 tensor, "
+                f"got {got}"
+            )
+        if not isinstance(value, Tensor) and not 0 <= value <= R:
+            raise ValueError(
+                f"lod_linear_grouped: ranks[{i}]: expected 0 <= rank <= {R}, got {value}"
             )
         filled.append(torch.as_tensor(value, dtype=torch.int32, device=device))
     return torch.stack(filled)

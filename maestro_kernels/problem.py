@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,6 +24,7 @@ __all__ = [
     "check_choices",
     "check_grouped",
     "check_linear",
+    "check_storages",
     "describe",
 ]
 
@@ -111,6 +113,7 @@ def check_linear(
     for name, value in (*tensors, *(() if bias is None else ((bias_name, bias),))):
         if not isinstance(value, Tensor):
             raise TypeError(f"{fn}: {name}: expected a Tensor, got {type(value).__name__}")
+        _check_plain(fn, name, value)
     if x.dtype not in DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"{fn}: {x_name}: expected dtype {expected}, got {x.dtype}")
@@ -144,6 +147,36 @@ def check_linear(
                 f"{fn}: {name}: expected device {x.device} like {x_name}, got {value.device}"
             )
     _check_rank(fn, rank_name, rank, x, v.shape[0])
+
+
+def _check_plain(fn: str, name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a tensor whose values do not lie in memory at strides of their own."""
+    if tensor.is_quantized:
+        raise TypeError(f"{fn}: {name}: expected a dense tensor, got quantised {tensor.dtype}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested" if tensor.is_nested else f"a {tensor.layout}"
+        raise TypeError(f"{fn}: {name}: expected a dense tensor, got {kind} one")
+
+
+def check_storages(fn: str, **tensors: Any) -> None:
+    """Raise ValueError for an ordinary tensor whose storage is too short for it.
+
+    FSDP and others free the memory of a tensor that they keep: `untyped_storage().resize_(0)`.
+    Asked after something went wrong, not on every call.
+    """
+    for name, tensor in tensors.items():
+        if type(tensor) not in (Tensor, Parameter) or tensor.layout != torch.strided:
+            continue
+        if tensor.is_meta or tensor.is_nested or tensor.numel() == 0:
+            continue
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        expected = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        got = tensor.untyped_storage().nbytes()
+        if got < expected:
+            raise ValueError(
+                f"{fn}: {name}: expected a storage of at least {expected} bytes, got {got} "
+                f"(freed by untyped_storage().resize_?)"
+            )
 
 
 def _check_rank(fn: str, name: str, rank: Any, x: Tensor, R: int) -> None:

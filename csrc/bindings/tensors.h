@@ -41,6 +41,11 @@ struct View {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
+    int64_t offset = 0, available = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor, &offset));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &available));
+    const int64_t needed = needed_bytes(offset);
+    MK_REFUSE_UNLESS(needed <= available, "expected a storage of at least ", needed, " bytes, got ", available);
   }
   explicit View(const Tensor& tensor) : View(tensor.get()) {}
 
@@ -48,6 +53,20 @@ struct View {
   bool like(const View& other) const { return dtype == other.dtype && device == other.device; }
   // Whether dimension i is laid out with the given stride; a size of 1 or 0 has no stride to speak of.
   bool steps(int64_t i, int64_t stride) const { return strides[i] == stride || sizes[i] <= 1; }
+
+ private:
+  // Of the storage up to the last element, none for an empty tensor. FSDP frees a storage and keeps the tensor; for
+  // dtypes that the library does not know, a byte is less than an element.
+  int64_t needed_bytes(int64_t offset) const {
+    int64_t last = offset;
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] == 0) return 0;
+      last += (sizes[i] - 1) * strides[i];
+    }
+    static const int32_t f32 = aoti_torch_dtype_float32(), i32 = aoti_torch_dtype_int32(),
+                         bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16();
+    return (last + 1) * (dtype == f32 || dtype == i32 ? 4 : dtype == bf16 || dtype == f16 ? 2 : 1);
+  }
 };
 
 inline DType dtype_of(const View& x) {

@@ -23,7 +23,7 @@ from maestro_kernels.backends import loop, reference
 from maestro_kernels.dispatch import Plan, plan_grouped
 from maestro_kernels.ops import eager
 from maestro_kernels.ops.linear import library, register
-from maestro_kernels.problem import check_grouped
+from maestro_kernels.problem import check_grouped, check_storages
 
 Ranks = Sequence[int | None] | Tensor
 
@@ -132,14 +132,17 @@ def run_forward(
     active = ranks if isinstance(ranks, Tensor) else full_ranks(ranks, vs)
     activations = [p.activation for p in plan.problems]
     module = plan.module
-    if hasattr(module, "grouped_forward"):
-        ys, hs = module.grouped_forward(
-            rows, us, vs, biases, active, activations, save_h=save_h, strategy=plan.strategy
-        )
-    else:
-        ys, hs = loop.grouped_forward(
-            module, rows, us, vs, biases, active, activations, save_h=save_h, strategy=plan.strategy
-        )
+    args = (rows, us, vs, biases, active, activations)
+    try:
+        if hasattr(module, "grouped_forward"):
+            ys, hs = module.grouped_forward(*args, save_h=save_h, strategy=plan.strategy)
+        else:
+            ys, hs = loop.grouped_forward(module, *args, save_h=save_h, strategy=plan.strategy)
+    except RuntimeError:
+        # A remembered plan checks no more than its key: what else is wrong is said here.
+        check_grouped(plan.fn, xs, us, vs, biases, ranks, activations, None)
+        check_group_storages(plan.fn, xs, us, vs, biases, ranks)
+        raise
     shared = len(xs) == 1
     ys = [
         y
@@ -182,12 +185,31 @@ def run_backward(
         active,
         activations,
     )
-    if hasattr(module, "grouped_backward"):
-        dxs, *rest = module.grouped_backward(*args, needs=needs)
-    else:
-        dxs, *rest = loop.grouped_backward(module, *args, needs=needs, strategy=plan.strategy)
+    try:
+        if hasattr(module, "grouped_backward"):
+            dxs, *rest = module.grouped_backward(*args, needs=needs)
+        else:
+            dxs, *rest = loop.grouped_backward(module, *args, needs=needs, strategy=plan.strategy)
+    except RuntimeError:  # what was saved may have been freed since
+        check_group_storages(f"{plan.fn} backward", xs, us, vs, biases, ranks)
+        raise
     dxs = [dx if dx is None else dx.reshape(x.shape) for dx, x in zip(dxs, xs, strict=True)]
     return dxs, *rest
+
+
+def check_group_storages(
+    fn: str,
+    xs: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ranks: Ranks,
+) -> None:
+    """problem.check_storages for the layers of a group."""
+    named: dict[str, Any] = {"x": xs[0]} if len(xs) == 1 else {}
+    lists = {"x": xs if len(xs) > 1 else [], "us": us, "vs": vs, "biases": biases}
+    named |= {f"{name}[{i}]": t for name, ts in lists.items() for i, t in enumerate(ts)}
+    check_storages(fn, **named, ranks=ranks)
 
 
 def _row_count(x: Tensor) -> int:

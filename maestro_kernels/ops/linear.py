@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maestro_kernels.backends import reference
-from maestro_kernels.backends.native import ACTIVATION_CODES
+from maestro_kernels.backends.native import ACTIVATION_CODES, LIBRARY_NAME
 from maestro_kernels.dispatch import Plan, native_plan, plan_linear, select
 from maestro_kernels.ops import eager
-from maestro_kernels.problem import check_choices, check_linear, describe
+from maestro_kernels.problem import check_choices, check_linear, check_storages, describe
 
 Rank = int | Tensor | None
 Needs = tuple[bool, bool, bool, bool]
@@ -56,10 +56,17 @@ def lod_linear(
             x, u, v, bias = (eager.cast(t, dtype) for t in (x, u, v, bias))
     if eager.is_plain(x, u, v, bias):
         wants_grad = torch.is_grad_enabled() and any_requires_grad(x, u, v, bias)
-        if backend is None:
-            y = native_linear(x, u, v, bias, rank, activation, wants_grad, save_h)
-            if y is not None:
-                return y
+        found = native_plan(x, u, rank, activation) if backend is None else None
+        if found is not None and v is not None:
+            try:
+                if wants_grad:
+                    return apply_eager(x, u, v, bias, (found[0], rank, save_h))
+                code = ACTIVATION_CODES[activation]
+                return found[1](x, u, v, bias, -1 if rank is None else rank, None, code)
+            except RuntimeError as refusal:
+                # The plan in full has the words for a wrong call, and says what serves this layout.
+                if LIBRARY_NAME not in str(refusal):
+                    raise
         plan = plan_linear(x, u, v, bias, rank, activation, backend)
         if not wants_grad:
             return run_forward(plan, x, u, v, bias, rank, False)[0]
@@ -90,29 +97,6 @@ def any_requires_grad(x: Any, u: Any, v: Any, bias: Any) -> bool:
         return False
 
 
-def native_linear(
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    rank: Rank,
-    activation: str | None,
-    wants_grad: bool,
-    save_h: bool,
-) -> Tensor | None:
-    """A CPU call straight to the library, or None where the plan has to be asked."""
-    try:
-        found = native_plan(x, u, rank, activation)
-        if found is None:
-            return None
-        if wants_grad:
-            return apply_eager(x, u, v, bias, (found[0], rank, save_h))
-        code = ACTIVATION_CODES[activation]
-        return found[1](x, u, v, bias, -1 if rank is None else rank, None, code)
-    except (AttributeError, TypeError, RuntimeError):  # the validator has the words for it
-        return None
-
-
 def split_rank(rank: Rank) -> tuple[int | None, Tensor | None]:
     """A schema has no `int | Tensor`: (int or None, tensor or None)."""
     return (None, rank) if isinstance(rank, Tensor) else (rank, None)
@@ -132,11 +116,17 @@ def run_forward(
     forward, R, activation, strategy = plan.single
     if rank is None:
         rank = R
-    if x.dim() == 2:
-        return forward(x, u, v, bias, rank, activation, save_h=save_h, strategy=strategy)
-    rows = x.reshape(plan.problems[0].M, x.shape[-1])
-    y, h = forward(rows, u, v, bias, rank, activation, save_h=save_h, strategy=strategy)
-    return y.view(*x.shape[:-1], u.shape[0]), h
+    try:
+        if x.dim() == 2:
+            return forward(x, u, v, bias, rank, activation, save_h=save_h, strategy=strategy)
+        rows = x.reshape(plan.problems[0].M, x.shape[-1])
+        y, h = forward(rows, u, v, bias, rank, activation, save_h=save_h, strategy=strategy)
+        return y.view(*x.shape[:-1], u.shape[0]), h
+    except RuntimeError:
+        # A remembered plan checks no more than its key: what else is wrong is said here.
+        check_linear(plan.fn, x, u, v, bias, rank)
+        check_storages(plan.fn, x=x, u=u, v=v, bias=bias, rank=rank)
+        raise
 
 
 def run_backward(
@@ -163,19 +153,23 @@ def run_backward(
         rows = math.prod(x.shape[:-1])
         dy = dy.reshape(rows, problem.N)
         y = None if y is None else y.reshape(rows, problem.N)
-    dx, du, dv, dbias = module.backward(
-        dy,
-        x if x.dim() == 2 else x.reshape(-1, problem.K) if problem.K else x.reshape(rows, 0),
-        u,
-        v,
-        bias,
-        None if differentiable else h,
-        None if differentiable else y,
-        problem.R if rank is None else rank,
-        problem.activation,
-        needs=needs,
-        strategy=plan.strategy,
-    )
+    try:
+        dx, du, dv, dbias = module.backward(
+            dy,
+            x if x.dim() == 2 else x.reshape(-1, problem.K) if problem.K else x.reshape(rows, 0),
+            u,
+            v,
+            bias,
+            None if differentiable else h,
+            None if differentiable else y,
+            problem.R if rank is None else rank,
+            problem.activation,
+            needs=needs,
+            strategy=plan.strategy,
+        )
+    except RuntimeError:  # what was saved may have been freed since
+        check_storages(f"{plan.fn} backward", dy=dy, x=x, u=u, v=v, bias=bias, rank=rank)
+        raise
     if dx is not None and dx.dim() != x.dim():
         dx = dx.reshape(x.shape)
     return dx, du, dv, dbias
