@@ -93,6 +93,8 @@ Tensor pack_cpu(const std::vector<Tensor>& us, const std::vector<Tensor>& vs, co
     // v stands in for an input: the checks of a call hold for packing too.
     layers.push_back(describe(v, u, v, View(), ranks[i], nullptr, activations[i]));
     MK_REFUSE_UNLESS(layers[i].K == layers[0].K, "pack: vs: expected layers of one K");
+    // Of a unit or tile that r ends in, kernels read the rest as well: it is to be zero, whatever u holds there.
+    layers[i].R = std::max<int64_t>(layers[i].rank, 1);
   }
   const DType dtype = dtype_of(View(vs[0]));
   Tensor packed = torch::stable::empty({packed_size(layers, dtype)}, ScalarType::Byte);

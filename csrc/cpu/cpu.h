@@ -28,8 +28,8 @@ const char* available_isas();
 // Bytes of packed factors (R, K) and (N, R), 0 where this build cannot pack them.
 size_t packed_bytes(int64_t N, int64_t K, int64_t R, DType dtype);
 
-// Write u and v of one layer into `packed` (64-byte aligned) in the order the kernels read them.
-// Every rank 0..R can run on the result.
+// Write u and v of one layer into `packed` (64-byte aligned) in the order the kernels read them. Zeros follow its R, so
+// that rank R is exact; lower ones need u to be finite up to the next multiple of 32.
 void pack(const Layer& layer, DType dtype, void* packed, const Pool& pool);
 
 // Run n layers in one parallel region. packed[i] is null (factors as they are) or what pack() wrote.

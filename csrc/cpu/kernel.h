@@ -3,7 +3,7 @@
 // A panel holds 32 rows of a weight matrix W (n, k), transposed: units of 128 bytes, one after the other along k. A
 // unit is 32 floats of one k (float32), 32 pairs of two k (bfloat16), or 32 values of an even and 32 of an odd k
 // (float16). The columns beyond n and k are zero. A prefix of the rows is a prefix of the panels, a prefix of k a
-// prefix of each panel, so any rank runs on the same copy.
+// prefix of each panel; the unit or tile in which that ends is read whole, against zeros.
 #pragma once
 
 #include <cstdint>

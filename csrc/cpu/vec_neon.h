@@ -54,10 +54,12 @@ inline Vec round(Vec a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
 inline float32x4_t power_of_two(float32x4_t n) {
   return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
-// a 2^n for an integer n in [-126, 127]
-inline Vec scale_by_power(Vec a, Vec n) {
-  return {vmulq_f32(a.low, power_of_two(n.low)), vmulq_f32(a.high, power_of_two(n.high))};
+// a 2^n for an integer n in [-250, 250], in two steps: 2^n itself may be out of range where a 2^n is not.
+inline float32x4_t scale_by_power(float32x4_t a, float32x4_t n) {
+  const float32x4_t half = vrndnq_f32(vmulq_n_f32(n, 0.5f));
+  return vmulq_f32(vmulq_f32(a, power_of_two(half)), power_of_two(vsubq_f32(n, half)));
 }
+inline Vec scale_by_power(Vec a, Vec n) { return {scale_by_power(a.low, n.low), scale_by_power(a.high, n.high)}; }
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return {vbslq_f32(vcltq_f32(a.low, b.low), yes.low, no.low), vbslq_f32(vcltq_f32(a.high, b.high), yes.high, no.high)};
 }

@@ -168,14 +168,14 @@ MK_DEVICE void sum_h(const Params& p, const Schedule* s, int layer, int block_m,
   }
 }
 
-// Rows of whole 16-byte pieces from global to shared memory; zeros from `valid_bytes` to `bytes` and beyond
+// Rows of `bytes`, whole 16-byte pieces, from global to shared memory; zeros from `valid_bytes` on and beyond
 // `valid_rows`.
 MK_DEVICE void fetch_rows(unsigned char* target, int pitch, const unsigned char* source, int64_t stride_bytes, int rows,
                           int valid_rows, int bytes, int valid_bytes) {
   const int pieces = bytes / kVectorBytes;
   for (int i = thread_index(); i < rows * pieces; i += kDecodeThreads) {
     const int row = i / pieces, column = i % pieces * kVectorBytes;
-    const bool valid = row < valid_rows && column < valid_bytes;
+    const int valid = row < valid_rows ? piece_bytes(valid_bytes - column) : 0;
     async_copy(target + row * pitch + column, valid ? source + row * stride_bytes + column : source, valid);
   }
 }
@@ -202,8 +202,8 @@ MK_DEVICE Slice place_slice(const Params& p, const Schedule* s, int index) {
   const Tile tile = find_tile(s->expand_end, index);
   const int rank = s->rank[tile.layer], n_begin = tile.index * p.block_n;
   const int left = static_cast<int>(p.layers[tile.layer].N) - n_begin;
-  // H and u are read to the end of the piece that holds rank r - 1; beyond r, H is zero and u finite.
-  const int valid_bytes = div_up(rank * static_cast<int>(sizeof(T)), kVectorBytes) * kVectorBytes;
+  // H and u are read up to rank r - 1: what u holds beyond it may be NaN.
+  const int valid_bytes = rank * static_cast<int>(sizeof(T));
   return {tile.layer,
           tile.index,
           rank,

@@ -84,11 +84,11 @@ MK_DEVICE Pack load_exchanged(const Pack* source) {
 }
 MK_DEVICE void store16(void* target, const Pack& pack) { *static_cast<Pack*>(target) = pack; }
 
-// 16 bytes from global to shared memory, through L2; zeros, and no read, unless `valid`.
-MK_DEVICE void async_copy(void* target, const void* source, bool valid) {
+// 16 bytes from global to shared memory, through L2, of which the first `bytes` are read and the others are zeros.
+MK_DEVICE void async_copy(void* target, const void* source, int bytes) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(target))),
-      "l"(__cvta_generic_to_global(source)), "r"(valid ? 16 : 0)
+      "l"(__cvta_generic_to_global(source)), "r"(bytes)
       : "memory");
 }
 MK_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -150,6 +150,9 @@ namespace mk::cuda {
 MK_DEVICE int lane_index() { return thread_index() % 32; }
 MK_DEVICE int warp_index() { return thread_index() / 32; }
 MK_BOTH int div_up(int a, int b) { return (a + b - 1) / b; }
+
+// How many of the 16 bytes of a piece lie before the end of a row, when `left` bytes are left to it.
+MK_DEVICE int piece_bytes(int left) { return left < 0 ? 0 : left < kVectorBytes ? left : kVectorBytes; }
 
 // Takes `bytes` of shared memory.
 template <class T>

@@ -167,8 +167,8 @@ MK_DEVICE RowsTile<kLarge> rows_expand_sum(const Params& p, const Schedule* s, u
   constexpr RowsShape kShape = RowsTile<kLarge>::kShape;
   const ExpandPlace at = place_expand<kLarge>(p, s, index);
   const Layer& layer = p.layers[at.layer];
-  // H and u are read to the end of the piece that holds rank r - 1; beyond r, H is zero and u finite.
-  const int bytes = div_up(at.rank * static_cast<int>(sizeof(T)), kVectorBytes) * kVectorBytes;
+  // H and u are read up to rank r - 1: what u holds beyond it may be NaN.
+  const int bytes = at.rank * static_cast<int>(sizeof(T));
   const int64_t stride_h = h_columns(layer.rank, kShape.block_n) * static_cast<int64_t>(sizeof(T));
   const int64_t stride_u = layer.stride_un * static_cast<int64_t>(sizeof(T));
   const Operand h{p.h[at.layer] + at.m0 * stride_h, stride_h, static_cast<int>(layer.M) - at.m0};

@@ -46,13 +46,15 @@ struct RowsTile {
       stride_bytes = from.stride_bytes;
       rows_left = from.valid_rows - row;
     }
-    // The next step of K to `target`, zeros unless `valid`; to be called for one step after the other.
-    MK_DEVICE void fetch(unsigned char* target, bool valid) {
+    // The next step of K to `target`, zeros from byte `left` of this thread's pieces on; to be called for one step
+    // after the other.
+    MK_DEVICE void fetch(unsigned char* target, int left) {
+      const int bytes = piece_bytes(left);
       target += swizzled(thread_index() / kPieces, thread_index() % kPieces);
       const unsigned char* piece = source;
 #pragma unroll
       for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-        async_copy(target + i * kRowsAtOnce * kRowsStepBytes, piece, valid && i * kRowsAtOnce < rows_left);
+        async_copy(target + i * kRowsAtOnce * kRowsStepBytes, piece, i * kRowsAtOnce < rows_left ? bytes : 0);
         piece += kRowsAtOnce * stride_bytes;
       }
       source += kRowsStepBytes;
@@ -91,12 +93,12 @@ struct RowsTile {
     Fetcher<kShape.block_n> from_b(b);
 #pragma unroll 1
     for (int s = 0; s < kStages - 1 && s < steps; ++s)
-      from_b.fetch(ring + s * kStage + kOffsetB, s * kRowsStepBytes < bytes);
+      from_b.fetch(ring + s * kStage + kOffsetB, bytes - s * kRowsStepBytes);
     wait_for_a();
     Fetcher<kShape.block_m> from_a(a);
 #pragma unroll 1
     for (int s = 0; s < kStages - 1; ++s) {
-      if (s < steps) from_a.fetch(ring + s * kStage, s * kRowsStepBytes < bytes);
+      if (s < steps) from_a.fetch(ring + s * kStage, bytes - s * kRowsStepBytes);
       async_commit();  // also where there is nothing: the count of groups is what a step waits for
     }
     int now = 0, ahead = (kStages - 1) * kStage;
@@ -106,9 +108,9 @@ struct RowsTile {
       block_barrier();  // this step has landed for all threads, and all have left the step before, whose stage is next
       bytes -= kRowsStepBytes;
       if (steps >= kStages) {
-        const bool valid = (kStages - 2) * kRowsStepBytes < bytes;
-        from_b.fetch(ring + ahead + kOffsetB, valid);
-        from_a.fetch(ring + ahead, valid);
+        const int left = bytes - (kStages - 2) * kRowsStepBytes;
+        from_b.fetch(ring + ahead + kOffsetB, left);
+        from_a.fetch(ring + ahead, left);
       }
       async_commit();
       multiply<Op>(ring + now, ring + now + kOffsetB);

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maestro_kernels.backends import native_cuda, reference
+from maestro_kernels.backends import matmul, native_cuda
 from maestro_kernels.problem import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACTIVATION_CODES",
+    "LIBRARY_NAME",
     "available_isas",
     "cuda_error",
     "isa",
@@ -36,6 +37,8 @@ __all__ = [
 Ranks = Sequence[int] | Tensor
 # What mk_interface() in csrc/bindings/cpu.cpp returns.
 INTERFACE = 3
+# In every error of the library's ops.
+LIBRARY_NAME = "maestro_native"
 LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
 # The order of mk::DType and mk::Activation in csrc/layer.h.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -151,8 +154,9 @@ def pack(
 ) -> Tensor:
     """Layers of one K as bytes, in the order the CPU kernels read them.
 
-    The bytes hold u (N, R) and v (R, K), rank and activation of each layer, but no bias:
-    `packed_linear(packed, x, bias)` runs one layer, `packed_grouped(packed, x, biases)` all.
+    The bytes hold u[:, :r] (N, r), v[:r] (r, K) and the activation of each layer, nothing from
+    beyond its rank r and no bias: `packed_linear(packed, x, bias)` runs one layer,
+    `packed_grouped(packed, x, biases)` all.
     """
     packed: Tensor = ops().pack(
         [u.detach() for u in us],
@@ -217,7 +221,9 @@ def choose_strategy(problems: Sequence[LoDProblem]) -> tuple[str, str]:
         facts, reason = _facts(device)
         return ("none", reason) if facts is None else native_cuda.plan(_library(), problems, facts)
     many = f"; one parallel region for {len(problems)} layers" if len(problems) > 1 else ""
-    return "fused", f"{isa(problems[0].dtype)} kernels on the factors as they are{many}"
+    copied = any(p.x_stride and p.x_stride[-1] != 1 and p.K > 1 for p in problems)
+    rows = "; x is copied first: its rows do not lie in one piece" if copied else ""
+    return "fused", f"{isa(problems[0].dtype)} kernels on the factors as they are{many}{rows}"
 
 
 def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:
@@ -269,7 +275,7 @@ def forward(
 
 
 # By library matmuls: factors change every step, so that packing them would not pay.
-backward = reference.backward
+backward = matmul.backward
 
 
 def grouped_forward(

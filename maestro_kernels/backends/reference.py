@@ -52,19 +52,23 @@ def lod_linear_ref(
     Returns:
         Tensor (..., N).
     """
-    return ACTIVATIONS[activation](expand(shrink(x, v, rank), u, bias))
+    if isinstance(rank, Tensor):  # so that the gradient of x is free of it, too
+        v = zero_beyond(v.mT, rank).mT
+    return ACTIVATIONS[activation](expand(shrink(x, v, rank), u, bias, rank))
 
 
 def shrink(x: Tensor, v: Tensor, rank: int | Tensor | None) -> Tensor:
     """H = x @ v[:r].T, (..., r); for a tensor rank (..., R) with zeros beyond it."""
     if isinstance(rank, Tensor):
-        return _zero_beyond(x @ v.mT, rank)
+        return zero_beyond(x @ v.mT, rank)
     return x @ v[:rank].mT
 
 
-def expand(h: Tensor, u: Tensor, bias: Tensor | None) -> Tensor:
-    """Z = H @ u[:, :r].T + bias, (..., N), where r is the width of H."""
-    z = h @ u[:, : h.shape[-1]].mT
+def expand(h: Tensor, u: Tensor, bias: Tensor | None, rank: int | Tensor | None = None) -> Tensor:
+    """Z = H @ u[:, :r].T + bias, (..., N), where r is a tensor rank or else the width of H."""
+    # Zeros in H are not enough: zero times NaN is NaN.
+    u = zero_beyond(u, rank) if isinstance(rank, Tensor) else u[:, : h.shape[-1]]
+    z = h @ u.mT
     return z if bias is None else z + bias
 
 
@@ -96,7 +100,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The formula, and H."""
     h = shrink(x, v, rank)
-    return ACTIVATIONS[activation](expand(h, u, bias)), h
+    return ACTIVATIONS[activation](expand(h, u, bias, rank)), h
 
 
 def backward(
@@ -133,21 +137,26 @@ def backward(
     """
     needs_x, needs_u, needs_v, needs_bias = needs
     R = v.shape[0]
+    needs_z = activation is not None and not (activation == "relu" and y is not None)
     width = R if isinstance(rank, Tensor) else rank
-    u_r, v_r = (u, v) if width == R else (u[:, :width], v[:width])
-    use_y = activation == "relu" and y is not None
-    if h is None and (needs_u or (activation is not None and not use_y)):
+    if isinstance(rank, Tensor):
+        # Only where a product with zeros would not be zero; dz @ u is cut to the rank afterwards.
+        u_r = zero_beyond(u, rank) if needs_z else u
+        v_r = zero_beyond(v.mT, rank).mT if needs_x else v
+    else:
+        u_r, v_r = (u, v) if width == R else (u[:, :width], v[:width])
+    if h is None and (needs_u or needs_z):
         h = shrink(x, v, rank)
     if activation is None:
         dz = dy
     else:
-        z = y if use_y else F.linear(_present(h), u_r, bias)
+        z = F.linear(_present(h), u_r, bias) if needs_z else y
         dz = activation_backward(dy, _present(z), activation)
     dx = du = dv = None
     if needs_x or needs_v:
         dh = dz @ u_r
         if isinstance(rank, Tensor):
-            dh = _zero_beyond(dh, rank)
+            dh = zero_beyond(dh, rank)
         if needs_x:
             dx = dh @ v_r
         if needs_v:
@@ -164,7 +173,7 @@ def _present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def _zero_beyond(h: Tensor, rank: Tensor) -> Tensor:
-    """Zero the columns from `rank` on, on the device."""
-    active = torch.arange(h.shape[-1], device=h.device) < rank
-    return torch.where(active, h, 0)
+def zero_beyond(matrix: Tensor, rank: Tensor) -> Tensor:
+    """Zero the columns from `rank` on, whatever they hold, without asking the device for it."""
+    active = torch.arange(matrix.shape[-1], device=matrix.device) < rank
+    return torch.where(active, matrix, 0)

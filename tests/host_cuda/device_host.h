@@ -101,11 +101,11 @@ inline void store16(void* target, const Pack& pack) {
 }
 
 // The old contents go at issue, so that reuse without a barrier is a race here too.
-inline void async_copy(void* target, const void* source, bool valid) {
+inline void async_copy(void* target, const void* source, int bytes) {
   require_aligned16(target);
   require_aligned16(source);
   host::AsyncCopy copy{target, {}};
-  if (valid) memcpy(copy.data, source, 16);
+  memcpy(copy.data, source, static_cast<size_t>(bytes));
   memset(target, 0xFF, 16);
   self().open_copies.push_back(copy);
 }

@@ -23,6 +23,7 @@ from maestro_kernels.backends.triton.launch import (
     record_of,
     table_arch,
 )
+from maestro_kernels.backends.triton.two_phase_kernel import expand_sum
 
 __all__ = [
     "SHIPPED",
@@ -45,12 +46,13 @@ def activation_grad_kernel(
     """One tile of dz = dy · act'(H · u[:, :r]ᵀ + bias), or of dz = dy · act'(y) (FROM_Y).
 
     rank is an int, or a pointer to int32 (TENSOR_RANK) that is clamped to 0..R.
-    ROUND_RANK: u is read up to the next multiple of 8 of the rank, which needs R % 8 == 0; H always
-    is, and holds zeros there.
+    ROUND_RANK: u is read 8 ranks at a time, which needs R % 8 == 0; H always is.
     """
     num_n = tl.cdiv(N, BLOCK_N)
-    o_m = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_m = tl.program_id(0) // num_n
+    i_n = tl.program_id(0) % num_n
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_tile = (o_m < M)[:, None] & (o_n < N)[None, :]
     o_row = o_m[:, None].to(tl.int64)
     if FROM_Y:
@@ -59,20 +61,10 @@ def activation_grad_kernel(
     else:
         if TENSOR_RANK:
             rank = tl.minimum(tl.maximum(tl.load(rank), 0), R)
-        rank_up = tl.cdiv(rank, 8) * 8
-        rank_read = rank_up if ROUND_RANK else rank
-        o_r = tl.arange(0, BLOCK_R)
-        p_h += o_row * stride_hm + o_r[None, :]
-        p_u += o_n[None, :].to(tl.int64) * stride_un + o_r[:, None].to(tl.int64) * stride_ur
-        b_z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for o_r0 in range(0, rank, BLOCK_R):
-            m_h = (o_m < M)[:, None] & (o_r0 + o_r < rank_up)[None, :]
-            m_u = (o_r0 + o_r < rank_read)[:, None] & (o_n < N)[None, :]
-            b_h = tl.load(p_h, mask=m_h, other=0.0)
-            b_u = tl.load(p_u, mask=m_u, other=0.0)
-            b_z = tl.dot(b_h, b_u, b_z, input_precision=INPUT_PRECISION)
-            p_h += BLOCK_R
-            p_u += BLOCK_R * stride_ur
+        b_z = expand_sum(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), p_h, p_u, M, N, rank, stride_hm, stride_un,
+            stride_ur, i_m, i_n, ROUND_RANK, BLOCK_M, BLOCK_N, BLOCK_R, INPUT_PRECISION,
+        )  # fmt: skip
         if HAS_BIAS:
             b_z += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     b_dy = tl.load(p_dy + o_row * stride_dym + o_n[None, :], mask=m_tile, other=0.0)

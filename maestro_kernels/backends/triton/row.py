@@ -68,6 +68,35 @@ def _shrink_rows(
     return b_h
 
 
+@triton.jit
+def _expand_rows(
+    b_h, e, p_bias, p_y, rank, rank_read, M, N, stride_en, stride_er, o_m, o_r,
+    CLEAR: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of y = act(H · Eᵀ + bias). CLEAR: what E holds from the rank on is set to zero."""
+    for o_n0 in range(0, N, BLOCK_N):
+        o_n = o_n0 + tl.arange(0, BLOCK_N)
+        if DESCRIPTORS:
+            if TRANSPOSED:
+                b_e = e.load([0, o_n0])
+            else:
+                b_e = e.load([o_n0, 0]).T
+        else:
+            p_e = e + o_n[None, :].to(tl.int64) * stride_en + o_r[:, None].to(tl.int64) * stride_er
+            m_e = (o_n < N)[None, :] & (o_r < rank_read)[:, None]
+            b_e = tl.load(p_e, mask=m_e, other=0.0)
+        if CLEAR:
+            b_e = tl.where((o_r < rank)[:, None], b_e, 0.0)
+        b_y = tl.dot(b_h, b_e, input_precision=INPUT_PRECISION)
+        if HAS_BIAS:
+            b_y += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        b_y = apply_activation(b_y, ACTIVATION)
+        m_y = (o_m < M)[:, None] & (o_n < N)[None, :]
+        tl.store(p_y + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
+
+
 @triton.jit(do_not_specialize=["rank", "M"])
 def row_kernel(
     x, s, e, p_bias, p_y, p_h, rank, M, N, K, R,
@@ -106,23 +135,24 @@ def row_kernel(
         p_h += o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
         tl.store(p_h, b_h, mask=(o_m < M)[:, None] & (o_r < width)[None, :])
     p_y += o_m[:, None].to(tl.int64) * stride_ym
-    for o_n0 in range(0, N, BLOCK_N):
-        o_n = o_n0 + tl.arange(0, BLOCK_N)
-        if DESCRIPTORS:
-            if TRANSPOSED:
-                b_e = e.load([0, o_n0])
-            else:
-                b_e = e.load([o_n0, 0]).T
-        else:
-            p_e = e + o_n[None, :].to(tl.int64) * stride_en + o_r[:, None].to(tl.int64) * stride_er
-            m_e = (o_n < N)[None, :] & (o_r < rank_read)[:, None]
-            b_e = tl.load(p_e, mask=m_e, other=0.0)
-        b_y = tl.dot(b_h, b_e, input_precision=INPUT_PRECISION)
-        if HAS_BIAS:
-            b_y += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
-        b_y = apply_activation(b_y, ACTIVATION)
-        m_y = (o_m < M)[:, None] & (o_n < N)[None, :]
-        tl.store(p_y + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
+    # Descriptors end at the width, and u is read in eights: then what follows the rank comes along.
+    # H is zero there, but zero times NaN is not. Clearing it takes u through registers, so there is
+    # a loop without for those who need not.
+    if DESCRIPTORS:
+        clear = rank < R if TENSOR_RANK else False
+    else:
+        clear = rank < rank_read if ROUND_RANK and not TRANSPOSED else False
+    rank_read = rank if TRANSPOSED else rank_read
+    if clear:
+        _expand_rows(
+            b_h, e, p_bias, p_y, rank, rank_read, M, N, stride_en, stride_er, o_m, o_r, True,
+            HAS_BIAS, ACTIVATION, TRANSPOSED, DESCRIPTORS, BLOCK_N, INPUT_PRECISION,
+        )  # fmt: skip
+    else:
+        _expand_rows(
+            b_h, e, p_bias, p_y, rank, rank_read, M, N, stride_en, stride_er, o_m, o_r, False,
+            HAS_BIAS, ACTIVATION, TRANSPOSED, DESCRIPTORS, BLOCK_N, INPUT_PRECISION,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import triton.language as tl
 from maestro_kernels.backends.triton.epilogue import apply_activation
 from maestro_kernels.backends.triton.layers import RANK_BITS, element, pick, vector
 
-__all__ = ["COUNTERS_BEFORE_ARRIVALS", "MAX_SPLIT", "MIN_STEPS", "two_phase_kernel"]
+__all__ = ["COUNTERS_BEFORE_ARRIVALS", "MAX_SPLIT", "MIN_STEPS", "expand_sum", "two_phase_kernel"]
 
 # Slots the last arriver has to add: each costs it BLOCK_M * BLOCK_R * 4 bytes from L2.
 MAX_SPLIT = tl.constexpr(16)
@@ -72,18 +72,25 @@ def _shrink_sum(
 
 
 @triton.jit
-def _expand_sum(
-    b_y, p_h, p_e, M, N, rank, rank_stored, rank_read, stride_hm, stride_en, stride_er, i_m, i_n,
+def expand_sum(
+    b_y, p_h, p_e, M, N, rank, stride_hm, stride_en, stride_er, i_m, i_n, EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """b_y + H · Eᵀ of one tile."""
+    """b_y + H · Eᵀ of one tile. EIGHTS: E is contiguous along r, and read 8 ranks at a time."""
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = tl.arange(0, BLOCK_R)
     p_h = p_h + o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
     p_e = p_e + o_n[None, :].to(tl.int64) * stride_en + o_r[:, None].to(tl.int64) * stride_er
-    for o_r0 in range(0, rank, BLOCK_R):
+    rank_stored = tl.cdiv(rank, 8) * 8
+    rank_read = rank_stored if EIGHTS else rank
+    # Eights that end beyond the rank bring in what is not ours: H is zero there, but zero times NaN
+    # is not. Clearing it takes E through registers, which only the last block has to pay.
+    rank_as_read = rank
+    if EIGHTS:
+        rank_as_read = tl.where(rank % 8 == 0, rank, rank // BLOCK_R * BLOCK_R)
+    for o_r0 in range(0, rank_as_read, BLOCK_R):
         m_h = (o_r0 + o_r < rank_stored)[None, :]
         m_e = (o_r0 + o_r < rank_read)[:, None]
         b_h = tl.load(p_h, mask=(o_m < M)[:, None] & m_h, other=0.0)
@@ -91,6 +98,14 @@ def _expand_sum(
         b_y = tl.dot(b_h, b_e, b_y, input_precision=INPUT_PRECISION)
         p_h += BLOCK_R
         p_e += BLOCK_R * stride_er
+    if EIGHTS:
+        if rank_as_read < rank:
+            m_h = (rank_as_read + o_r < rank_stored)[None, :]
+            m_e = (rank_as_read + o_r < rank_read)[:, None]
+            b_h = tl.load(p_h, mask=(o_m < M)[:, None] & m_h, other=0.0)
+            b_e = tl.load(p_e, mask=m_e & (o_n < N)[None, :], other=0.0)
+            b_e = tl.where((rank_as_read + o_r < rank)[:, None], b_e, 0.0)
+            b_y = tl.dot(b_h, b_e, b_y, input_precision=INPUT_PRECISION)
     return b_y
 
 
@@ -287,19 +302,15 @@ def two_phase_kernel(
         i_end = NUM_LAYERS if SUM_LAYERS else i_layer + 1
         for i in range(i_layer, i_end):
             rank = element(b_rank, o_l, i)
-            rank_stored = tl.cdiv(rank, 8) * 8
-            rank_read = rank_stored if ALIGNED else rank
             while tl.atomic_add(p_ready + i * num_m + i_m, 0, sem="acquire") < tl.cdiv(
                 rank, BLOCK_R
             ):
                 pass
-            b_y = _expand_sum(
-                b_y, pick(hs, i, NUM_LAYERS), pick(es, i, NUM_LAYERS), M, N, rank, rank_stored,
-                rank_read, pick(strides_hm, i, NUM_LAYERS),
-                _eights(pick(strides_en, i, NUM_LAYERS), ROWS),
-                _eights(pick(strides_er, i, NUM_LAYERS), COLUMNS), i_m, i_n, BLOCK_M, BLOCK_N,
-                BLOCK_R,
-                INPUT_PRECISION,
+            b_y = expand_sum(
+                b_y, pick(hs, i, NUM_LAYERS), pick(es, i, NUM_LAYERS), M, N, rank,
+                pick(strides_hm, i, NUM_LAYERS), _eights(pick(strides_en, i, NUM_LAYERS), ROWS),
+                _eights(pick(strides_er, i, NUM_LAYERS), COLUMNS), i_m, i_n, ROWS, BLOCK_M,
+                BLOCK_N, BLOCK_R, INPUT_PRECISION,
             )  # fmt: skip
         p_bias = pick(biases, i_layer, NUM_LAYERS)
         b_y = _epilogue(b_y, p_bias, N, i_layer, i_n, ACTIVATIONS, BIAS_BITS, BLOCK_N)
