@@ -72,9 +72,9 @@ def test_of_the_triton_kernels(name, derivative):
 def test_of_the_onednn_forms(form, name, dtype):
     z = activation_cases.arguments(dtype)
     one = torch.ones(1, 1, dtype=dtype)
-    run = packed.make_form(form, one, one, 1, name)
-    if run is None:
+    if not packed.can_make(form, one, one, 1):
         pytest.skip("oneDNN cannot serve this here")
+    run = packed.make_form(form, one, one, 1, name)
     y = run(z[:, None], None)[:, 0]
     problem = activation_cases.disagreement(y, activation_cases.forward, name, z)
     assert problem is None

@@ -166,11 +166,11 @@ def test_of_the_op_with_a_tensor_rank_and_gradients_of_gradients(backend, activa
 def test_of_every_packed_form(form, dtype, M):
     x, u, v, bias = make_inputs(M, 70, 40, 40, dtype=dtype)
     for r, activation in itertools.product((1, 7, 16, 31, 33, 39), (None, "gelu")):
-        clean = packed.make_form(form, *planted(u, v, r, 0), r, activation, M)
-        if clean is None:
+        if not packed.can_make(form, u, v, r):
             pytest.skip(f"{form} cannot serve {dtype} here")
+        clean = packed.make_form(form, *planted(u, v, r, 0), r, activation)
         for what in (NAN, INF):
-            dirty = packed.make_form(form, *planted(u, v, r, what), r, activation, M)
+            dirty = packed.make_form(form, *planted(u, v, r, what), r, activation)
             same(f"y at rank {r}", dirty(x, bias), clean(x, bias))
 
 
