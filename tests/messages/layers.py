@@ -24,9 +24,28 @@ LAYERS = {
 }
 
 
+def _nested(layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.zeros(2, 40), torch.zeros(3, 40)], layout=layout)
+
+
+def _freed() -> torch.Tensor:
+    x = torch.zeros(4, 40)
+    x.untyped_storage().resize_(0)
+    return x
+
+
 INPUTS = {
     "no x": (lambda: None, TypeError, ": x: expected a Tensor, got NoneType"),
     "a list": (lambda: [[1.0] * 40], TypeError, ": x: expected a Tensor, got list"),
+    "sparse x": (lambda: torch.zeros(4, 40).to_sparse(), TypeError, ": x: expected a dense tensor"),
+    "nested x": (lambda: _nested(torch.strided), TypeError, ": x: expected a dense tensor"),
+    "jagged x": (lambda: _nested(torch.jagged), TypeError, ": x: expected a dense tensor"),
+    "quantised x": (
+        lambda: torch.quantize_per_tensor(torch.zeros(4, 40), 0.1, 0, torch.quint8),
+        TypeError,
+        ": x: expected a dense tensor, got quantised",
+    ),
+    "freed x": (_freed, ValueError, ": x: expected a storage of at least 640 bytes, got 0"),
 }
 
 
@@ -41,11 +60,28 @@ def _call(build: Any, make_x: Any) -> Any:
     return call
 
 
+def _free_factor(build: Any) -> Any:
+    def call(folder: Path) -> None:
+        layer = build()
+        with torch.no_grad():
+            layer(torch.zeros(4, 40))
+            layer.v.untyped_storage().resize_(0)
+            layer(torch.zeros(4, 40))
+
+    return call
+
+
 ROWS: list[Row] = [
     *(
         Row(f"{kind}: {name}", _call(build, x), error, message)
         for kind, build in LAYERS.items()
         for name, (x, error, message) in INPUTS.items()
+    ),
+    *(
+        Row(
+            f"{kind}: freed v", _free_factor(build), ValueError, "lod_linear: v: expected a storage"
+        )
+        for kind, build in LAYERS.items()
     ),
     Row(
         "refresh of a list",
