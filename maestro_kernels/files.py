@@ -188,10 +188,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             _remove_leftovers(place.parent)
             yield from _replace(place)
         except BaseException:
-            for folder in reversed(made):
-                # Not empty where somebody else has begun to use it.
-                with suppress(OSError):
-                    os.rmdir(folder)
+            _remove_folders(made)
             raise
         _sync_folder(place.parent)
     except OSError as error:
@@ -285,13 +282,24 @@ def _make_folder(folder: Path) -> list[Path]:
         if parent.is_dir():
             break
         missing.append(parent)
-    made = []
-    for path in reversed(missing):
-        with suppress(FileExistsError):
-            os.mkdir(path)
-            made.append(path)
-            _sync_folder(path.parent)
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            with suppress(FileExistsError):
+                os.mkdir(path)
+                made.append(path)
+                _sync_folder(path.parent)
+    except BaseException:
+        _remove_folders(made)
+        raise
     return made
+
+
+def _remove_folders(made: list[Path]) -> None:
+    for folder in reversed(made):
+        # Not empty where somebody else has begun to use it.
+        with suppress(OSError):
+            os.rmdir(folder)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -191,7 +191,7 @@ def test_plans_come_before_the_work(monkeypatch, capsys, tmp_path):
     for words, plan in (
         (["bench", "--shape", "1,8,8,2", "--shape", "2,8,8,2"], "bench: 2 cases on "),
         (["profile", str(tmp_path)], f"profile: reading {tmp_path}\n"),
-        (["tune", "--shape", "64,64", "--rows", "1", "--device", "cpu"], "tune: 2 calls on "),
+        (["tune", "--shape", "64,64", "--rows", "1", "--device", "cpu"], "tune: 1 call on "),
         (["compress", "minilm", "--budget", "0.5", "--out", "o"], "compress: reading minilm\n"),
         (["train", str(config)], "train: digits, 1 epoch, in reports/train/run\n"),
     ):

@@ -72,7 +72,7 @@ def test_compress_prints_a_summary(folder, tmp_path, capsys):
         ({"--budget": "0"}, "--budget: expected 0 < FRACTION <= 1, got 0.0"),
         ({"--budget": "1.2"}, "--budget: expected 0 < FRACTION <= 1, got 1.2"),
         ({"--init": "data"}, "--data: expected a text file for --init data, got none"),
-        ({"--init": "data", "--data": "missing.txt"}, "--data: expected a text file, got no file"),
+        ({"--init": "data", "--data": "missing.txt"}, "--data: expected a file, got no file 'missing.txt'"),
     ],
     ids=str,
 )
@@ -93,5 +93,9 @@ def test_compress_refuses_an_empty_file_and_a_foreign_folder(folder, tmp_path, c
     arguments += ["--data", str(tmp_path / "empty.txt"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "expected sentences in" in capsys.readouterr().err
+    (tmp_path / "model.safetensors").write_bytes(b"somebody's")
     assert main(["compress", str(folder), "--budget", "0.5", "--out", str(tmp_path)]) == 2
-    assert "save_pretrained: directory: expected a new or empty folder" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "expected a folder without a model.safetensors of another origin" in error
+    assert "reading" not in error
+    assert (tmp_path / "model.safetensors").read_bytes() == b"somebody's"

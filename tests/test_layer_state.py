@@ -586,6 +586,7 @@ def test_a_layer_built_under_inference_mode_takes_a_rank_outside(kind):
 # --- inputs that are no plain tensors -------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, of the inputs made here
 @pytest.mark.parametrize("build", [
     *(pytest.param(lambda form=f.values[0]: mk.prepack(make(40, 24), form=form), marks=f.marks)
       for f in FORMS),

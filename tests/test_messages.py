@@ -6,6 +6,8 @@ from messages import command_line, files, layers, ops, search
 ROWS = [*files.ROWS, *layers.ROWS, *ops.ROWS, *command_line.ROWS, *search.ROWS]
 
 
+# torch warns, once a process, of nested, sparse and quantised tensors that the rows make.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_error_says_what_is_wrong(row, tmp_path):
     with pytest.raises(row.error) as caught:

@@ -216,13 +216,13 @@ def test_nothing_stale_is_returned():
         with torch.no_grad():
             layer.u.mul_(2)
             twin.u.mul_(2)
-    model.q_proj.group._misses = 0
+    model.q_proj.group._own.misses = 0
     torch.testing.assert_close(model.k_proj(x).detach(), fresh())
-    model.q_proj.group._misses = 0
+    model.q_proj.group._own.misses = 0
     model.q_proj(x)
     model.k_proj.rank = plain.k_proj.rank = 3
     torch.testing.assert_close(model.k_proj(x).detach(), fresh())
-    model.q_proj.group._misses = 0
+    model.q_proj.group._own.misses = 0
     with torch.no_grad():
         model.q_proj(x)
     assert model.k_proj(x).requires_grad

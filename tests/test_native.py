@@ -293,6 +293,7 @@ def test_gradients_of_remembered_small_calls():
 
 @needs_library
 def test_the_compiled_op_follows_a_tensor_rank_without_recompiling():
+    torch._dynamo.reset()  # what other tests compiled of the same functions would count
     layer = mk.LoDLinear(16, 24, max_rank=8)
     layer.backend = "native"
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

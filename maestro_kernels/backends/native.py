@@ -65,8 +65,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
-        # The loader names the library by its path, which says nothing here.
-        return None, f"the compiled library does not load: {str(error).replace(str(LIBRARY), '')}"
+        # Torch wraps the loader's words; both name the library by its path, which says nothing here.
+        words = str(error.__cause__ or error).replace(str(LIBRARY), LIBRARY.name)
+        return None, f"the compiled library does not load: {words}"
     if not hasattr(library, "mk_interface") or library.mk_interface() != INTERFACE:
         return None, "the compiled library is of another version of this package: build it again"
     for name in ("mk_cpu_isa", "mk_cpu_isas", "mk_cpu_isa_error", "mk_cuda_device", "mk_cuda_plan"):

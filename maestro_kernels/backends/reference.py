@@ -141,12 +141,14 @@ def backward(
     width = R if isinstance(rank, Tensor) else rank
     if isinstance(rank, Tensor):
         # Only where a product with zeros would not be zero; dz @ u is cut to the rank afterwards.
-        u_r = zero_beyond(u, rank) if needs_z else u
-        v_r = zero_beyond(v.mT, rank).mT if needs_x else v
+        # Differentiated again, each factor is multiplied with such zeros.
+        again = torch.is_grad_enabled()
+        u_r = zero_beyond(u, rank) if needs_z or again else u
+        v_r = zero_beyond(v.mT, rank).mT if needs_x or again else v
     else:
         u_r, v_r = (u, v) if width == R else (u[:, :width], v[:width])
     if h is None and (needs_u or needs_z):
-        h = shrink(x, v, rank)
+        h = shrink(x, v_r, rank)
     if activation is None:
         dz = dy
     else:

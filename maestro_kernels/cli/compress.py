@@ -66,10 +66,12 @@ def run(args: argparse.Namespace) -> int:
     """Load, factorise, save, print the summary."""
     from maestro_kernels.benchmark import encoder as library
     from maestro_kernels.nn import group, save_pretrained, summary
+    from maestro_kernels.nn.serialization import check_destination
 
     texts = _read(args.data, args.init)
     if not 0 < args.budget <= 1:
         raise ValueError(f"compress: --budget: expected 0 < FRACTION <= 1, got {args.budget}")
+    check_destination(args.out)
     say("compress", f"reading {args.model}")
     encoder = library.load_encoder(args.model)
     layers = [m for m in encoder.model.modules() if isinstance(m, torch.nn.Linear)]

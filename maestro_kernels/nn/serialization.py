@@ -30,7 +30,7 @@ from maestro_kernels.nn.structure import (
     version_of,
 )
 
-__all__ = ["load_pretrained", "save_pretrained"]
+__all__ = ["check_destination", "load_pretrained", "save_pretrained"]
 
 # Another checkpoint in the folder, which a model.safetensors would hide from its readers.
 _INDEX = "model.safetensors.index.json"
@@ -66,9 +66,8 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     structure, tensors = _collect(fn, model)
     text = structure.to_json()
     try:
-        folder = check_folder(fn, "directory", directory)
+        folder = check_destination(directory)
         place = Path(os.path.realpath(folder))
-        _check_owner(fn, place)
         # The tensors take their place first, when the inner of the two files is finished.
         with replacing(place / COPY) as copy, replacing(place / TENSORS) as file:
             digest = saved_file.write(fn, file, tensors, text)
@@ -78,6 +77,18 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path
         _settle_copy(place, digest)
     except OSError as error:
         raise _named(fn, error) from error
+    return folder
+
+
+def check_destination(directory: str | os.PathLike[str]) -> Path:
+    """The folder, where `save_pretrained` could write to it; asked before long work.
+
+    Raises:
+        TypeError, ValueError, OSError: as `save_pretrained`, for the directory.
+    """
+    fn = "save_pretrained"
+    folder = check_folder(fn, "directory", directory)
+    _check_owner(fn, Path(os.path.realpath(folder)))
     return folder
 
 

@@ -141,7 +141,7 @@ def run_forward(
     except RuntimeError:
         # A remembered plan checks no more than its key: what else is wrong is said here.
         check_grouped(plan.fn, xs, us, vs, biases, ranks, activations, None)
-        check_group_storages(plan.fn, xs, us, vs, biases, ranks)
+        check_group_storages(plan.fn, xs, us, vs, biases, ranks, range(len(us)))
         raise
     shared = len(xs) == 1
     ys = [
@@ -191,7 +191,7 @@ def run_backward(
         else:
             dxs, *rest = loop.grouped_backward(module, *args, needs=needs, strategy=plan.strategy)
     except RuntimeError:  # what was saved may have been freed since
-        check_group_storages(f"{plan.fn} backward", xs, us, vs, biases, ranks)
+        check_group_storages(f"{plan.fn} backward", xs, us, vs, biases, ranks, layers)
         raise
     dxs = [dx if dx is None else dx.reshape(x.shape) for dx, x in zip(dxs, xs, strict=True)]
     return dxs, *rest
@@ -204,11 +204,12 @@ def check_group_storages(
     vs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     ranks: Ranks,
+    layers: Sequence[int],
 ) -> None:
-    """problem.check_storages for the layers of a group."""
+    """problem.check_storages for these layers of a group, one entry each but for a shared x."""
     named: dict[str, Any] = {"x": xs[0]} if len(xs) == 1 else {}
-    lists = {"x": xs if len(xs) > 1 else [], "us": us, "vs": vs, "biases": biases}
-    named |= {f"{name}[{i}]": t for name, ts in lists.items() for i, t in enumerate(ts)}
+    lists = {"x": xs if len(xs) > 1 else (), "us": us, "vs": vs, "biases": biases}
+    named |= {f"{name}[{layers[i]}]": t for name, ts in lists.items() for i, t in enumerate(ts)}
     check_storages(fn, **named, ranks=ranks)
 
 

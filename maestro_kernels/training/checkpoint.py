@@ -74,7 +74,13 @@ def save_checkpoint(
         "extra": extra,
     }
     with replacing(place) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # After a failed write torch still ends its archive, and only complains of that.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
     return place
 
 

@@ -24,7 +24,6 @@ def freed(tensor):
 
 
 def nested(tensor):
-    warnings.simplefilter("ignore")  # pytest restores the filters
     return torch.nested.nested_tensor([tensor, tensor])
 
 
