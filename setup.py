@@ -7,6 +7,7 @@ the rest is missing. Everything declarative is in pyproject.toml.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,8 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 LIBRARY, RECORD = "_native.so", "_build.json"
 OLDEST_CMAKE = (3, 24)  # as in CMakeLists.txt
+# Where CMake keeps what compilers said that it tried: until 3.25, and since.
+LOGS = ("CMakeFiles/CMakeError.log", "CMakeFiles/CMakeConfigureLog.yaml")
 # What a compiler, linker or ninja says when it fails; lines that only name -Werror do not match.
 ERROR = re.compile(r"\b(error|fatal)\b\s*:|undefined (reference|symbol)|No space left", re.I)
 
@@ -83,26 +86,22 @@ def last_line(text: str) -> str:
 def first_error(output: str) -> str:
     """The line of a failed build that says what was wrong, without the folders of this machine."""
     lines = output.splitlines()
-    for i, line in enumerate(lines):
-        if ERROR.search(line):
-            said = line
-            break
-        # The text of a CMake error stands below it, indented, and ends at a line that is not. What
-        # a compiler said is in there where CMake tried one.
-        if line.startswith("CMake Error"):
-            text = []
-            for below in lines[i + 1 :]:
-                if below.strip() and not below.startswith(" "):
-                    break
-                text.append(below.strip())
-            said = next((t for t in text if ERROR.search(t)), " ".join(t for t in text if t))
-            said = said or line
-            break
-    else:
-        said = last_line(output)
+    # What a compiler said comes before what CMake makes of it; CMake quotes those that it tries.
+    compilers = (line for line in lines if not line.startswith("CMake Error"))
+    said = next((line for line in compilers if ERROR.search(line)), None)
+    said = said or cmake_error(lines) or last_line(output)
     for folder in (HERE, HERE.resolve()):
         said = said.replace(f"{folder}{os.sep}", "")
     return said.strip()[:500]
+
+
+def cmake_error(lines: list[str]) -> str | None:
+    """CMake's first error: its text stands below it, indented, and ends at a line that is not."""
+    first = next((i for i, line in enumerate(lines) if line.startswith("CMake Error")), None)
+    if first is None:
+        return None
+    text = itertools.takewhile(lambda line: not line or line[0] == " ", lines[first + 1 :])
+    return " ".join(line.strip() for line in text if line.strip()) or lines[first]
 
 
 def call(step: str, command: list[str]) -> None:
@@ -127,9 +126,19 @@ def call(step: str, command: list[str]) -> None:
 
 def forget_configuration(build: Path) -> None:
     """Drop what CMake remembers of options and compilers, but not the object files."""
-    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    for name in ("CMakeCache.txt", *LOGS):
+        (build / name).unlink(missing_ok=True)
     for folder in build.glob("CMakeFiles/[0-9]*"):
         shutil.rmtree(folder)
+
+
+def nvcc_refused(build: Path) -> str | None:
+    """What nvcc said to CMake, which only reports that something else is wrong then."""
+    for log in (build / name for name in LOGS):
+        said = re.search(r"nvcc (fatal|error)\s*:.*", log.read_text()) if log.exists() else None
+        if said:
+            return f"configuring failed: {said.group()}"
+    return None
 
 
 def run_cmake(build: Path, out: Path, options: list[str]) -> str | None:
@@ -138,7 +147,10 @@ def run_cmake(build: Path, out: Path, options: list[str]) -> str | None:
     cmake, ninja = find_cmake(), shutil.which("ninja", path=search_path())
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     defines = [*options, f"-DTORCH_ROOT={find_torch()}", f"-DCMAKE_INSTALL_PREFIX={out}"]
-    call("configuring failed", [cmake, "-S", str(HERE), "-B", str(build), *generator, *defines])
+    try:
+        call("configuring failed", [cmake, "-S", str(HERE), "-B", str(build), *generator, *defines])
+    except BuildError as error:
+        raise BuildError(nvcc_refused(build) or str(error)) from None
     jobs = str(os.cpu_count() or 1)
     install = ["--build", str(build), "--parallel", jobs, "--target", "install"]
     call("compiling failed", [cmake, *install])

@@ -142,7 +142,7 @@ def explain(
     if isinstance(u, Sequence) and not isinstance(u, str):
         xs, us, vs, biases, ranks, activations = _spread(x, u, v, bias, rank, activation)
         plan = _dispatch.plan_grouped_afresh(xs, us, vs, biases, ranks, activations, backend)
-        _grouped.check_group_storages(plan.fn, xs, us, vs, biases, ranks)
+        _grouped.check_group_storages(plan.fn, xs, us, vs, biases, ranks, range(len(us)))
     else:
         call: tuple[Any, ...] = (x, u, v, bias, rank, activation, backend)
         plan = _dispatch.plan_linear_afresh(*call)

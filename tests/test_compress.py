@@ -72,7 +72,10 @@ def test_compress_prints_a_summary(folder, tmp_path, capsys):
         ({"--budget": "0"}, "--budget: expected 0 < FRACTION <= 1, got 0.0"),
         ({"--budget": "1.2"}, "--budget: expected 0 < FRACTION <= 1, got 1.2"),
         ({"--init": "data"}, "--data: expected a text file for --init data, got none"),
-        ({"--init": "data", "--data": "missing.txt"}, "--data: expected a file, got no file 'missing.txt'"),
+        (
+            {"--init": "data", "--data": "missing.txt"},
+            "--data: expected a file, got no file 'missing.txt'",
+        ),
     ],
     ids=str,
 )

@@ -289,7 +289,7 @@ void pack_panel(const char* w, int64_t stride_w, int64_t n, int64_t k, char* pan
 constexpr int64_t kPassUnits = 256;
 constexpr int64_t kAheadBytes = 8192;
 constexpr int64_t kBlockColumns = 16 * kPanel;  // columns that take all passes in turn: their sums stay near
-constexpr int64_t kStripBytes = 128 << 10;  // panels that stay in a core's own cache while all rows pass by
+constexpr int64_t kStripBytes = 128 << 10;      // panels that stay in a core's own cache while all rows pass by
 
 template <class F>
 constexpr int64_t pass_stride() {  // bytes of a copied row of A; odd in cache lines, so that rows fall into many sets

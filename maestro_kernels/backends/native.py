@@ -65,7 +65,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
-        # Torch wraps the loader's words; both name the library by its path, which says nothing here.
+        # Torch wraps the loader's words. The library's path, which they name, says nothing here.
         words = str(error.__cause__ or error).replace(str(LIBRARY), LIBRARY.name)
         return None, f"the compiled library does not load: {words}"
     if not hasattr(library, "mk_interface") or library.mk_interface() != INTERFACE:

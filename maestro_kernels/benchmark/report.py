@@ -365,7 +365,11 @@ def _method(rows: Sequence[Row]) -> Html:
     )
     text += f" of up to {ring / 2**20:.0f} MiB" if ring else ""
     text += f" (the largest cache here has {largest / 2**20:.0f} MiB)." if largest else "."
-    facts = [("command", first.command), ("device", device_line(first)), ("started", html.when(first.run))]
+    facts = [
+        ("command", first.command),
+        ("device", device_line(first)),
+        ("started", html.when(first.run)),
+    ]
     facts += [(name, str(v)) for name, v in first.versions.items() if v is not None]
     device = {k: v for k, v in first.device.items() if v and k not in ("name", "kind")}
     facts += [(f"device {name}", str(value)) for name, value in device.items()]
