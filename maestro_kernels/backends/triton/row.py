@@ -137,12 +137,14 @@ def row_kernel(
     p_y += o_m[:, None].to(tl.int64) * stride_ym
     # Descriptors end at the width, and u is read in eights: then what follows the rank comes along.
     # H is zero there, but zero times NaN is not. Clearing it takes u through registers, so there is
-    # a loop without for those who need not.
+    # a loop without for those who need not. Exact products of float32 take it there anyway, and a
+    # second loop would make them spill: they read u exactly.
+    exact: tl.constexpr = TRANSPOSED or INPUT_PRECISION == "ieee"
     if DESCRIPTORS:
         clear = rank < R if TENSOR_RANK else False
     else:
-        clear = rank < rank_read if ROUND_RANK and not TRANSPOSED else False
-    rank_read = rank if TRANSPOSED else rank_read
+        clear = rank < rank_read if ROUND_RANK and not exact else False
+    rank_read = rank if exact else rank_read
     if clear:
         _expand_rows(
             b_h, e, p_bias, p_y, rank, rank_read, M, N, stride_en, stride_er, o_m, o_r, True,
