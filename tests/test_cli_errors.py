@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -136,7 +137,11 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
 
 def start(*words, **options):
     command = [sys.executable, "-m", "maestro_kernels", *words]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+    # Who is started in the background ignores Ctrl-C, and so do all that it starts.
+    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=listening, **options
+    )
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")

@@ -40,7 +40,7 @@ def environment(tmp_path_factory):
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(SUPPORT / "offline"), str(ROOT)]),
         "DOCS_OUT_OF_REACH": os.pathsep.join(
-            str(folder / "shared") for folder in (ROOT, ROOT.parent)
+            os.path.realpath(folder / "shared") for folder in (ROOT, ROOT.parent)
         ),
         "MAESTRO_KERNELS_CACHE": str(home / "cache"),
         "HF_HUB_OFFLINE": "1",
