@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
                 f"profile: --strategy: expected one of {', '.join(known)}, got {args.strategy!r}"
             )
     draws = plots_can_be_drawn("profile")
+    if Path(args.target[0]).exists() or ":" in args.target[0]:
+        say("profile", f"reading {args.target[0]}")
     target = load_target(args.target)
     say("profile", _plan(args, target))
     with progress("profile") as advance:
@@ -166,10 +168,8 @@ def load_target(texts: list[str]) -> Any:
     (text,) = texts
     path = Path(text)
     if path.exists():
-        say("profile", f"reading {path}")
         return _hugging_face(path)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
-        say("profile", f"reading {text}")
         return _python_object(text)
     raise ValueError(
         f"profile: target: expected N,K, a Hugging Face folder or config.json, or module:object, "
