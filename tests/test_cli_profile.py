@@ -147,7 +147,7 @@ def test_rank_chart_marks_dense_layers_and_splits_long_models(front):
 
 def test_targets_are_told_apart(tmp_path, monkeypatch):
     assert cli.load_target(["3072,768", "8,4"]) == [(3072, 768), (8, 4)]
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "my_targets.py").write_text(
         "from torch import nn\n"
         "layer = nn.Linear(8, 16)\n"
         "def make():\n    return nn.Sequential(nn.Linear(8, 16), nn.Dropout())\n"
@@ -155,23 +155,23 @@ def test_targets_are_told_apart(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     try:
-        assert cli.load_target(["mine:layer"]).out_features == 16
-        made = cli.load_target(["mine:make"])
+        assert cli.load_target(["my_targets:layer"]).out_features == 16
+        made = cli.load_target(["my_targets:make"])
         assert isinstance(made, nn.Sequential)
         assert not made.training
         for text, message in (
-            ("mine:missing", "expected 'mine:missing' to exist"),
+            ("my_targets:missing", "expected 'my_targets:missing' to exist"),
             ("nowhere:x", "expected 'nowhere:x' to exist"),
-            ("mine:number", "expected a torch model, got int"),
+            ("my_targets:number", "expected a torch model, got int"),
             ("8x8", "expected N,K, a Hugging Face folder"),
         ):
             with pytest.raises(ValueError, match=f"profile: target: {message}"):
                 cli.load_target([text])
         with pytest.raises(ValueError, match="expected sizes N,K or one model"):
-            cli.load_target(["8,8", "mine:layer"])
+            cli.load_target(["8,8", "my_targets:layer"])
     finally:
         monkeypatch.undo()
-        sys.modules.pop("mine", None)
+        sys.modules.pop("my_targets", None)
 
 
 def test_a_hugging_face_config_gives_sizes_and_a_folder_gives_weights(tmp_path):
