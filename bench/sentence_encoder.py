@@ -8,8 +8,11 @@ Every part is guarded: the report comes out whatever fails and names it; the exi
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,15 +38,18 @@ from maestro_kernels.cli import main as command_line
 
 # What each part takes on two cores, in seconds.
 PLAN = {
-    "factorise the encoder": 20,
-    "search ranks by measured loss": 45,
-    "compare embeddings": 30,
-    "time whole models": 75,
-    "save, reload, compare": 25,
-    "kernels on their own": 90,
+    "factorise the encoder": 15,
+    "search ranks by measured loss": 40,
+    "compare embeddings": 90,
+    "time whole models": 100,
+    "save, reload, compare": 20,
+    "kernels on their own": 75,
     "write the report": 5,
 }
 SECONDS_QUICK = 1.0
+# Sentences of the large batch that is timed, and of those that embeddings are made of.
+LARGE = 64
+TELL_EVERY = 10.0
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -83,6 +89,7 @@ class Job:
         self.forms: list[Form] = []
         self.notes: list[str] = []
         self.models: dict[int, torch.nn.Module] = {}
+        self.told = time.monotonic()
         self.stamp = stamp()
         args.out.mkdir(parents=True, exist_ok=True)
         isa = "no-library" if native.load_error() else native.isa(torch.bfloat16)
@@ -94,7 +101,12 @@ class Job:
         # Ordered by hash, the first ones are a sample of all lengths.
         self.measured = calibration[: args.measured]
         self.calibration = forms.by_length(self.encoder, calibration)
-        self.held_out = forms.by_length(self.encoder, self.held_out)
+        ordered = forms.by_length(self.encoder, self.held_out)
+        # Each batch is like the one that is timed, so that layers choose their forms once.
+        count = -(-len(ordered) // LARGE)
+        self.held_out = [text for k in range(count) for text in ordered[k::count]]
+        large = [ordered[k * len(ordered) // LARGE] for k in range(LARGE)]
+        self.batches = {1: [ordered[len(ordered) // 2]], LARGE: large}
         text = "\n".join(self.calibration) + "\n"
         (args.out / "calibration.txt").write_text(text, encoding="utf-8")
 
@@ -110,7 +122,7 @@ class Job:
 
     def baseline(self) -> bool:
         """The original's embeddings, and the dtypes worth comparing."""
-        self.original = self.encoder.embed(self.held_out)
+        self.original = self.embed(self.encoder.model)
         self.dtypes = DTYPES if self.bfloat16() else DTYPES[:1]
         return True
 
@@ -136,16 +148,22 @@ class Job:
         self.notes.append(str(found))
         return found
 
+    def embed(self, model: torch.nn.Module) -> torch.Tensor:
+        """Unit vectors of the held-out sentences."""
+        return self.encoder.embed(self.held_out, model, LARGE)
+
     def tell(self, text: str, done: int, total: int) -> None:
-        """Progress of the search."""
-        self.show(f"search: {text} ({done} of {total})")
+        """Progress of the search, now and then."""
+        if time.monotonic() - self.told > TELL_EVERY:
+            self.told = time.monotonic()
+            self.show(f"search: {text} ({done} of {total})")
 
     def add(
         self, model: torch.nn.Module, ranks: str, budget: float, init: str, dtype: str, run: str
     ) -> None:
         """Compare a model's embeddings with the original's and keep both."""
         self.show(f"embeddings: {ranks} {budget:.0%} {init} {dtype}")
-        close = library.fidelity(self.encoder.embed(self.held_out, model), self.original)
+        close = library.fidelity(self.embed(model), self.original)
         sizes = summary(self.encoder.model if ranks == "dense" else model)
         form = Form(
             ranks, budget, init, dtype, run, close.cosine, close.worst, close.spearman,
@@ -163,7 +181,7 @@ class Job:
         if quantized is None:
             self.notes.append(f"Dense int8 is left out: {why}.")
         else:
-            self.add(quantized, "dense", 1.0, "", "int8", f"quantize_dynamic, {why}")
+            self.add(quantized, "dense", 1.0, "", "int8", f"dynamic, {why}")
         return True
 
     def uniform(self, full: dict[str, torch.nn.Module]) -> bool:
@@ -195,10 +213,9 @@ class Job:
         timed = {str(i): m for i, m in self.models.items() if self.forms[i].init != "svd"}
         found: dict[int, dict[str, tuple[float, float, float]]] = {int(i): {} for i in timed}
         for batch in results.BATCHES:
-            self.show(f"timing {len(timed)} models at {batch}")
-            count = int(batch.removeprefix("batch "))
-            texts = [self.held_out[k * len(self.held_out) // count] for k in range(count)]
-            tokens = self.encoder.tokens(texts)
+            tokens = self.encoder.tokens(self.batches[int(batch.removeprefix("batch "))])
+            shape = "x".join(map(str, tokens["input_ids"].shape))
+            self.show(f"timing {len(timed)} models at {batch}, {shape} tokens")
             with forms.quietly():
                 stats = library.latencies(timed, tokens, self.args.seconds)
             for i, s in stats.items():
@@ -214,16 +231,16 @@ class Job:
         command += ["--data", str(self.args.out / "calibration.txt")]
         command += ["--out", str(folder), "--group"]
         self.console.print("$ maestro-kernels " + shlex.join(command))
-        if command_line(command) != 0:
-            raise RuntimeError("the compress command failed")
+        with contextlib.redirect_stdout(io.StringIO()) as summary_of_layers:
+            if command_line(command) != 0:
+                raise RuntimeError("the compress command failed")
+        self.console.print(summary_of_layers.getvalue().splitlines()[-1])
         first, second = (
-            self.encoder.embed(
-                self.held_out, load_pretrained(folder, library.load_encoder(library.BUNDLED).model)
-            )
+            self.embed(load_pretrained(folder, library.load_encoder(library.BUNDLED).model))
             for _ in range(2)
         )
         small = library.factorised(self.encoder, budget, "data", self.calibration)
-        made = self.encoder.embed(self.held_out, small)
+        made = self.embed(small)
         difference = max(float((first - made).abs().max()), float((first - second).abs().max()))
         if difference > 1e-5:
             raise RuntimeError(f"the reloaded model's embeddings differ by {difference:.1e}")
@@ -314,7 +331,7 @@ def print_table(found: Sequence[Form], console: Console) -> None:
     headers, body = results.table(found)
     table = Table(title="The encoder in all its forms", title_justify="left")
     for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i < 3 else "right")
+        table.add_column(header, justify="left" if i < 3 else "right", no_wrap=True)
     for row in body:
         table.add_row(*row)
     console.print(table)
@@ -336,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the job; 0 when every part came to its end, 1 when one failed."""
     args = parse(argv)
     console = Console(
-        width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True, markup=False
+        width=None if sys.stdout.isatty() else 180, highlight=False, soft_wrap=True, markup=False
     )
     announce(args, console.print)
     job = Job(args, console)

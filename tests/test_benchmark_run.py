@@ -22,7 +22,15 @@ from maestro_kernels.benchmark.providers import (
     make_case_inputs,
     two_forward,
 )
-from maestro_kernels.benchmark.run import Options, checked, run, run_case
+from maestro_kernels.benchmark.run import (
+    Options,
+    Reference,
+    _References,
+    checked,
+    gate,
+    run,
+    run_case,
+)
 from maestro_kernels.benchmark.timing import CpuClock
 
 DEVICE = hardware.Device(
@@ -49,7 +57,7 @@ def provider(name, forward, family="two matmuls", trains=True):
 
 
 def without_bias(i):
-    return two_forward(i.x, i.us, i.vs, [None], i.ranks)
+    return two_forward(i.x, i.us, i.vs, [None] * len(i.us), i.ranks)
 
 
 def rank_off_by_one(i):
@@ -106,6 +114,36 @@ def test_a_wrong_gradient_is_refused():
         for row in rows
         if row.provider == "wrong"
     )
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_lucky_baseline_does_not_refuse_what_rounds_well(mode):
+    # All of y rests on one sum of many terms, which a baseline may happen to round well.
+    layers = (Layer(40, 4096, 8, 1), Layer(24, 4096, 6, 1))
+    case = Case("test", 1, layers, bias=True, mode=mode)
+    inputs = make_case_inputs(case, "cpu")
+    with torch.set_grad_enabled(mode == "training"):
+        found = _References(case, inputs)["ours"]
+        (bound,) = provider("two matmuls", two).bound(case, [inputs])
+        rounding = found.rounding()
+        assert [e.shape for e in rounding] == [e.shape for e in found.exact]
+
+        class Fair(type(bound)):
+            """As far off as rounding alone may be."""
+
+            def __call__(self):
+                pairs = zip(found.exact, rounding, strict=True)
+                return [(ref + e).float() for ref, e in pairs]
+
+        fair = Fair(bound.forward, bound.leaves, bound.dys)
+        lucky = Reference([e.float() for e in found.exact], found.exact)
+        assert "error: expected <=" in gate(fair, lucky)
+        lucky = dataclasses.replace(lucky, rounding=found.rounding)
+        assert gate(fair, lucky) is None
+        assert gate(bound, lucky) is None
+        one = dataclasses.replace(inputs, biases=tuple(b + 1e-3 for b in inputs.biases))
+        (wrong,) = provider("wrong", two).bound(case, [one])
+        assert "y[0]: max error" in gate(wrong, lucky)
 
 
 def test_refusals_and_errors_are_rows_and_do_not_stop_the_others():

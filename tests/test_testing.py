@@ -81,6 +81,22 @@ def test_rounding_does_not_hide_what_is_wrong(dtype):
     assert accuracy_error(two * (1 + 64 * torch.finfo(dtype).eps), lucky, exact, rounding)
 
 
+def test_rounding_is_only_asked_where_the_baseline_is_not_enough():
+    x, u, v, bias = make_inputs(8, 50, 4096, 16)
+    two = lod_linear_ref(x, u, v, bias)
+    exact = lod_linear_ref(*(t.double() for t in (x, u, v, bias)))
+
+    def unwanted():
+        raise AssertionError("asked")
+
+    assert_accurate("y", two, two, exact, unwanted)
+    lucky, rounding = exact.float(), rounding_errors(x, u, v)["y"]
+    fair = (exact + rounding).float()
+    assert accuracy_error(fair, lucky, exact) is not None
+    assert_accurate("y", fair, lucky, exact, lambda: rounding)
+    assert accuracy_error(fair - bias, lucky, exact, lambda: rounding) is not None
+
+
 def test_rounding_of_a_large_float32_layer_leaves_no_room_for_less_precision():
     x, u, v, _ = make_inputs(8, 512, 4096, 256)
     exact = (x.double() @ v.double().T) @ u.double().T

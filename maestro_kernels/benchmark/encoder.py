@@ -65,11 +65,11 @@ class Encoder:
             yield self.tokens(texts[start : start + size])
 
     @torch.no_grad()
-    def embed(self, texts: Sequence[str], model: nn.Module | None = None) -> Tensor:
+    def embed(self, texts: Sequence[str], model: nn.Module | None = None, size: int = 32) -> Tensor:
         """One unit vector per text, (len(texts), hidden), by `model` or the encoder's own."""
         run = self.model if model is None else model
         return torch.cat(
-            [pooled(run(**b)[0].float(), b["attention_mask"]) for b in self.batches(texts)]
+            [pooled(run(**b)[0].float(), b["attention_mask"]) for b in self.batches(texts, size)]
         )
 
 

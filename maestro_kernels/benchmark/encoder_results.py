@@ -248,7 +248,7 @@ def table(forms: Sequence[Form]) -> tuple[tuple[str, ...], list[list[str]]]:
     dense = {f.dtype: f for f in forms if f.ranks == "dense" and f.latency}
     headers = (
         "form", "run as", "init", "cosine", "worst", "Spearman", "weights, M",
-        *(f"{batch}, ms" for batch in BATCHES), "of the same dtype, dense", "of dense float32",
+        *(f"{batch}, ms" for batch in BATCHES), "of dense, same dtype", "of dense float32",
     )  # fmt: skip
     body = []
     for f in forms:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -34,9 +35,9 @@ from maestro_kernels.benchmark.timing import (
     interleave,
     prepared,
 )
-from maestro_kernels.testing import accuracy_error
+from maestro_kernels.testing import accuracy_error, rounding_errors
 
-__all__ = ["Options", "Rings", "checked", "gate", "run", "run_case", "walk"]
+__all__ = ["Options", "Reference", "Rings", "checked", "gate", "run", "run_case", "walk"]
 
 # A ring has at most this many sets of weights: a tiny layer would otherwise need thousands.
 _MAX_RING = 512
@@ -156,19 +157,61 @@ class Rings:
         return self._rings[dense]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What results are held to, in the order in which a Bound gives them.
+
+    Attributes:
+        torch_out: from plain torch in the same dtype.
+        exact: in float64.
+        rounding: gives the errors that rounding may leave in each; None where torch's are the only
+            measure.
+    """
+
+    torch_out: Sequence[Tensor]
+    exact: Sequence[Tensor]
+    rounding: Callable[[], Sequence[Tensor]] | None = None
+
+
 class _References:
-    """What a family's results are held to: the formula in float64, and torch in the same dtype."""
+    """The reference of each family."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._case, self._inputs = case, inputs
-        self._results: dict[bool, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
+        self._results: dict[bool, Reference] = {}
 
-    def __getitem__(self, family: Family) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def __getitem__(self, family: Family) -> Reference:
         dense = family == "dense"
         if dense not in self._results:
-            exact = _compute(self._inputs, torch.float64, dense)
-            self._results[dense] = (_compute(self._inputs, self._case.torch_dtype, dense), exact)
+            self._results[dense] = Reference(
+                _compute(self._inputs, self._case.torch_dtype, dense),
+                _compute(self._inputs, torch.float64, dense),
+                None if dense else functools.cache(lambda: _rounding(self._inputs)),
+            )
         return self._results[dense]
+
+
+def _rounding(inputs: Inputs) -> tuple[Tensor, ...]:
+    """`rounding_errors` of the factorised layers, in the order of Bound."""
+    layers = [
+        rounding_errors(inputs.x, u, v, rank=r, bias=b, dy=dy)
+        for u, v, b, r, dy in zip(
+            inputs.us,
+            inputs.vs,
+            inputs.biases,
+            inputs.ranks,
+            inputs.dys or [None] * len(inputs.us),
+            strict=True,
+        )
+    ]
+    ys = tuple(layer["y"] for layer in layers)
+    if not inputs.dys:
+        return ys
+    # dx adds up what the layers give, and the errors of different layers are independent.
+    dx = torch.stack([layer["dx"] for layer in layers]).square().sum(0).sqrt()
+    weights = [layer[name] for name in ("du", "dv") for layer in layers]
+    biases = [e["dbias"] for e, b in zip(layers, inputs.biases, strict=True) if b is not None]
+    return (*ys, dx, *weights, *biases)
 
 
 def _compute(inputs: Inputs, dtype: torch.dtype, dense: bool) -> tuple[Tensor, ...]:
@@ -189,19 +232,18 @@ def _compute(inputs: Inputs, dtype: torch.dtype, dense: bool) -> tuple[Tensor, .
     return Bound(lambda: ys, leaves, tuple(dy.to(dtype) for dy in inputs.dys))()
 
 
-def gate(bound: Bound, torch_out: Sequence[Tensor], exact: Sequence[Tensor]) -> str | None:
+def gate(bound: Bound, reference: Reference) -> str | None:
     """Why a provider's results are refused, or None when all meet the derived tolerance.
 
     Args:
         bound: the provider on one set of inputs.
-        torch_out: the same results from plain torch in the same dtype.
-        exact: the same results in float64.
+        reference: the same results from elsewhere.
     """
-    results = bound()
+    results, exact, rounding = bound(), reference.exact, reference.rounding
     if len(results) != len(exact):
         return f"expected {len(exact)} results, got {len(results)}"
-    for k, (out, same, ref) in enumerate(zip(results, torch_out, exact, strict=True)):
-        problem = accuracy_error(out, same, ref)
+    for k, (out, same, ref) in enumerate(zip(results, reference.torch_out, exact, strict=True)):
+        problem = accuracy_error(out, same, ref, rounding and (lambda k=k: rounding()[k]))
         if problem is not None:
             return f"{_result_name(k, len(exact), bound)}: {problem}"
     return None
@@ -223,7 +265,7 @@ def checked(case: Case, provider: Provider, inputs: Inputs) -> tuple[Bound, str 
         Unavailable: the provider cannot run the case.
     """
     (bound,) = provider.bound(case, [inputs])
-    return bound, gate(bound, *_References(case, inputs)[provider.family])
+    return bound, gate(bound, _References(case, inputs)[provider.family])
 
 
 def _admit(
@@ -235,9 +277,9 @@ def _admit(
     for provider in providers:
         try:
             bound = provider.bound(case, rings[provider.family])
-            problem = gate(bound[0], *references[provider.family])
+            problem = gate(bound[0], references[provider.family])
             if problem is None and len(bound) > 1:
-                problem = gate(bound[-1], *references[provider.family])
+                problem = gate(bound[-1], references[provider.family])
         except Unavailable as reason:
             refused[provider.name] = ("unavailable", str(reason))
         except RuntimeError as error:

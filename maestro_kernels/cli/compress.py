@@ -12,8 +12,9 @@ import torch
 from maestro_kernels.cli import options
 from maestro_kernels.cli.output import about, count, say
 
-# Of a matrix decomposition on a few cores, in FLOP per second; good enough to say how long.
-_FLOP_RATE = 1e10
+# FLOP per second of a decomposition in float64 and of a model on two cores without AVX-512: good
+# enough to say how long, and rather too long.
+_SVD_RATE, _MODEL_RATE = 1e10, 6e10
 
 
 def register(commands: Any) -> None:
@@ -98,7 +99,7 @@ def _seconds(layers: list[torch.nn.Linear], texts: int) -> float:
     sizes = [layer.weight.shape for layer in layers]
     svd = sum(20 * N * K * min(N, K) for N, K in sizes)
     data = sum(2 * N * K for N, K in sizes) * 40 * 2 * texts
-    return (svd + data) / _FLOP_RATE
+    return svd / _SVD_RATE + data / _MODEL_RATE
 
 
 def _read(path: Path | None, init: str) -> list[str]:
