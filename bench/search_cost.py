@@ -81,6 +81,7 @@ def main() -> int:
                 }
             )  # fmt: skip
             print(f"{name}, {budget:.0%}: cosine {close.cosine:.4f}, {seconds:.0f} s", flush=True)
+        args.rows.parent.mkdir(parents=True, exist_ok=True)
         with args.rows.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     return 0
