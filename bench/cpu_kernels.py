@@ -3,13 +3,16 @@
 python -m bench.cpu_kernels [--dtype float32] [--threads 4] [--rows 1 16] [--models MiniLM ViT-B]
 
 One line per case: the kernel's speed-up over the fastest other form ("best") and over two plain
-F.linear calls ("plain"), then medians in microseconds; geometric means at the end. The published
-figures come from `maestro-kernels bench`; this one is for a quick look at a change.
+F.linear calls ("plain"), then medians in microseconds; geometric means at the end. Where the
+package zentorch is installed, two of its linears on packed weights are a form as well, with a mean
+of their own. The published figures come from `maestro-kernels bench`; this one is for a quick look
+at a change.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -48,10 +51,26 @@ class Row(NamedTuple):
         """Speed-up over the fastest other form."""
         return min(s for name, s in self.seconds.items() if name != "fused") / self.seconds["fused"]
 
-    @property
-    def plain(self) -> float:
-        """Speed-up over two F.linear calls."""
-        return self.seconds["plain"] / self.seconds["fused"]
+    def over(self, name: str) -> float:
+        """Speed-up over one form."""
+        return self.seconds[name] / self.seconds["fused"]
+
+
+def zentorch() -> str | None:
+    """Why AMD's zentorch is not compared with, or None where it is."""
+    try:
+        importlib.import_module("zentorch")
+    except Exception as error:  # beside ImportError, whatever it says to this torch or this CPU
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+def zentorch_pair(x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Call:
+    """Two linears of zentorch on weights packed once."""
+    ops = torch.ops.zentorch
+    linear = partial(ops.zentorch_linear_unary.default, is_weight_prepacked=True)
+    pu, pv = map(ops.zentorch_weight_prepack_for_linear, (u.contiguous(), v.contiguous()))
+    return lambda: linear(linear(x, pv), pu, bias)
 
 
 def forms(x: Tensor, u: Tensor, v: Tensor, bias: Tensor, rank: int) -> dict[str, Call]:
@@ -71,7 +90,12 @@ def forms(x: Tensor, u: Tensor, v: Tensor, bias: Tensor, rank: int) -> dict[str,
 
 
 def measure(
-    dtype: torch.dtype, models: list[str], rows: list[int], ranks: list[int], seconds: float
+    dtype: torch.dtype,
+    models: list[str],
+    rows: list[int],
+    ranks: list[int],
+    seconds: float,
+    zen: bool,
 ) -> Iterator[Row]:
     """Time every case; a kernel that is not accurate is not timed."""
     for model in models:
@@ -82,6 +106,8 @@ def measure(
                     x, u, v, b = make_inputs(M, N, K, R, dtype=dtype, seed=M)
                     assert b is not None
                     calls = forms(x, u, v, b, R)
+                    if zen:
+                        calls["zentorch"] = zentorch_pair(x, u, v, b)
                     exact = (x.double() @ v.double().T) @ u.double().T + b.double()
                     rounding = partial(_rounding, x, u, v, b)
                     assert_accurate("y", calls["fused"](), calls["plain"](), exact, rounding)
@@ -110,19 +136,29 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     done: list[Row] = []
+    why_not = zentorch()
+    if why_not is not None:
+        print(f"without zentorch: {why_not}")
     with torch.inference_mode(), keeping_memory():
         for row in measure(
-            getattr(torch, args.dtype), args.models, args.rows, args.ranks, args.seconds
+            getattr(torch, args.dtype),
+            args.models,
+            args.rows,
+            args.ranks,
+            args.seconds,
+            why_not is None,
         ):
             times = " ".join(f"{name} {s * 1e6:8.1f}" for name, s in row.seconds.items())
-            gains = f"x{row.best:.2f} best x{row.plain:.2f} plain"
+            gains = f"x{row.best:.2f} best x{row.over('plain'):.2f} plain"
             print(f"M{row.M:<5} {row.label:16} {gains}  {times}", flush=True)
             done.append(row)
     for low, high in BUCKETS:
         rows = [r for r in done if low <= r.M <= high]
         if rows:
-            best, plain = geometric([r.best for r in rows]), geometric([r.plain for r in rows])
-            print(f"M {low}..{high}: best x{best:.2f}, plain x{plain:.2f}, {len(rows)} cases")
+            names = ["plain", *(["zentorch"] if why_not is None else [])]
+            means = [f"{name} x{geometric([r.over(name) for r in rows]):.2f}" for name in names]
+            best = geometric([r.best for r in rows])
+            print(f"M {low}..{high}: best x{best:.2f}, {', '.join(means)}, {len(rows)} cases")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""The small benchmarks of bench/: they run, and print what they promise."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import cpu_kernels, prepack_choice
+from maestro_kernels.backends import native
+
+needs_library = pytest.mark.skipif(native.load_error() is not None, reason="no compiled library")
+
+
+@needs_library
+@pytest.mark.parametrize("zentorch", [None, "No module named 'zentorch'"])
+def test_cpu_kernels_compares_with_zentorch_where_it_is(zentorch, monkeypatch, capsys):
+    def pair(x, u, v, bias):
+        return lambda: F.linear(F.linear(x, v), u, bias)
+
+    monkeypatch.setattr(cpu_kernels, "zentorch", lambda: zentorch)
+    monkeypatch.setattr(cpu_kernels, "zentorch_pair", pair)
+    threads = ["--threads", str(torch.get_num_threads())]
+    cpu_kernels.main(
+        ["--rows", "3", "--ranks", "8", "--models", "MiniLM", "--seconds", "0.001", *threads]
+    )
+    text = capsys.readouterr().out
+    means = text.splitlines()[-1]
+    assert means.startswith("M 1..16: best x")
+    assert means.endswith("3 cases")
+    assert ("zentorch x" in means) == (zentorch is None)
+    assert (f"without zentorch: {zentorch}" in text) == (zentorch is not None)
+
+
+def test_zentorch_that_refuses_this_cpu_is_told(monkeypatch):
+    def refuses(name):
+        raise RuntimeError(f"{name} needs AVX-512\nmore")
+
+    monkeypatch.setattr(cpu_kernels.importlib, "import_module", refuses)
+    assert cpu_kernels.zentorch() == "zentorch needs AVX-512"
+
+
+@needs_library
+def test_prepack_choice_compares_what_it_chose_with_every_form():
+    case = partial(prepack_choice.case, 48, 32, 12, 4, torch.float32, 0.001)
+    chosen, spent = case()
+    assert {"prepacked", "two nn.Linear", "unpacked", "fused", "merged dense"} <= spent.keys()
+    assert chosen in spent
