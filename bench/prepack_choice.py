@@ -32,6 +32,7 @@ SHAPES = (
 )
 
 
+@torch.no_grad()
 def case(
     N: int, K: int, rank: int, M: int, dtype: torch.dtype, seconds: float
 ) -> tuple[str, dict[str, float]]:
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     reason = native.load_error()
     print(f"library: {reason or native.isa(dtype)}, {torch.get_num_threads()} threads")
     lowest = []
-    with torch.no_grad(), keeping_memory():
+    with keeping_memory():
         for (N, K), ranks in SHAPES:
             for rank in ranks:
                 for M in args.rows:

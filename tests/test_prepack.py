@@ -278,6 +278,51 @@ def test_a_group_computes_together_only_where_that_was_chosen(choice, monkeypatc
         assert (shared._own.waiting is None) == (choice == "one by one")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.skipif(native.load_error() is not None, reason="no native library")
+def test_layers_that_run_one_by_one_are_not_compared_as_a_group_again(monkeypatch):
+    block = nn.ModuleDict({"q_proj": make(40, 24), "k_proj": make(40, 8, 8), "v_proj": make(40)})
+    mk.prepack(mk.group(block.eval()))
+    shared, x = block["q_proj"].group, torch.randn(6, 40)
+    asked, compared = [], []
+    current = type(shared)._current
+
+    def fastest(key, calls, wait):
+        asked.append(key)
+        return "one by one" if "one by one" in calls else "fused"
+
+    def counted(self, layer, rank):
+        if self is shared:
+            compared.append(layer)
+        return current(self, layer, rank)
+
+    monkeypatch.setattr(packed, "fastest", fastest)
+    monkeypatch.setattr(type(shared), "_current", counted)
+
+    def run(x=x):
+        compared.clear()
+        with torch.no_grad():
+            for layer in block.values():
+                check(layer, x)
+        return len(compared)
+
+    assert run() == 1
+    assert run() == 0
+    assert run(torch.randn(2, 3, 40)) == 1
+    block["k_proj"].rank = 3
+    before = len(asked)
+    # q_proj ran by itself before k_proj noticed its own rank.
+    assert run() == 1
+    assert len(asked) > before
+    assert run() <= 1
+    assert run() == 0
+    mk.refresh(block)
+    assert run() == 1
+    nested = torch.nested.nested_tensor([torch.randn(6, 40)])
+    with torch.no_grad(), pytest.raises(TypeError, match="x: expected"):
+        block["q_proj"](nested)
+
+
 def test_copies_pickles_and_state_dicts_hold_no_packed_bytes():
     layer = mk.prepack(make(), form="unpacked")
     keys = set(layer.state_dict())

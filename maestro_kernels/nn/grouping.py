@@ -138,6 +138,8 @@ class LayerGroup:
         own.waiting = None
         if not self.active or x is None or not eager.is_plain(x):
             return None
+        if self.packed is not None and self.packed.is_alone(index, x, rank):
+            return None
         made = self._current(layer, rank)
         outputs = self._compute(x, made) if made else None
         if outputs is None:

@@ -250,7 +250,30 @@ def _flattened(form: packed.Form, K: int, x: Tensor, bias: Tensor | None) -> Ten
 class PackedGroup(_Packed):
     """The packed form of layers that read one x: one parallel region, or each layer by itself."""
 
-    __slots__ = ()
+    __slots__ = ("_alone",)
+
+    def __init__(self, form: str | None = None) -> None:
+        super().__init__(form)
+        # Shapes of x at which each layer runs by itself -> ranks of the layers when that was chosen.
+        self._alone: dict[torch.Size, tuple[int, ...]] = {}
+
+    def is_alone(self, index: int, x: Tensor, rank: int) -> bool:
+        """Whether layer `index` runs by itself at this rank, for an x of this shape.
+
+        Without a look at the values: if they changed meanwhile, it is right all the same.
+        """
+        if not self._alone or x.is_nested:
+            return False
+        ranks = self._alone.get(x.shape)
+        return ranks is not None and ranks[index] == rank
+
+    def forget(self) -> None:  # noqa: D102
+        super().forget()
+        self._alone = {}
+
+    def _renew(self, made: tuple[Made, ...]) -> _State | None:
+        self._alone = {}
+        return super()._renew(made)
 
     def __call__(
         self, layers: Sequence[LoDLinear], x: Tensor, made: tuple[Made, ...]
@@ -304,6 +327,9 @@ class PackedGroup(_Packed):
             state = chosen
         run = state.forms.get(state.choices[bucket])
         if run is None:
+            if len(self._alone) >= _MAX_SHAPES:
+                self._alone = {}
+            self._alone[x.shape] = tuple([m.rank for m in state.made])
             return ()
         if x.is_contiguous():
             state.remember(x.shape, run)
@@ -346,28 +372,26 @@ class PackedGroup(_Packed):
         """What a model that calls the layers one after the other waits for less."""
         made = state.made
         x = torch.ones(bucket, made[0].v.shape[1], dtype=state.dtype)
-        singles = [PackedLinear() for _ in layers]
-        trial = LayerGroup(list(layers), packed=PackedGroup("fused"))
-        trial.packed._state = state.choosing(bucket, "fused", grouped)  # type: ignore[union-attr]
-        trial.adopt(made)
-        members = list(zip(singles, layers, [m.rank for m in made], strict=True))
-        with torch.no_grad():
-            for single, layer, _ in members:
-                single.prepare(layer, bucket)
+        members = [(PackedLinear(), layer, m.rank) for layer, m in zip(layers, made, strict=True)]
+        for single, layer, _ in members:
+            single.prepare(layer, bucket)
 
-        def alone() -> None:
-            for single, layer, rank in members:
-                if single(layer, x, rank) is None:
-                    _unpacked(layer, x, rank)
+        def calls(name: str, form: Any) -> Callable[[], None]:
+            trial = LayerGroup(list(layers), packed=PackedGroup(self.form))
+            trial.packed._state = state.choosing(bucket, name, form)  # type: ignore[union-attr]
+            trial.adopt(made)
 
-        def together() -> None:
-            for _, layer, rank in members:
-                if trial(layer, x, rank) is None:
-                    _unpacked(layer, x, rank)
+            def run() -> None:
+                for single, layer, rank in members:
+                    if trial(layer, x, rank) is None and single(layer, x, rank) is None:
+                        _unpacked(layer, x, rank)
+
+            return run
 
         sizes = tuple((*m.u.shape, m.v.shape[1], m.rank, m.activation) for m in made)
         key = (*sizes, bucket, state.dtype)
-        return packed.fastest(key, {ALONE: alone, "fused": together}, wait=wait)
+        candidates = {ALONE: calls(ALONE, None), "fused": calls("fused", grouped)}
+        return packed.fastest(key, candidates, wait=wait)
 
 
 def _unpacked(layer: LoDLinear, x: Tensor, rank: int) -> Tensor:
