@@ -130,7 +130,10 @@ class Explanation:
 
     @cached_property
     def seconds(self) -> float | None:
-        """Ideal time of the planned form on this device; measures its peaks on first use."""
+        """Ideal time of the planned form on this device; measures its peaks on first use.
+
+        None for tensors whose device is not here: meta and fake ones.
+        """
         return self._ideal[0]
 
     @cached_property
@@ -143,6 +146,8 @@ class Explanation:
         from maestro_kernels.hardware import measured_device
 
         problem = self.plan.problems[0]
+        if not _is_here(problem.device):
+            return None, None
         return self._on(measured_device(problem.device, problem.dtype))
 
     def _on(self, device: Device) -> tuple[float | None, float | None]:
@@ -165,6 +170,9 @@ class Explanation:
             f"  computes  {self.flop / 1e6:,.2f} MFLOP",
         ]
         problem = self.plan.problems[0]
+        if not _is_here(problem.device):
+            lines.append(f"  at best   not known: no {problem.device.type} device is here")
+            return "\n".join(lines)
         # Printing times nothing: it says what is known, and what would find out.
         device = known_device(problem.device, problem.dtype)
         seconds, share = self._on(device)
@@ -176,6 +184,11 @@ class Explanation:
         else:
             lines.append("  at best   not known before .seconds measured this device's peaks")
         return "\n".join(lines)
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether a device can be measured: meta and fake tensors have none."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
 
 
 def backend_module(name: str) -> ModuleType:

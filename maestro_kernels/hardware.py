@@ -175,9 +175,20 @@ def _bandwidths(kind: str, index: int, threads: int) -> tuple[float, float]:
     """Bytes/s from memory, and from the last cache that a layer's weights fit in."""
     device = _place(kind, index)
     record = current_device(device)
-    memory = min(max(2 * record.last_level_cache, 256 << 20), 1 << 30)
+    memory = min(max(2 * record.last_level_cache, 256 << 20), 1 << 30, _free_bytes(kind) // 8)
     cache = min(max((record.l2_bytes or 8 << 20) // 2, 2 << 20), 32 << 20)
     return _probe_bandwidth(memory, device), _probe_bandwidth(cache, device)
+
+
+def _free_bytes(kind: str) -> int:
+    """Memory that a probe may take from, far from all of which it should."""
+    if kind == "cuda":
+        free: int = torch.cuda.mem_get_info()[0]
+        return free
+    # macOS counts only all pages, Windows none.
+    names = getattr(os, "sysconf_names", {})
+    pages = [name for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in names]
+    return os.sysconf(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 8 << 30
 
 
 @functools.cache

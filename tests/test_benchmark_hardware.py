@@ -64,6 +64,16 @@ def test_measured_device_probes_what_is_asked_for_once(probes):
     assert len(probes) == 4
 
 
+def test_the_bandwidth_probe_takes_a_share_of_the_memory_that_is_free(probes, monkeypatch):
+    monkeypatch.setattr(hardware, "_free_bytes", lambda kind: 512 << 20)
+    hardware.measured_device("cpu")
+    assert probes[0] == 64 << 20
+
+
+def test_free_memory_is_asked_of_the_system():
+    assert 64 << 20 < hardware._free_bytes("cpu") < 1 << 50
+
+
 def test_explain_times_nothing_until_it_is_asked_how_long(probes):
     x, u, v, _ = make_inputs(64, 96, 128, 32)
     explanation = mk.explain(x, u, v)

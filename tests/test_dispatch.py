@@ -46,6 +46,15 @@ def test_explain_prints_choice_reason_and_cost():
     assert "at best" in text
 
 
+def test_explain_of_tensors_without_a_device_says_that_it_is_not_here():
+    x, u, v, _ = (t.to("meta") for t in make_inputs(4, 32, 64, 8))
+    explanation = mk.explain(x, u, v)
+    assert "at best   not known: no meta device is here" in str(explanation)
+    assert explanation.seconds is None
+    assert explanation.roofline_share is None
+    assert explanation.flop > 0
+
+
 def test_explain_of_a_group_names_every_layer():
     text = str(mk.explain(X, [U, U[:7]], [V, V], rank=[32, 8]))
     assert "(64, 96)" in text

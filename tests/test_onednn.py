@@ -1,5 +1,6 @@
 """The one place that calls oneDNN takes what oneDNN takes, also where its ISA is capped."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import maestro_kernels as mk
 from maestro_kernels.backends import onednn
 from maestro_kernels.backends.reference import lod_linear_ref
 from maestro_kernels.testing import assert_accurate, make_inputs
@@ -81,8 +83,22 @@ def test_what_cannot_be_reordered_is_refused():
 
 def test_a_torch_without_onednn_is_told(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    onednn.unsupported.cache_clear()
+    onednn._lacking.cache_clear()
     try:
         assert onednn.unsupported(torch.float32) == "this torch is built without oneDNN"
     finally:
-        onednn.unsupported.cache_clear()
+        onednn._lacking.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.skipif(onednn.unsupported(torch.float32) is not None, reason="no oneDNN")
+def test_a_user_who_switches_onednn_off_gets_no_packed_linears():
+    layer, x = mk.LoDLinear(24, 40, max_rank=8).eval(), torch.randn(3, 24)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        mk.prepack(twin, form="two oneDNN linears")
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert "switched off" in onednn.unsupported(torch.float32)
+            assert torch.equal(twin(x), layer(x))
+            assert twin.packed.choices == {4: "unpacked"}
+        assert onednn.unsupported(torch.float32) is None

@@ -18,13 +18,20 @@ __all__ = ["linear", "reorder", "unsupported"]
 _linear = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
 
-@functools.cache
 def unsupported(dtype: torch.dtype) -> str | None:
-    """Why weights of a dtype cannot be reordered on this machine, or None where they can.
+    """Why weights of a dtype cannot be reordered here and now, or None where they can.
 
     Args:
         dtype: of weight and x.
     """
+    if not torch.backends.mkldnn.enabled:
+        return "oneDNN is switched off: torch.backends.mkldnn.enabled is False"
+    return _lacking(dtype)
+
+
+@functools.cache
+def _lacking(dtype: torch.dtype) -> str | None:
+    """What this machine lacks."""
     if not torch.backends.mkldnn.is_available() or _linear is None:
         return "this torch is built without oneDNN"
     # Both ask oneDNN, not the CPU, and are what the reordering itself asks before it raises.

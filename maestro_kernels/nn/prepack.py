@@ -254,7 +254,7 @@ class PackedGroup(_Packed):
 
     def __init__(self, form: str | None = None) -> None:
         super().__init__(form)
-        # Shapes of x at which each layer runs by itself -> ranks of the layers when that was chosen.
+        # Shapes of x at which each layer runs by itself -> ranks of the layers at that time.
         self._alone: dict[torch.Size, tuple[int, ...]] = {}
 
     def is_alone(self, index: int, x: Tensor, rank: int) -> bool:
