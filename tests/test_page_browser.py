@@ -126,7 +126,7 @@ def pages():
     return {
         "profile": profile_report.page(prof, device=DEVICE, front=front, command="x " * 60),
         "benchmark": benchmark_report.html_report(
-            rows.latest_run(rows.load(ROOT / "bench" / "results" / "xeon-4-threads.jsonl"))
+            rows.latest_run(rows.load(next((ROOT / "bench" / "results").glob("*-threads.jsonl"))))
         ),
         "training": training_page(run_of_digits()),
     }
