@@ -230,7 +230,7 @@ def block(rows: Sequence[Row], short: str, title: str) -> str:
         [
             table(rows, measures),
             "",
-            f"Predictions are at most {off:.1%} off.",
+            f"Predictions are at most {off:.1%} off. {origin.origin(origin.stamp())}.",
             "",
             f"![{title}: {measures[0]} over measured latency](figures/allocation-{short}.svg)",
         ]
