@@ -26,7 +26,7 @@ help:
 	@echo "make bench       factorise a real sentence encoder, measure it, write $(OUT)/report.html"
 	@echo "make publish     put what make bench left in $(OUT) into bench/results, README and docs"
 	@echo "make test        run the tests"
-	@echo "make test-all    the exhaustive tests too"
+	@echo "make test-all    the exhaustive tests too, and every machine of docs/machines.md (an hour and more)"
 	@echo "make old-cuda    read the CUDA host sources with the headers of CUDA 12.0 to 12.4 (network)"
 	@echo "make native      build the compiled kernels only (CPU, and CUDA where nvcc is found)"
 	@echo "make lint        ruff, ruff format, mypy, clang-format"
@@ -48,6 +48,7 @@ test: $(READY) native
 
 test-all: $(READY) native old-cuda
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "exhaustive or not exhaustive"
+	$(RUN) tests/machines docs/machines.tsv
 
 old-cuda: $(READY)
 	$(RUN) tests/old_cuda.py

@@ -54,7 +54,7 @@ SURROUNDINGS = {
     "installed": (PLAIN, "no"),
 }
 TRAITS = {**PROCESSOR, **SURROUNDINGS}
-# Of what `bench` and `profile` time: one per machine of the subset, all on the others.
+# Of what `bench` and `profile` time: one per machine, all where none is named.
 DTYPES = ("float32", "bfloat16", "float16")
 Machine = dict[str, str]
 THIS: Machine = {trait: values[0] for trait, values in TRAITS.items()}
@@ -105,14 +105,17 @@ def beyond(machine: Machine) -> str | None:
 
 
 def full() -> list[Machine]:
-    """Every processor on plain surroundings, then every surroundings of this processor."""
+    """Every processor on plain surroundings, then every surroundings of this processor.
+
+    The dtypes that are timed take turns.
+    """
     made = [THIS]
     for part in (PROCESSOR, SURROUNDINGS):
         for values in product(*part.values()):
             machine = {**THIS, **dict(zip(part, values, strict=True))}
             if machine != THIS:
                 made.append(machine)
-    return made
+    return [{**machine, "dtype": DTYPES[k % len(DTYPES)]} for k, machine in enumerate(made)]
 
 
 def pairwise() -> list[Machine]:

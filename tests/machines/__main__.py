@@ -30,7 +30,7 @@ def main(table: Path) -> int:
 
     with tempfile.TemporaryDirectory() as folder, table.open("w", encoding="utf-8") as file:
         model = machines.tiny_model(Path(folder))
-        file.write("\t".join([*machines.TRAITS, "outcome"]) + "\n")
+        file.write("\t".join([*machines.TRAITS, "dtype", "outcome"]) + "\n")
         failed = 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for machine, outcome in pool.map(row, machines.full()):
