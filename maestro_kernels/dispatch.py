@@ -289,6 +289,9 @@ def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
     return check(group) if check and len(group) > 1 else None
 
 
+# Part of every key: what is faster on a CPU depends on it, and so does which table applies.
+_threads = torch.get_num_threads
+
 # Building a key: of no tensor, of something unhashable, of a nested or sparse tensor.
 _NO_KEY = (AttributeError, TypeError, RuntimeError)
 
@@ -304,7 +307,7 @@ def native_plan(
     try:
         # True is equal to 1 as a key, but is no rank.
         if x.is_cpu and (rank is None or type(rank) is int):
-            return _native_plans.get((x.shape, u.shape, x.dtype, rank, activation))
+            return _native_plans.get((x.shape, u.shape, x.dtype, rank, activation, _threads()))
     except _NO_KEY:
         pass  # plan_linear, which comes next, says what is wrong
     return None
@@ -345,6 +348,7 @@ def plan_linear(
             backend,
             x.layout,
             (u.stride(), v.stride()) if x.is_cpu and backend != "triton" else _layout(x, u, v),
+            _threads(),
         )
         plan = _linear_plans.get(key)
     except _NO_KEY:  # the check below says which
@@ -359,7 +363,7 @@ def plan_linear(
             if len(_native_plans) >= _MAX_PLANS:
                 _native_plans.clear()
             call = plan.module.raw_linear()
-            _native_plans[x.shape, u.shape, x.dtype, rank, activation] = (plan, call)
+            _native_plans[x.shape, u.shape, x.dtype, rank, activation, _threads()] = (plan, call)
     return plan
 
 
@@ -385,6 +389,7 @@ def plan_grouped(
             else tuple([None if r is None else _rank_key(r) for r in ranks]),
             tuple(activations),
             backend,
+            _threads(),
         )
         plan = _grouped_plans.get(key)
     except _NO_KEY:  # the check below says which
@@ -449,7 +454,7 @@ def _layout(*tensors: Tensor) -> tuple[Any, ...]:
 
 
 def forget_plans() -> None:
-    """Plan every call anew: another table is in use, or other numbers of threads."""
+    """Plan every call anew: another table is in use."""
     for plans in (_linear_plans, _grouped_plans, _native_plans):
         plans.clear()
 

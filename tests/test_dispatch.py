@@ -55,6 +55,18 @@ def test_explain_of_tensors_without_a_device_says_that_it_is_not_here():
     assert explanation.flop > 0
 
 
+def test_a_plan_belongs_to_a_number_of_threads(monkeypatch):
+    x, u, v, bias = make_inputs(4, 33, 65, 9)
+    planned, select, threads = [], dispatch.select, [3]
+    monkeypatch.setattr(dispatch, "select", lambda *a, **k: planned.append(a) or select(*a, **k))
+    monkeypatch.setattr(dispatch, "_threads", lambda: threads[0])
+    for count in (3, 3, 5, 3, 5):
+        threads[0] = count
+        mk.lod_linear(x, u, v, bias)
+        mk.lod_linear_grouped(x, [u, u], [v, v], [bias, None])
+    assert len(planned) == 4
+
+
 def test_explain_of_a_group_names_every_layer():
     text = str(mk.explain(X, [U, U[:7]], [V, V], rank=[32, 8]))
     assert "(64, 96)" in text
