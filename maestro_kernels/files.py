@@ -101,12 +101,7 @@ def check_file(fn: str, argument: str, value: object) -> Path:
         TypeError: no path.
         ValueError: a folder, a FIFO, a device, or a place below a file.
     """
-    path = check_path(fn, argument, value)
-    found = kind_of(path)
-    if found not in (None, "a file"):
-        raise ValueError(f"{fn}: {argument}: expected a file to write, got {found} {str(path)!r}")
-    _check_parents(fn, argument, path)
-    return path
+    return _check_place(fn, argument, value, "a file", "a file to write")
 
 
 def check_folder(fn: str, argument: str, value: object) -> Path:
@@ -116,24 +111,24 @@ def check_folder(fn: str, argument: str, value: object) -> Path:
         TypeError: no path.
         ValueError: a file, a FIFO, a device, or a place below a file.
     """
+    return _check_place(fn, argument, value, "a folder", "a folder")
+
+
+def _check_place(fn: str, argument: str, value: object, kind: str, expected: str) -> Path:
     path = check_path(fn, argument, value)
     found = kind_of(path)
-    if found not in (None, "a folder"):
-        raise ValueError(f"{fn}: {argument}: expected a folder, got {found} {str(path)!r}")
-    _check_parents(fn, argument, path)
-    return path
-
-
-def _check_parents(fn: str, argument: str, path: Path) -> None:
+    if found not in (None, kind):
+        raise ValueError(f"{fn}: {argument}: expected {expected}, got {found} {str(path)!r}")
     for parent in Path(os.path.realpath(path)).parents:
         found = kind_of(parent)
         if found == "a folder":
-            return
+            break
         if found is not None:
             raise ValueError(
                 f"{fn}: {argument}: expected a place in a folder, got {str(path)!r} below "
                 f"{found} {str(parent)!r}"
             )
+    return path
 
 
 def kind_of(path: Path) -> str | None:

@@ -17,6 +17,9 @@ import machines
 
 
 def main(table: Path) -> int:
+    # Two visits share the cores, and threads that wait for their share would double the time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
     def row(machine: dict[str, str]) -> tuple[dict[str, str], str]:
         why_not = machines.beyond(machine)
         if why_not is not None:

@@ -183,6 +183,9 @@ def explain():
         x, u, v, bias = make_inputs(4, 48, 64, 16, dtype=dtype)
         explanation = mk.explain(x, u, v, bias, rank=8)
         assert "at best   not known" in str(explanation)
+        # A probe of the peak takes a second, so those of the dtypes that are timed anyway.
+        if str(dtype).removeprefix("torch.") not in record["dtypes"]:
+            continue
         assert explanation.seconds > 0
         assert "at best" in str(explanation)
         assert "measured peaks" in str(explanation)
