@@ -71,10 +71,10 @@ format: $(READY)
 	$(CLANG_FORMAT) -i $(CPP)
 
 aot-report: $(READY)
-	$(RUN) -m maestro_kernels.backends.triton.aot
+	$(RUN) -m tools.triton_report
 
 native-report: $(READY)
-	$(RUN) -m maestro_kernels.backends.native_report
+	$(RUN) -m tools.cuda_report
 
 # The stamp follows the pins, so that a changed requirement reinstalls. The library is built by its
 # own rule, where a failure shows.

@@ -22,12 +22,12 @@ WIDTHS = (16, 32, 64, 128, 256)  # of H in the row kernel
 
 
 def _ask_triton(series: dict[str, Callable[[], object]]) -> dict[str, object]:
-    """Cache keys (kernel -> keys) and forms that each series of launches makes; forms of aot.py."""
+    """Cache keys (kernel -> keys) and forms that each series makes; forms of the report."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    from maestro_kernels.backends.triton import aot
+    from tools import triton_report
 
     class Driver:
         def get_current_target(self):
@@ -59,9 +59,9 @@ def _ask_triton(series: dict[str, Callable[[], object]]) -> dict[str, object]:
         found["keys"][name] = {kernel: sorted(seen) for kernel, seen in keys.items()}
         found["forms"][name] = sorted(forms)
     found["ahead"] = []
-    for arch, _, spec in aot._cases():
+    for arch, _, spec in triton_report._cases():
         if arch == "sm_90":
-            source = aot._source(spec)
+            source = triton_report._source(spec)
             what = (source.signature, source.constants, [source.attrs])
             found["ahead"].append(_form(spec.kernel, *what, spec.options))
     return found

@@ -176,7 +176,7 @@ def activation_grad(
 
 
 def aot_spec(config: ActivationGradConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
-    """What aot.py compiles for a configuration and "bf16", "fp16" or "fp32".
+    """What tools/triton_report.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
     gelu: with a bias, int rank; device rank: silu; relu: from y; odd: nothing divisible by 8.
     """

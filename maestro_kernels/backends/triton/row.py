@@ -384,7 +384,7 @@ def _describe(
 
 
 def aot_spec(config: RowConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
-    """What aot.py compiles for a configuration and "bf16", "fp16" or "fp32".
+    """What tools/triton_report.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
     forward: bias, gelu, H saved; dx: with a rank on the device; odd: nothing is divisible by 8.
     """

@@ -188,7 +188,7 @@ _UNALIGNED_FORMS = ("odd", "dx_odd")
 
 
 def aot_spec(config: TwoPhaseConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
-    """What aot.py compiles: the forms of the kernel for a configuration, "bf16", "fp16" or "fp32".
+    """What tools/triton_report.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
     single: int rank, bias and gelu; grouped: three layers, tensor ranks, H saved, silu beside none;
     dx: of one layer; dx_sum: three layers that share x, tensor ranks; odd, dx_odd: one layer whose

@@ -449,7 +449,7 @@ def _launch(
 
 
 def aot_spec(config: WgradConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
-    """What aot.py compiles for a configuration and "bf16", "fp16" or "fp32".
+    """What tools/triton_report.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
     single: one layer, everything asked for; frozen u: no du; grouped: three layers, two with a
     bias, ranks on the device; odd: nothing is divisible by 8.

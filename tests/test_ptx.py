@@ -15,7 +15,7 @@ SPIN = "{ .reg .pred c; wait: mbarrier.try_wait.shared.b64 c, [%r1], %r2; @!c br
 
 
 def offences(*lines):
-    from maestro_kernels.backends.triton.ptx import unguarded_releases
+    from tools.ptx import unguarded_releases
 
     return unguarded_releases(HEAD + "\n".join(lines) + "\nret;\n}\n.section .debug { .b8 1 }\n")
 
@@ -104,7 +104,7 @@ def test_unguarded_release_is_named(lines):
 
 
 def test_every_function_is_read():
-    from maestro_kernels.backends.triton.ptx import unguarded_releases
+    from tools.ptx import unguarded_releases
 
     helper = f".func helper(.param .b32 a)\n{{\n{STORE}\n{RELEASE}\nret;\n}}\n"
     assert len(unguarded_releases(helper + HEAD + "ret;\n}\n")) == 1
@@ -120,14 +120,14 @@ def test_every_function_is_read():
     ],
 )
 def test_what_is_not_ptx_is_refused(ptx, message):
-    from maestro_kernels.backends.triton.ptx import unguarded_releases
+    from tools.ptx import unguarded_releases
 
     with pytest.raises(ValueError, match=message):
         unguarded_releases(ptx)
 
 
 def test_matrix_instructions_are_counted():
-    from maestro_kernels.backends.triton.ptx import count_instructions
+    from tools.ptx import count_instructions
 
     wgmma = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, "
     counts = count_instructions(

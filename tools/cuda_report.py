@@ -1,6 +1,6 @@
 """What nvcc makes of csrc/cuda: registers, spills, shared memory, occupancy and tensor core code.
 
-`python -m maestro_kernels.backends.native_report` compiles every kernel for every architecture from
+`python -m tools.cuda_report` compiles every kernel for every architecture from
 the source tree and prints one line each; it needs nvcc and no GPU.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 __all__ = ["DEVICES", "Row", "disassembler", "main", "parse_ptxas", "report", "resident", "table"]
 
-SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 FILES = ("decode.cu", "rows.cu", "sm90/row_bf16.cu", "sm90/row_f16.cu")
 
 
@@ -296,9 +296,9 @@ def table(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; 1 if a kernel has a fault."""
     parser = argparse.ArgumentParser(
-        prog="python -m maestro_kernels.backends.native_report",
+        prog="python -m tools.cuda_report",
         description=__doc__.split("\n")[0] if __doc__ else None,
-        epilog="example: python -m maestro_kernels.backends.native_report --arch 80 90a --json",
+        epilog="example: python -m tools.cuda_report --arch 80 90a --json",
     )
     parser.add_argument("--arch", nargs="+", choices=DEVICES, help="default: all that nvcc knows")
     parser.add_argument("--jobs", type=int, help="compilers at a time (default: one per core)")

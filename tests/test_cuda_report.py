@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from maestro_kernels.backends import native_report as report
+from tools import cuda_report as report
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")

@@ -1,8 +1,8 @@
 """Compile every shipped kernel configuration for sm_80 and sm_90, without a GPU, and judge it.
 
-    python -m maestro_kernels.backends.triton.aot            # a table; exit status 1 on a fault
-    python -m maestro_kernels.backends.triton.aot --json     # the same rows for a program
-    python -m maestro_kernels.backends.triton.aot --only "row.*sm_90 bf16"
+    python -m tools.triton_report            # a table; exit status 1 on a fault
+    python -m tools.triton_report --json     # the same rows for a program
+    python -m tools.triton_report --only "row.*sm_90 bf16"
 
 Protocol: every module named in MODULES exports
 
@@ -49,7 +49,7 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 from maestro_kernels.backends.triton import interpreter
-from maestro_kernels.backends.triton.ptx import count_instructions, unguarded_releases
+from tools.ptx import count_instructions, unguarded_releases
 
 __all__ = [
     "ARCHITECTURES",
@@ -289,7 +289,7 @@ def table(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; 1 if a shipped configuration has a fault."""
     parser = argparse.ArgumentParser(
-        prog="python -m maestro_kernels.backends.triton.aot", description=__doc__.split("\n")[0]
+        prog="python -m tools.triton_report", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--json", action="store_true", help="rows, the table and versions as JSON")
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")

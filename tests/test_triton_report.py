@@ -11,10 +11,10 @@ pytestmark = needs_triton
 NAMES: list[str] = []
 PUBLISHING = {"two_phase_kernel", "wgrad_kernel"}
 if WHY_NOT is None:
-    from maestro_kernels.backends.triton import aot
+    from tools import triton_report
 
-    NAMES = aot.names()
-    GOOD = aot.Row(
+    NAMES = triton_report.names()
+    GOOD = triton_report.Row(
         kernel="k", arch="sm_90", dtype="bf16", label="c", warps=4, stages=3, registers=128,
         spill_bytes=0, shared_bytes=232448, wgmma_reg=4, wgmma_smem=4, mma_sync=0, cp_async=0,
         tma_load=0, tma_store=0, releases=1, unguarded=(), warnings=(), dot_rows=64,
@@ -25,9 +25,9 @@ if WHY_NOT is None:
 @pytest.fixture(scope="module")
 def report():
     """The report of one child process: kernels here are interpreted, there they compile."""
-    printed = run_compiled("-m", "maestro_kernels.backends.triton.aot", "--json")
+    printed = run_compiled("-m", "tools.triton_report", "--json")
     rows = [
-        aot.Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+        triton_report.Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
         for row in printed["rows"]
     ]
     return {row.name: row for row in rows}, printed["table"]
@@ -94,16 +94,16 @@ def test_row_kernel_keeps_h_in_registers(report):
 def test_what_is_a_fault(change, fault):
     row = replace(GOOD, **change)
     assert row.faults == (() if fault is None else (fault,))
-    assert (fault or "ok") in aot.table([row])
+    assert (fault or "ok") in triton_report.table([row])
 
 
 def test_command_line_refuses_the_interpreter(monkeypatch):
-    monkeypatch.setattr(aot.interpreter, "active", lambda: True)
+    monkeypatch.setattr(triton_report.interpreter, "active", lambda: True)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        aot.main([])
+        triton_report.main([])
 
 
 def test_only_must_match_something(monkeypatch):
-    monkeypatch.setattr(aot.interpreter, "active", lambda: False)
+    monkeypatch.setattr(triton_report.interpreter, "active", lambda: False)
     with pytest.raises(ValueError, match="got 'no such kernel'"):
-        aot.report(only="no such kernel")
+        triton_report.report(only="no such kernel")
