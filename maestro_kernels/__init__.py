@@ -3,10 +3,15 @@
     act(x @ v[:r].T @ u[:, :r].T + bias)
 
 in one call, for one layer or a group with different ranks. Importing this starts no GPU, reads no
-file beyond Python's own and compiles nothing.
+file beyond Python's own and compiles nothing. `mk.search` and `mk.training` are imported when they
+are first asked for.
 """
 
 __version__ = "0.1.0"
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from maestro_kernels import nn
 from maestro_kernels.functional import explain, lod_linear, lod_linear_grouped
@@ -25,7 +30,11 @@ from maestro_kernels.nn import (
     to_dense,
     truncate,
     ungroup,
+    unpack,
 )
+
+if TYPE_CHECKING:
+    from maestro_kernels import search, training
 
 __all__ = [
     "LoDConv2d",
@@ -41,9 +50,22 @@ __all__ = [
     "ranks",
     "refresh",
     "save_pretrained",
+    "search",
     "set_ranks",
     "summary",
     "to_dense",
+    "training",
     "truncate",
     "ungroup",
+    "unpack",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in ("search", "training"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

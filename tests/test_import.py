@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 
 def run(code):
     done = subprocess.run(
@@ -39,6 +41,71 @@ def test_import_needs_no_triton_gpu_or_plotting():
             assert "triton" in str(error), error
         else:
             raise AssertionError("triton served without triton")
+        """
+    )
+
+
+def test_search_and_training_come_when_they_are_asked_for():
+    run(
+        """
+        import sys
+
+        import torch
+        import maestro_kernels as mk
+
+        later = ("maestro_kernels.search", "maestro_kernels.training", "torch.utils.flop_counter")
+        assert not set(later) & set(sys.modules)
+        assert {"search", "training"} <= set(dir(mk))
+        assert mk.search.allocate
+        assert mk.training.Maestro
+        assert not hasattr(mk, "serving")
+        """
+    )
+
+
+@pytest.mark.parametrize("first", ["maestro_kernels", "torch.utils.flop_counter"])
+def test_flop_are_counted_whichever_is_imported_first(first):
+    run(
+        f"""
+        import torch
+        import {first}
+        import maestro_kernels as mk
+        from torch.utils.flop_counter import FlopCounterMode
+
+        x, u, v = torch.randn(4, 8), torch.randn(6, 3), torch.randn(3, 8)
+        with FlopCounterMode(display=False) as counter:
+            mk.lod_linear(x, u, v)
+            mk.lod_linear_grouped(x, [u, u], [v, v])
+        assert counter.get_total_flops() == 3 * 2 * 4 * 3 * (8 + 6), counter.get_total_flops()
+        """
+    )
+
+
+def test_when_imported_calls_once_now_or_later(tmp_path):
+    (tmp_path / "comes_later.py").write_text("value = 1\n")
+    run(
+        f"""
+        import sys
+        from maestro_kernels.imports import when_imported
+
+        calls = []
+        when_imported("sys", lambda: calls.append("now"))
+        assert calls == ["now"]
+        for k in range(2):
+            when_imported("comes_later", lambda k=k: calls.append(k))
+        try:
+            import comes_later
+        except ImportError:
+            pass
+        sys.path.append({str(tmp_path)!r})
+        import comes_later
+        assert comes_later.value == 1
+        assert sorted(calls[1:]) == [0, 1]
+        import importlib
+        importlib.reload(comes_later)
+        assert len(calls) == 3
+        assert not [f for f in sys.meta_path if "imports" in type(f).__module__
+                    and getattr(f, "name", "") == "comes_later"]
         """
     )
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from maestro_kernels.backends import loop, reference
 from maestro_kernels.dispatch import Plan, plan_grouped
 from maestro_kernels.ops import eager
+from maestro_kernels.ops.flops import flop_formula
 from maestro_kernels.ops.linear import library, register
 from maestro_kernels.problem import check_grouped, check_storages
 
@@ -460,7 +460,7 @@ register(
 register("lod_linear_grouped_backward", implementation=_op_backward, fake=_fake_backward)
 
 
-@register_flop_formula([_ops.lod_linear_grouped, _ops.lod_linear_grouped_train])
+@flop_formula(_ops.lod_linear_grouped, _ops.lod_linear_grouped_train)
 def _forward_flop(
     x_shapes: Any,
     u_shapes: Any,
@@ -478,7 +478,7 @@ def _forward_flop(
     return total
 
 
-@register_flop_formula(_ops.lod_linear_grouped_backward)
+@flop_formula(_ops.lod_linear_grouped_backward)
 def _backward_flop(
     dy_shapes: Any,
     x_shapes: Any,

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from maestro_kernels.backends import reference
 from maestro_kernels.backends.native import ACTIVATION_CODES, LIBRARY_NAME
 from maestro_kernels.dispatch import Plan, native_plan, plan_linear, select
 from maestro_kernels.ops import eager
+from maestro_kernels.ops.flops import flop_formula
 from maestro_kernels.problem import check_choices, check_linear, check_storages, describe
 
 Rank = int | Tensor | None
@@ -432,7 +432,7 @@ register(
 )
 
 
-@register_flop_formula([_ops.lod_linear, _ops.lod_linear_train])
+@flop_formula(_ops.lod_linear, _ops.lod_linear_train)
 def _forward_flop(
     x_shape: Any, u_shape: Any, v_shape: Any, bias: Any, rank: int | None, *_: Any, **__: Any
 ) -> int:
@@ -441,7 +441,7 @@ def _forward_flop(
     return 2 * M * r * (v_shape[1] + u_shape[0])
 
 
-@register_flop_formula(_ops.lod_linear_backward)
+@flop_formula(_ops.lod_linear_backward)
 def _backward_flop(
     dy_shape: Any,
     x_shape: Any,
