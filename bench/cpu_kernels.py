@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maestro_kernels.backends import packed
-from maestro_kernels.benchmark.heap import keeping_memory
-from maestro_kernels.benchmark.timing import interleave
+from maestro_kernels.measure.heap import keeping_memory
+from maestro_kernels.measure.timing import interleave
 from maestro_kernels.testing import assert_accurate, make_inputs, rounding_errors
 
 # (N, K) of the layers and the ranks they are cut to.

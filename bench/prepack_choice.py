@@ -17,8 +17,8 @@ import torch
 
 import maestro_kernels as mk
 from maestro_kernels.backends import native, packed
-from maestro_kernels.benchmark.heap import keeping_memory
-from maestro_kernels.benchmark.timing import interleave
+from maestro_kernels.measure.heap import keeping_memory
+from maestro_kernels.measure.timing import interleave
 
 # (N, K), and ranks.
 SHAPES = (

@@ -31,7 +31,7 @@ from maestro_kernels import training
 from maestro_kernels.benchmark import plots
 from maestro_kernels.benchmark.origin import origin, stamp
 from maestro_kernels.benchmark.readme import replace_block
-from maestro_kernels.benchmark.timing import interleave
+from maestro_kernels.measure.timing import interleave
 
 LAMBDA = 1e-6
 NAMES = ("LoD", "straightforward")

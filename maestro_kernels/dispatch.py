@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maestro_kernels import tuned
+from maestro_kernels import hardware, tuned
+from maestro_kernels.measure.cost import Cost, Size, count
 from maestro_kernels.problem import (
     LoDProblem,
     check_choices,
@@ -109,10 +110,8 @@ class Explanation:
     plan: Plan
 
     @cached_property
-    def cost(self) -> Any:
-        """FLOP and bytes of the planned form: benchmark.roofline.Cost."""
-        from maestro_kernels.benchmark.roofline import Size, count
-
+    def cost(self) -> Cost:
+        """FLOP and bytes of the planned form."""
         sizes = [Size.of(p) for p in self.plan.problems]
         form = "fused" if self.plan.backend in ("triton", "native") else "two matmuls"
         size = self.plan.problems[0].dtype.itemsize
@@ -143,17 +142,13 @@ class Explanation:
 
     @cached_property
     def _ideal(self) -> tuple[float | None, float | None]:
-        from maestro_kernels.hardware import measured_device
-
         problem = self.plan.problems[0]
         if not _is_here(problem.device):
             return None, None
-        return self._on(measured_device(problem.device, problem.dtype))
+        return self._on(hardware.measured_device(problem.device, problem.dtype))
 
     def _on(self, device: Device) -> tuple[float | None, float | None]:
         """(seconds, roofline_share) with the peaks of `device`."""
-        from maestro_kernels.benchmark.roofline import Size, count
-
         problem = self.plan.problems[0]
         seconds = self.cost.seconds(device, problem.dtype)
         sizes = [Size.of(p) for p in self.plan.problems]
@@ -162,8 +157,6 @@ class Explanation:
         return seconds, ideal / seconds if seconds and ideal is not None else None
 
     def __str__(self) -> str:
-        from maestro_kernels.hardware import known_device
-
         lines = [
             str(self.plan),
             f"  moves     {self.bytes / 1e6:,.2f} MB",
@@ -174,7 +167,7 @@ class Explanation:
             lines.append(f"  at best   not known: no {problem.device.type} device is here")
             return "\n".join(lines)
         # Printing times nothing: it says what is known, and what would find out.
-        device = known_device(problem.device, problem.dtype)
+        device = hardware.known_device(problem.device, problem.dtype)
         seconds, share = self._on(device)
         if seconds is not None and share is not None:
             lines.append(

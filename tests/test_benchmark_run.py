@@ -31,7 +31,7 @@ from maestro_kernels.benchmark.run import (
     run,
     run_case,
 )
-from maestro_kernels.benchmark.timing import CpuClock
+from maestro_kernels.measure.timing import CpuClock
 
 DEVICE = hardware.Device(
     "cpu", "test", "none", 1, bandwidth=1e10, peak_flops=(("float32", 1e11), ("bfloat16", 1e11))

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import maestro_kernels as mk
 from maestro_kernels import tuned
 from maestro_kernels.backends import onednn, packed
-from maestro_kernels.benchmark import timing
+from maestro_kernels.measure import timing
 
 RANKS = (6, 16)
 

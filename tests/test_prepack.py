@@ -168,7 +168,7 @@ def test_a_table_answers_without_a_measurement(form, monkeypatch):
 
 
 def test_the_result_of_a_measurement_serves_layers_of_the_same_size(monkeypatch):
-    from maestro_kernels.benchmark import timing
+    from maestro_kernels.measure import timing
 
     calls = []
     original = timing.interleave

@@ -9,7 +9,7 @@ from torch import nn
 
 import maestro_kernels as mk
 from maestro_kernels import search
-from maestro_kernels.benchmark import heap
+from maestro_kernels.measure import heap
 from maestro_kernels.search import model_profile
 
 REST = 7.5

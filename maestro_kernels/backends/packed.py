@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from maestro_kernels.backends import native, onednn
+from maestro_kernels.measure import timing
 
 __all__ = ["FORMS", "Form", "can_make", "fastest", "make_form", "make_group_form"]
 
@@ -128,10 +129,10 @@ def fastest(
     try:
         name = _fastest.get(key)
         if name not in candidates:
-            from maestro_kernels.benchmark.timing import interleave
-
             with torch.no_grad():
-                stats = interleave(candidates, seconds=0.06, sample_seconds=4e-4, min_rounds=7)
+                stats = timing.interleave(
+                    candidates, seconds=0.06, sample_seconds=4e-4, min_rounds=7
+                )
             name = min(stats, key=lambda n: stats[n].p50)
             if len(_fastest) >= _MAX_REMEMBERED:
                 _fastest.clear()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from maestro_kernels.benchmark.roofline import Cost, Form, Mode, Size, count
+from maestro_kernels.measure.cost import Cost, Form, Mode, Size, count
 
 __all__ = ["MODELS", "SUITES", "Case", "Layer", "ModelLayer", "joined", "parse_shape", "suite"]
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maestro_kernels.benchmark.heap import keeping_memory
-from maestro_kernels.benchmark.timing import Stats, interleave
+from maestro_kernels.measure.heap import keeping_memory
+from maestro_kernels.measure.timing import Stats, interleave
 from maestro_kernels.nn import LoDLinear, convert
 
 __all__ = [

@@ -26,7 +26,7 @@ from maestro_kernels.benchmark.providers import (
     two_forward,
 )
 from maestro_kernels.benchmark.rows import Row, with_speedups
-from maestro_kernels.benchmark.timing import (
+from maestro_kernels.measure.timing import (
     Clock,
     CpuClock,
     CudaClock,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from maestro_kernels.benchmark import plots
 from maestro_kernels.benchmark.plots import PAGE, Palette
-from maestro_kernels.benchmark.roofline import Form, Size, count
+from maestro_kernels.measure.cost import Form, Size, count
 from maestro_kernels.search import staircase
 from maestro_kernels.search.strategies import AUTO, DENSE, DENSE_PACKED, PREPACKED, TWO
 

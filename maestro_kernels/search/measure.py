@@ -13,7 +13,7 @@ from maestro_kernels import hardware
 from maestro_kernels.benchmark.cases import Case, Layer
 from maestro_kernels.benchmark.providers import Inputs, Provider, Unavailable
 from maestro_kernels.benchmark.run import Options, Rings, checked, walk
-from maestro_kernels.benchmark.timing import interleave, prepared
+from maestro_kernels.measure.timing import interleave, prepared
 from maestro_kernels.search.strategies import DENSE, TWO, for_profile
 from maestro_kernels.testing import make_inputs
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maestro_kernels.benchmark.heap import keeping_memory
-from maestro_kernels.benchmark.timing import rounds
 from maestro_kernels.files import check_file, write_text
+from maestro_kernels.measure.heap import keeping_memory
+from maestro_kernels.measure.timing import rounds
 from maestro_kernels.nn.candidates import Selector
 from maestro_kernels.nn.convert import convert, dense_form
 from maestro_kernels.nn.layer import LoDLayer, check_int

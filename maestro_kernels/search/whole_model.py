@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maestro_kernels.benchmark.heap import keeping_memory
-from maestro_kernels.benchmark.timing import Clock, CpuClock, CudaClock, interleave
+from maestro_kernels.measure.heap import keeping_memory
+from maestro_kernels.measure.timing import Clock, CpuClock, CudaClock, interleave
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, check_batches, run_batch
 from maestro_kernels.search.layers import considered, count_rows, first_tensor

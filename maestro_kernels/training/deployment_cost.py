@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maestro_kernels.benchmark.timing import interleave
+from maestro_kernels.measure.timing import interleave
 from maestro_kernels.nn import LoDConv2d, LoDLayer, LoDLinear
 from maestro_kernels.nn.convert import dense_form, in_place_of
 from maestro_kernels.nn.moments import calibrating

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from maestro_kernels.benchmark.timing import CpuClock, Stats, interleave, rounds
+from maestro_kernels.measure.timing import CpuClock, Stats, interleave, rounds
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

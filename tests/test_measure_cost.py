@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from maestro_kernels.benchmark.roofline import Size, break_even_rank, count
 from maestro_kernels.hardware import H100, Device
+from maestro_kernels.measure.cost import Size, break_even_rank, count
 from maestro_kernels.problem import describe
 
 
