@@ -188,7 +188,7 @@ def test_plans_come_before_the_work(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("maestro_kernels.benchmark.encoder.load_encoder", work)
     monkeypatch.setattr("maestro_kernels.benchmark.run.run", work)
     monkeypatch.setattr("maestro_kernels.search.tuning.tune", work)
-    monkeypatch.setattr("maestro_kernels.search.profile.profile", work, raising=False)
+    monkeypatch.setattr("maestro_kernels.search.layer_profile.profile", work, raising=False)
     monkeypatch.setattr("maestro_kernels.training.runner.train", work)
     config = tmp_path / "run.json"
     config.write_text('{"task": "digits", "train": {"epochs": 1}}')

@@ -294,7 +294,7 @@ def test_a_form_that_is_too_inaccurate_is_not_used(monkeypatch):
         ratios.append(layer.rank)
         return 3.9 if len(ratios) % 2 else 4.1
 
-    module = importlib.import_module("maestro_kernels.training.extract")
+    module = importlib.import_module("maestro_kernels.training.extraction")
     monkeypatch.setattr(module, "error_ratio", ratio)
     small = training.extract(model, search.Params(0.9), batches=data)
     report = training.extraction_report(small)

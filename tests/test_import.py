@@ -1,5 +1,8 @@
 """Importing the package does nothing but define names."""
 
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 import textwrap
@@ -125,6 +128,14 @@ def test_public_names_exist():
 
     missing = [name for name in mk.__all__ if not hasattr(mk, name)]
     assert missing == []
+
+
+@pytest.mark.parametrize("package", ["", ".nn", ".search", ".training", ".measure"])
+def test_no_submodule_hides_behind_a_function_of_its_name(package):
+    module = importlib.import_module(f"maestro_kernels{package}")
+    submodules = {info.name for info in pkgutil.iter_modules(module.__path__)}
+    hidden = {n for n in submodules if not inspect.ismodule(getattr(module, n, module))}
+    assert hidden == set()
 
 
 def test_doctests():

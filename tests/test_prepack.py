@@ -13,7 +13,7 @@ import maestro_kernels as mk
 from maestro_kernels import tuned
 from maestro_kernels.backends import native, packed
 from maestro_kernels.backends.reference import ACTIVATIONS, lod_linear_ref
-from maestro_kernels.nn.prepack import unpack
+from maestro_kernels.nn.packing import unpack
 from maestro_kernels.testing import assert_accurate
 
 FORMS = [

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 import maestro_kernels as mk
 from maestro_kernels.backends import native, packed
 from maestro_kernels.backends.reference import ACTIVATIONS, lod_linear_ref
+from maestro_kernels.nn import packing
 from maestro_kernels.testing import assert_accurate
 
 needs_library = pytest.mark.skipif(native.load_error() is not None, reason="no native library")
@@ -294,9 +295,7 @@ def test_the_form_of_a_group_that_lost_is_freed(choice, monkeypatch):
 
 @needs_library
 def test_shapes_of_inputs_do_not_pile_up(monkeypatch):
-    import sys
-
-    monkeypatch.setattr(sys.modules["maestro_kernels.nn.prepack"], "_MAX_SHAPES", 3)
+    monkeypatch.setattr(packing, "_MAX_SHAPES", 3)
     layer, layers = mk.prepack(make(), form="fused"), block()
     for rows in range(1, 9):
         check(layer, torch.randn(rows, 40))

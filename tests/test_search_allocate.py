@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 import maestro_kernels as mk
 from maestro_kernels import search
+from maestro_kernels.search import allocator
 from maestro_kernels.search.layers import storage_bytes
 
 SIZES = {"0": (24, 16), "2": (32, 24), "4": (16, 32)}
@@ -302,9 +302,7 @@ def test_a_profile_of_layers_is_anchored_by_the_model(model, sens, monkeypatch):
         def __init__(self, ms):
             self.ms = ms
 
-    # The package's attribute of this name is the function.
-    module = sys.modules["maestro_kernels.search.allocate"]
-    monkeypatch.setattr(module, "measure_model", lambda model, batch: Timed(ms(DENSE) + 0.5))
+    monkeypatch.setattr(allocator, "measure_model", lambda model, batch: Timed(ms(DENSE) + 0.5))
     found = search.allocate(
         model, search.Speedup(1.02), sens, Machine(), batch=BATCHES[0], multiple_of=4
     )
@@ -312,7 +310,7 @@ def test_a_profile_of_layers_is_anchored_by_the_model(model, sens, monkeypatch):
     assert found.predicted.ms == pytest.approx(ms(found) + 0.5)
     assert found.predicted.ms <= found.dense.ms / 1.02
     # Layers that take longer by themselves than the model does are scaled to fit into it.
-    monkeypatch.setattr(module, "measure_model", lambda model, batch: Timed(ms(DENSE) / 2))
+    monkeypatch.setattr(allocator, "measure_model", lambda model, batch: Timed(ms(DENSE) / 2))
     found = search.allocate(
         model, search.Speedup(1.2), sens, Machine(), batch=BATCHES[0], multiple_of=4
     )

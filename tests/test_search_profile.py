@@ -16,7 +16,7 @@ from torch import nn
 import maestro_kernels as mk
 from maestro_kernels import dispatch, search
 from maestro_kernels.backends import native
-from maestro_kernels.search import latency_model, staircase
+from maestro_kernels.search import latency_model, layer_profile, staircase
 from maestro_kernels.search import measure as measuring
 from maestro_kernels.search.journal import Journal
 from maestro_kernels.search.measure import Sweep, point_from
@@ -310,11 +310,7 @@ class FakeSweep(Sweep):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    # search.profile is the function; its module is reached by name.
-    import sys
-
-    module = sys.modules["maestro_kernels.search.profile"]
-    monkeypatch.setattr(module, "Sweep", FakeSweep)
+    monkeypatch.setattr(layer_profile, "Sweep", FakeSweep)
     monkeypatch.setenv("MAESTRO_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(FakeSweep, "log", [])
     monkeypatch.setattr(FakeSweep, "stop_after", math.inf)

@@ -12,7 +12,7 @@ import maestro_kernels as mk
 from maestro_kernels.search import rules
 from maestro_kernels.search.costs import below_steps, choices
 from maestro_kernels.search.layers import Layer, considered
-from maestro_kernels.search.sensitivity import LayerSensitivity
+from maestro_kernels.search.sensitivities import LayerSensitivity
 
 SIZES = [(64, 64), (48, 200), (90, 30)]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import maestro_kernels as mk
 from maestro_kernels import search
-from maestro_kernels.search.sensitivity import Sensitivity
+from maestro_kernels.search.sensitivities import Sensitivity
 
 
 class HFConv1D(nn.Module):

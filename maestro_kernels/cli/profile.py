@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, save profile, plots and page, print the table and the answer."""
     from maestro_kernels import hardware
     from maestro_kernels.search import profile_report as report
-    from maestro_kernels.search.profile import profile
+    from maestro_kernels.search.layer_profile import profile
     from maestro_kernels.search.strategies import strategy_names
 
     options.use_threads(args)

@@ -1,17 +1,17 @@
 """Factorised layers and what turns models into them and back. No kernel is known here."""
 
+from maestro_kernels.nn.active_ranks import lod_layers, ranks, set_ranks, truncate
 from maestro_kernels.nn.candidates import Candidate, classify
 from maestro_kernels.nn.conv import LoDConv2d
-from maestro_kernels.nn.convert import ConversionReport, conversion_report, convert, to_dense
+from maestro_kernels.nn.conversion import ConversionReport, conversion_report, convert, to_dense
 from maestro_kernels.nn.freshness import refresh
 from maestro_kernels.nn.grouping import group, groups, ungroup
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.model_summary import LayerSummary, ModelSummary, summary
+from maestro_kernels.nn.packing import prepack, unpack
 from maestro_kernels.nn.pivoted import PivotedLinear
-from maestro_kernels.nn.prepack import prepack, unpack
-from maestro_kernels.nn.ranks import lod_layers, ranks, set_ranks, truncate
 from maestro_kernels.nn.serialization import load_pretrained, save_pretrained
-from maestro_kernels.nn.summary import LayerSummary, ModelSummary, summary
 
 __all__ = [
     "Candidate",

@@ -21,7 +21,7 @@ from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.ops import eager
 
 if TYPE_CHECKING:
-    from maestro_kernels.nn.prepack import PackedGroup
+    from maestro_kernels.nn.packing import PackedGroup
 
 __all__ = ["LayerGroup", "group", "groups", "ungroup"]
 

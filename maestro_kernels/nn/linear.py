@@ -16,7 +16,7 @@ from maestro_kernels.problem import check_choices
 
 if TYPE_CHECKING:
     from maestro_kernels.nn.grouping import LayerGroup
-    from maestro_kernels.nn.prepack import PackedLinear
+    from maestro_kernels.nn.packing import PackedLinear
 
 __all__ = ["LoDLinear"]
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from maestro_kernels.files import check_folder, kind_of, replacing, write_text
 from maestro_kernels.nn import saved_file
+from maestro_kernels.nn.active_ranks import lod_layers
 from maestro_kernels.nn.grouping import group, groups
 from maestro_kernels.nn.placing import check_compiled, commit, fit
-from maestro_kernels.nn.ranks import lod_layers
 from maestro_kernels.nn.saved_file import COPY, TENSORS
 from maestro_kernels.nn.structure import (
     Slot,

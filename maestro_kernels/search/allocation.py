@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from maestro_kernels.nn.convert import convert
+from maestro_kernels.nn.active_ranks import ranks as present_ranks
+from maestro_kernels.nn.active_ranks import set_ranks
+from maestro_kernels.nn.conversion import convert
 from maestro_kernels.nn.layer import LoDLayer
-from maestro_kernels.nn.ranks import ranks as present_ranks
-from maestro_kernels.nn.ranks import set_ranks
 from maestro_kernels.search.budget import Budget, Latency, MACs, Memory, Params, Speedup
 from maestro_kernels.search.layers import Layer
 from maestro_kernels.search.refine import Refinement

@@ -197,7 +197,7 @@ def page(
             )
         )
     blocks += [_table(profile), _method(profile, command)]
-    footer = f"Written by {command or 'maestro_kernels.search.profile'}."
+    footer = f"Written by {command or 'maestro_kernels.search.layer_profile'}."
     return html.page(title, blocks, subtitle=subtitle, footer=footer)
 
 

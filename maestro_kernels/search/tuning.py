@@ -17,8 +17,8 @@ from maestro_kernels.benchmark.providers import Provider, Unavailable, make_case
 from maestro_kernels.benchmark.run import Options, Rings, checked, walk
 from maestro_kernels.measure.timing import interleave, prepared
 from maestro_kernels.search.journal import Journal
+from maestro_kernels.search.layer_profile import software
 from maestro_kernels.search.measure import ring_bytes
-from maestro_kernels.search.profile import software
 from maestro_kernels.search.strategies import for_table
 from maestro_kernels.tables import BASELINE, Modes, Row, Table, Times
 

@@ -6,7 +6,7 @@ Source: Horvath et al., Maestro, ICML 2024 (arXiv 2308.14929).
 
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
 from maestro_kernels.training.checkpoint import load_checkpoint, resize_on_load, save_checkpoint
-from maestro_kernels.training.extract import (
+from maestro_kernels.training.extraction import (
     Extraction,
     ExtractionPath,
     extract,
@@ -21,7 +21,7 @@ from maestro_kernels.training.penalties import (
     hierarchical_group_lasso,
 )
 from maestro_kernels.training.resize import load_shrunken
-from maestro_kernels.training.rewrap import rewrap
+from maestro_kernels.training.rewrapping import rewrap
 from maestro_kernels.training.samplers import (
     FixedSampler,
     FullSampler,
@@ -29,7 +29,7 @@ from maestro_kernels.training.samplers import (
     RankSampler,
     SinglePairSampler,
 )
-from maestro_kernels.training.shrink import shrink
+from maestro_kernels.training.shrinking import shrink
 from maestro_kernels.training.tasks import Task
 
 __all__ = [

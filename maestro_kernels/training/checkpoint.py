@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_kernels.files import check_file, check_path, replacing
-from maestro_kernels.nn.ranks import lod_layers
+from maestro_kernels.nn.active_ranks import lod_layers
 from maestro_kernels.training.layers import set_full_rank
 from maestro_kernels.training.loop import Maestro, NonFiniteLoss, first_non_finite
 from maestro_kernels.training.resize import load_shrunken

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.measure.timing import interleave
 from maestro_kernels.nn import LoDConv2d, LoDLayer, LoDLinear
-from maestro_kernels.nn.convert import dense_form, in_place_of
+from maestro_kernels.nn.conversion import dense_form, in_place_of
 from maestro_kernels.nn.moments import calibrating
 from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.search.budget import Budget, Latency, MACs, Memory, Speedup

@@ -26,7 +26,7 @@ from maestro_kernels.training.samplers import (
     IndependentSampler,
     SinglePairSampler,
 )
-from maestro_kernels.training.shrink import Report, shrink
+from maestro_kernels.training.shrinking import Report, shrink
 
 __all__ = ["PENALTIES", "SAMPLERS", "Maestro", "NonFiniteLoss", "check_loss", "first_non_finite"]
 

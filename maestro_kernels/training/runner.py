@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from maestro_kernels import hardware
 from maestro_kernels.files import check_folder, sole_user
 from maestro_kernels.nn import convert, save_pretrained, summary
-from maestro_kernels.nn.ranks import lod_layers
+from maestro_kernels.nn.active_ranks import lod_layers
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
 from maestro_kernels.training.checkpoint import load_checkpoint, save_checkpoint, seed_random_state
 from maestro_kernels.training.config import TrainConfig

@@ -35,12 +35,12 @@ from maestro_kernels.search.costs import (
     current_bytes,
     layer_latency,
 )
+from maestro_kernels.search.layer_profile import Advance, progress_bar
 from maestro_kernels.search.layers import Layer, at_full_rank, considered, count_rows, storage_bytes
 from maestro_kernels.search.model_profile import ModelProfile, profile_model
-from maestro_kernels.search.profile import Advance, progress_bar
 from maestro_kernels.search.refine import Refinement, refine
-from maestro_kernels.search.sensitivity import LayerSensitivity, Sensitivity
-from maestro_kernels.search.sensitivity import sensitivity as find_sensitivity
+from maestro_kernels.search.sensitivities import LayerSensitivity, Sensitivity
+from maestro_kernels.search.sensitivities import sensitivity as find_sensitivity
 from maestro_kernels.search.trial import Factors, Trial, factors_of
 from maestro_kernels.search.whole_model import LossFn, measure_model, present
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from maestro_kernels.functional import explain
 from maestro_kernels.nn.candidates import Candidate, classify
-from maestro_kernels.nn.convert import conversion_report
+from maestro_kernels.nn.conversion import conversion_report
 from maestro_kernels.nn.layer import LoDLayer, check_int
 from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.packing import ALONE
 from maestro_kernels.nn.pivoted import PivotedLinear
-from maestro_kernels.nn.prepack import ALONE
 
 __all__ = ["LayerSummary", "ModelSummary", "summary"]
 

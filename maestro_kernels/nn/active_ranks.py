@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from maestro_kernels.nn.candidates import classify
-from maestro_kernels.nn.convert import dense_form, swap_layers
+from maestro_kernels.nn.conversion import dense_form, swap_layers
 from maestro_kernels.nn.grouping import ungroup
 from maestro_kernels.nn.layer import LoDLayer, check_int
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from maestro_kernels.training.freezing import thawed
 from maestro_kernels.training.layers import require_layers, unwrapped
 from maestro_kernels.training.optimizer_state import Optimizers, check_optimizers
-from maestro_kernels.training.shrink import Report, ShrinkOptions, shrink_plain, wrappers
+from maestro_kernels.training.shrinking import Report, ShrinkOptions, shrink_plain, wrappers
 from maestro_kernels.training.unshard import replaced_everywhere, unshard
 
 __all__ = ["rewrap"]
