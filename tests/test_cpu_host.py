@@ -36,7 +36,7 @@ def zig(target, *arguments, folder):
         [*command, *WARNINGS, f"-I{ROOT / 'csrc'}", *arguments],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
