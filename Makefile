@@ -20,11 +20,12 @@ CLANG_FORMAT = $(dir $(RUN))clang-format
 NATIVE := maestro_kernels/_native.so
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.[ch]*' -o -name CMakeLists.txt)
 
-.PHONY: help bench publish test test-all old-cuda native lint format aot-report native-report existing-environment clean
+.PHONY: help bench publish docs test test-all old-cuda native lint format aot-report native-report existing-environment clean
 
 help:
 	@echo "make bench       factorise a real sentence encoder, measure it, write $(OUT)/report.html"
 	@echo "make publish     put what make bench left in $(OUT) into bench/results, README and docs"
+	@echo "make docs        a site of the documentation in out/site, with a page of the API"
 	@echo "make test        run the tests"
 	@echo "make test-all    the exhaustive tests too, and every machine of docs/machines.md (an hour and more)"
 	@echo "make old-cuda    read the CUDA host sources with the headers of CUDA 12.0 to 12.4 (network)"
@@ -39,6 +40,10 @@ bench: $(READY) native
 
 publish: $(READY)
 	$(RUN) -m maestro_kernels.benchmark.publish $(OUT)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	@echo "out/site/index.html; its search wants a server: python3 -m http.server -d out/site"
 
 # One process per core; the tests of a file stay together, because they share what they built.
 PYTEST = $(RUN) -m pytest tests -q --numprocesses=auto --dist=loadfile
