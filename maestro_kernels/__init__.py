@@ -7,8 +7,6 @@ file beyond Python's own and compiles nothing. `mk.search` and `mk.training` are
 are first asked for.
 """
 
-__version__ = "0.1.0"
-
 import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -32,6 +30,7 @@ from maestro_kernels.nn import (
     ungroup,
     unpack,
 )
+from maestro_kernels.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from maestro_kernels import search, training

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Explanation",
     "Plan",
-    "forget_plans",
+    "forget",
     "plan_grouped",
     "plan_grouped_afresh",
     "plan_linear",
@@ -446,8 +446,9 @@ def _layout(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple((t.stride(), t.storage_offset() * t.element_size() % 16) for t in tensors)
 
 
-def forget_plans() -> None:
-    """Plan every call anew: another table is in use."""
+def forget() -> None:
+    """Read tables again and plan every call anew: another table is in use."""
+    tuned.forget()
     for plans in (_linear_plans, _grouped_plans, _native_plans):
         plans.clear()
 

@@ -175,8 +175,5 @@ def fingerprint(device: hardware.Device) -> str:
 
 
 def forget() -> None:
-    """Read tables again, and plan every call anew."""
-    from maestro_kernels import dispatch
-
+    """Read tables again, the next time one is asked for; `dispatch.forget` drops plans too."""
     _find.cache_clear()
-    dispatch.forget_plans()

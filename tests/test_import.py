@@ -1,11 +1,14 @@
 """Importing the package does nothing but define names."""
 
+import ast
+import graphlib
 import importlib
 import inspect
 import pkgutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +131,36 @@ def test_public_names_exist():
 
     missing = [name for name in mk.__all__ if not hasattr(mk, name)]
     assert missing == []
+
+
+def imports_of(tree, modules):
+    """Modules of ours that a module imports when it runs, in functions too."""
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (named & modules) or {node.module}
+        found |= imports_of(node, modules)
+    return found & modules
+
+
+def test_no_module_imports_itself_through_others():
+    import maestro_kernels
+
+    root = Path(maestro_kernels.__file__).parent
+    files = {}
+    for file in root.rglob("*.py"):
+        parts = file.relative_to(root.parent).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    order = graphlib.TopologicalSorter()
+    for name, file in files.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        order.add(name, *imports_of(tree, set(files)) - {name})
+    order.prepare()  # raises CycleError, which names them
 
 
 @pytest.mark.parametrize("package", ["", ".nn", ".search", ".training", ".measure"])

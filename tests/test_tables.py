@@ -25,12 +25,12 @@ def use(tmp_path, monkeypatch):
         path = tmp_path / "table.json"
         tables.save(table, path)
         monkeypatch.setenv("MAESTRO_KERNELS_TABLE", str(path))
-        tuned.forget()
+        dispatch.forget()
         return path
 
     yield put
     monkeypatch.undo()
-    tuned.forget()
+    dispatch.forget()
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -194,22 +194,22 @@ def test_the_users_table_goes_before_the_shipped_one(tmp_path, monkeypatch):
     shipped = tmp_path / "package" / "configs" / tables.file_name(device)
     try:
         tables.save(make_table(*cell(ours=50.0)), shipped)
-        tuned.forget()
+        dispatch.forget()
         assert plan().backend == "native"
         tables.save(make_table(*cell(ours=200.0)), tables.user_path(device))
-        tuned.forget()
+        dispatch.forget()
         assert plan().backend == "matmul"
         # A damaged one is named, and the shipped one serves.
         tables.user_path(device).write_text("{")
-        tuned.forget()
+        dispatch.forget()
         assert plan().backend == "native"
         assert "refused: " in plan().reason
         monkeypatch.setenv("MAESTRO_KERNELS_TABLE", "off")
-        tuned.forget()
+        dispatch.forget()
         assert "no measured table" in plan().reason
     finally:
         monkeypatch.undo()
-        tuned.forget()
+        dispatch.forget()
 
 
 def test_tables_are_found_per_device_and_read_once(use, monkeypatch):
@@ -220,7 +220,7 @@ def test_tables_are_found_per_device_and_read_once(use, monkeypatch):
     path.write_text("{")
     before = tuned.fingerprint(hardware.current_device("cpu"))
     assert before
-    tuned.forget()
+    dispatch.forget()
     assert tuned.fingerprint(hardware.current_device("cpu")) == ""
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from table_support import COLD, TRAIN, WARM, plan
 
-from maestro_kernels import hardware, tables, tuned
+from maestro_kernels import dispatch, hardware, tables
 from maestro_kernels.backends import matmul, native
 from maestro_kernels.benchmark.providers import Unavailable, make_case_inputs
 from maestro_kernels.cli import main
@@ -76,7 +76,7 @@ def test_tune_writes_a_table_and_goes_on_after_a_stop(tmp_path, monkeypatch, cap
         assert len(measured) > before
     finally:
         monkeypatch.undo()
-        tuned.forget()
+        dispatch.forget()
 
 
 @needs_library

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from maestro_kernels import hardware, tables, tuned
+from maestro_kernels import dispatch, hardware, tables
 from maestro_kernels.cli import options
 from maestro_kernels.cli.output import about, count, progress, say, show
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.out or tables.user_path(device)
     table = _merged(parts, path, device)
     tables.save(table, path)
-    tuned.forget()
+    dispatch.forget()
     if args.json:
         print(table.to_json(), end="")
     else:

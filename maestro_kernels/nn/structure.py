@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maestro_kernels import __version__
 from maestro_kernels.nn.conv import LoDConv2d
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.problem import ACTIVATIONS
+from maestro_kernels.version import __version__
 
 __all__ = ["LayerRecord", "Slot", "Structure", "describe", "parse", "plain", "slots", "version_of"]
 
