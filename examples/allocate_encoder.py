@@ -77,7 +77,7 @@ def main() -> None:
         study.record(rows, args.rows, COMMAND)
         print(study.table(rows, list(rows[0].quality)))
         if args.docs:
-            study.publish(rows, "encoder", TITLE, args.docs)
+            study.publish(args.rows, "encoder", TITLE, args.docs)
 
 
 if __name__ == "__main__":

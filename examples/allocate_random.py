@@ -78,10 +78,11 @@ def main() -> None:
                 return {"output error": search.output_error(small, model, data)}
 
             rows = study.evaluate(model, quality, out)
-            study.record(rows, args.rows / f"allocation-{short}.jsonl", COMMAND)
+            path = args.rows / f"allocation-{short}.jsonl"
+            study.record(rows, path, COMMAND)
             print(f"\n{name}\n\n{study.table(rows, ['output error'])}")
             if args.docs:
-                study.publish(rows, short, f"{name}, random weights", args.docs)
+                study.publish(path, short, f"{name}, random weights", args.docs)
 
 
 if __name__ == "__main__":

@@ -222,28 +222,31 @@ def at_equal_latency(rows: Sequence[Row], row: Row, measure: str) -> float | Non
     return None
 
 
-def block(rows: Sequence[Row], short: str, title: str) -> str:
-    """What docs/search.md shows of one model: a table and a drawing."""
+def block(path: Path, short: str, title: str) -> str:
+    """What docs/search.md shows of one model's rows: a table and a drawing."""
+    rows = read(path)
+    made = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
     measures = list(rows[0].quality)
     off = max(abs(row.predicted / row.ms - 1) for row in rows)
     return "\n".join(
         [
             table(rows, measures),
             "",
-            f"Predictions are at most {off:.1%} off. {origin.origin(origin.stamp())}.",
+            f"Predictions are at most {off:.1%} off. {origin.origin(made)}.",
             "",
             f"![{title}: {measures[0]} over measured latency](figures/allocation-{short}.svg)",
         ]
     )
 
 
-def publish(rows: Sequence[Row], short: str, title: str, docs: Path) -> None:
-    """Put the block and the drawing of one model into the documentation."""
+def publish(path: Path, short: str, title: str, docs: Path) -> None:
+    """Put the block and the drawing of one model's rows into the documentation."""
+    rows = read(path)
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     plot = drawing(rows, next(iter(rows[0].quality)), title)
     (docs / "figures" / f"allocation-{short}.svg").write_text(plot, encoding="utf-8")
     page = docs / "search.md"
-    text = replace_block(page.read_text(encoding="utf-8"), block(rows, short, title), *marks(short))
+    text = replace_block(page.read_text(encoding="utf-8"), block(path, short, title), *marks(short))
     page.write_text(text, encoding="utf-8")
 
 
