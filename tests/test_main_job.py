@@ -121,11 +121,10 @@ def test_verdict_compares_within_the_dtype_first():
 
 
 def test_verdict_names_a_dense_form_that_is_as_close_and_faster():
-    text = verdict([*dense(int8=0.98), form(), form(dtype="float32", ms=(6.0, 50.0))])
+    text = verdict([*dense(int8=0.98), form(dtype="float32", ms=(6.0, 50.0)), form()])
     assert "against dense int8 (cosine 0.980), the fastest dense form at least as close" in text[0]
     assert "0.80× / 1.17×" in text[0]
-    assert any(line.startswith("In float32 searched ranks at 85%") for line in text)
-    assert "searched 85%, float32: keeps cosine 0.970; 1.33× / 1.60× of dense, 0.67×" in str(text)
+    assert text[1].startswith("In float32 searched ranks at 85%")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -120,18 +121,15 @@ def file_name(stamp: Mapping[str, Any], isa: str) -> str:
 
 
 def verdict(forms: Sequence[Form]) -> list[str]:
-    """Which form pays and which does not, in plain words: first within a dtype, then among all."""
+    """Which form pays, in plain words: within a dtype, that of the fastest dense model first."""
     timed = [f for f in forms if f.latency]
     ours = [f for f in timed if f.ours]
     dense = {f.dtype: f for f in timed if f.ranks == "dense"}
     lines = []
-    for dtype in dict.fromkeys(f.dtype for f in ours):
-        if dtype in dense:
-            lines.append(_within(dtype, [f for f in ours if f.dtype == dtype], dense))
+    both = {f.dtype for f in ours} & dense.keys()
+    for dtype in sorted(both, key=lambda d: math.prod(map(dense[d].ms, dense[d].latency))):
+        lines.append(_within(dtype, [f for f in ours if f.dtype == dtype], dense))
     lines += _dense_forms(dense)
-    for form in sorted(ours, key=lambda f: (f.dtype, f.ranks, -f.budget)):
-        if form.dtype in dense:
-            lines.append(_one(form, dense))
     return lines + _searched(ours) + _initialisations(forms) + _against_two(timed)
 
 
@@ -187,13 +185,6 @@ def _dense_forms(dense: Mapping[str, Form]) -> list[str]:
         return []
     parts = [f"{d.name} {_speeds(d, base)} (cosine {d.cosine:.3f})" for d in others]
     return [f"Against dense float32 at batch {_at(base)}: {', '.join(parts)}."]
-
-
-def _one(form: Form, dense: Mapping[str, Form]) -> str:
-    base, rival = dense[form.dtype], _rival(form, dense)
-    keeps = "keeps" if form.cosine >= USABLE_COSINE else "loses too much:"
-    more = "" if rival is base else f", {_speeds(form, rival)} of {rival.name}"
-    return f"{form.name}: {keeps} cosine {form.cosine:.3f}; {_speeds(form, base)} of dense{more}."
 
 
 def _searched(ours: Sequence[Form]) -> list[str]:
