@@ -6,7 +6,7 @@ Plans are pure functions of the problem; the caches here only save asking again.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -16,36 +16,26 @@ import torch
 from torch import Tensor
 
 from maestro_kernels import hardware, tuned
+from maestro_kernels.backends import KERNELS
+from maestro_kernels.call import Call
 from maestro_kernels.measure.cost import Cost, Size, count
-from maestro_kernels.problem import (
-    LoDProblem,
-    check_choices,
-    check_grouped,
-    check_linear,
-    describe,
-)
+from maestro_kernels.problem import LoDProblem, check_call, describe_call
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from maestro_kernels.hardware import Device
 
 __all__ = [
     "Explanation",
     "Plan",
     "forget",
-    "plan_grouped",
-    "plan_grouped_afresh",
-    "plan_linear",
-    "plan_linear_afresh",
+    "plan",
+    "plan_afresh",
+    "quick_plan",
     "select",
     "unsupported",
 ]
-
-_MODULES = {
-    "reference": "maestro_kernels.backends.reference",
-    "matmul": "maestro_kernels.backends.matmul",
-    "triton": "maestro_kernels.backends.triton",
-    "native": "maestro_kernels.backends.native",
-}
 
 
 @dataclass(frozen=True)
@@ -76,10 +66,10 @@ class Plan:
         return backend_module(self.backend)
 
     @cached_property
-    def single(self) -> tuple[Any, int, str | None, str]:
-        """(forward, R, activation, strategy) of one layer: all that a small call looks up."""
-        problem = self.problems[0]
-        return self.module.forward, problem.R, problem.activation, self.strategy
+    def raw(self) -> Callable[..., Tensor]:
+        """The native library's op of one layer."""
+        op: Callable[..., Tensor] = self.module.raw_linear()
+        return op
 
     @cached_property
     def autograd_serves(self) -> bool:
@@ -88,9 +78,9 @@ class Plan:
         It costs a small call half of what a Function of ours does. Of a tensor rank it would
         multiply the zeros beyond it with whatever v holds there.
         """
-        problem = self.problems[0]
+        problem, *others = self.problems
         plain = problem.activation is None and problem.rank is not None
-        return plain and self.module.__name__ == _MODULES["matmul"]
+        return plain and not others and self.backend == "matmul"
 
     def __str__(self) -> str:
         lines = [f"{self.fn}: {problem}" for problem in self.problems]
@@ -113,7 +103,7 @@ class Explanation:
     def cost(self) -> Cost:
         """FLOP and bytes of the planned form."""
         sizes = [Size.of(p) for p in self.plan.problems]
-        form = "fused" if self.plan.backend in ("triton", "native") else "two matmuls"
+        form = "fused" if self.plan.backend in KERNELS else "two matmuls"
         size = self.plan.problems[0].dtype.itemsize
         return count(form, sizes, size, shared_x=self.plan.shared_x)  # type: ignore[arg-type]
 
@@ -186,7 +176,7 @@ def _is_here(device: torch.device) -> bool:
 
 def backend_module(name: str) -> ModuleType:
     """Import a backend on first use."""
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module(f"maestro_kernels.backends.{name}")
 
 
 def unsupported(name: str, problem: LoDProblem) -> str | None:
@@ -215,7 +205,7 @@ def select(
     """
     group = (problems,) if isinstance(problems, LoDProblem) else tuple(problems)
     forced = None if backend in (None, "auto") else backend
-    reasons = {name: _unsupported_group(name, group) for name in ("triton", "native")}
+    reasons = {name: _unsupported_group(name, group) for name in KERNELS}
     if forced in reasons and reasons[forced] is not None:
         raise NotImplementedError(
             f"{fn}: backend: expected one that can serve this call, got {forced!r}: "
@@ -235,7 +225,7 @@ def select(
         if chosen != "matmul":
             others[chosen] = f"{why_auto}, but torch gives such a result"
         return Plan(fn, group, "matmul", "degenerate", what, others, shared_x)
-    if strategy is None and chosen in ("triton", "native"):
+    if strategy is None and chosen in KERNELS:
         strategy, why = backend_module(chosen).choose_strategy(group)
         return Plan(fn, group, chosen, strategy, f"{why_auto}; {why}", others, shared_x)
     strategy = strategy or ("formula" if chosen == "reference" else "two matmuls")
@@ -257,8 +247,9 @@ def _choose(
     choice = tuned.choose(group, ["matmul", *(n for n, why in reasons.items() if why is None)])
     if isinstance(choice, tuned.Choice):
         # Calls around this one ran so; this one may still be too wide or laid out otherwise.
-        takes = getattr(backend_module(choice.backend), "takes", None)
-        if takes is None or takes(choice.strategy, group):
+        if choice.backend not in KERNELS or backend_module(choice.backend).takes(
+            choice.strategy, group
+        ):
             return choice.backend, choice.strategy, choice.reason
         return "matmul", None, f"{choice.reason}; but {choice.strategy} does not take this call"
     if group[0].device.type == "cpu" and reasons["native"] is None:
@@ -277,9 +268,11 @@ def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
         reason = unsupported(name, problem)
         if reason is not None:
             return reason
+    if len(group) == 1:
+        return None
     # What serves each layer may still not serve all of them in one launch.
-    check = getattr(backend_module(name), "unsupported_group", None)
-    return check(group) if check and len(group) > 1 else None
+    together: str | None = backend_module(name).unsupported_group(group)
+    return together
 
 
 # Part of every key: what is faster on a CPU depends on it, and so does which table applies.
@@ -288,169 +281,81 @@ _threads = torch.get_num_threads
 # Building a key: of no tensor, of something unhashable, of a nested or sparse tensor.
 _NO_KEY = (AttributeError, TypeError, RuntimeError)
 
-# (plan, the library's op) of calls that the native library serves, by what decides the plan. It
-# checks the rest of a call itself, so that a small one builds no larger key than this.
-_native_plans: dict[tuple[Any, ...], tuple[Plan, Callable[..., Tensor]]] = {}
-
-
-def native_plan(
-    x: Tensor, u: Tensor, rank: int | Tensor | None, activation: str | None
-) -> tuple[Plan, Callable[..., Tensor]] | None:
-    """(plan, op) of an eager CPU call that the native library served before, or None."""
-    try:
-        # True is equal to 1 as a key, but is no rank.
-        if x.is_cpu and (rank is None or type(rank) is int):
-            return _native_plans.get((x.shape, u.shape, x.dtype, rank, activation, _threads()))
-    except _NO_KEY:
-        pass  # plan_linear, which comes next, says what is wrong
-    return None
-
-
 # A call whose key was seen has been validated and planned: the eager path then costs one lookup.
-_linear_plans: dict[tuple[Any, ...], Plan] = {}
-_grouped_plans: dict[tuple[Any, ...], Plan] = {}
+_plans: dict[tuple[Any, ...], Plan] = {}
 _MAX_PLANS = 4096
 
 
-def plan_linear(
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    rank: int | Tensor | None,
-    activation: str | None,
-    backend: str | None,
-) -> Plan:
-    """Validate one eager call and return its plan, from a cache where the same call was seen."""
-    # Every attribute read here is paid on every eager call: keep to what decides the plan.
+def quick_plan(x: Tensor, u: Tensor, rank: Any, activation: Any) -> Plan | None:
+    """The plan of an eager CPU call of one layer that the native library served before, or None.
+
+    By a smaller key than `plan` builds: the library checks the rest of such a call itself.
+    """
     try:
-        key = (
-            x.shape,
-            u.shape,
-            v.shape,
-            x.dtype,
-            u.dtype,
-            v.dtype,
-            x.device,
-            u.device,
-            v.device,
-            None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout),
-            # A bool equals an int but is not a rank: the type keeps them apart.
-            rank if rank is None else _rank_key(rank),
-            activation,
-            backend,
-            x.layout,
-            (u.stride(), v.stride()) if x.is_cpu and backend != "triton" else _layout(x, u, v),
-            _threads(),
-        )
-        plan = _linear_plans.get(key)
-    except _NO_KEY:  # the check below says which
-        key, plan = None, None
-    if plan is None:
-        plan = plan_linear_afresh(x, u, v, bias, rank, activation, backend)
-        if key is not None:
-            if len(_linear_plans) >= _MAX_PLANS:
-                _linear_plans.clear()
-            _linear_plans[key] = plan
-        if plan.strategy == "fused" and backend is None and plan.problems[0].rank is not None:
-            if len(_native_plans) >= _MAX_PLANS:
-                _native_plans.clear()
-            call = plan.module.raw_linear()
-            _native_plans[x.shape, u.shape, x.dtype, rank, activation, _threads()] = (plan, call)
-    return plan
+        # True is equal to 1 as a key, but is no rank.
+        if x.is_cpu and (rank is None or type(rank) is int):
+            return _plans.get((x.shape, u.shape, x.dtype, rank, activation, _threads()))
+    except _NO_KEY:
+        pass  # `plan`, which comes next, says what is wrong
+    return None
 
 
-def plan_grouped(
-    xs: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    ranks: Sequence[int | None] | Tensor,
-    activations: Sequence[str | None],
-    backend: str | None,
-) -> Plan:
-    """Validate one eager grouped call and return its plan, from a cache where it was seen."""
-    plain = backend != "triton" and len(xs) > 0 and getattr(xs[0], "is_cpu", False)
+def plan(call: Call, backend: str | None) -> Plan:
+    """Validate an eager call and return its plan, from a cache where the same call was seen."""
     try:
-        key = (
-            tuple([_tensor_key(x, plain) for x in xs]),
-            tuple([(_tensor_key(u, plain), u.stride()) for u in us]),
-            tuple([(_tensor_key(v, plain), v.stride()) for v in vs]),
-            tuple([None if b is None else _tensor_key(b, plain) for b in biases]),
-            _rank_key(ranks)
-            if isinstance(ranks, Tensor)
-            else tuple([None if r is None else _rank_key(r) for r in ranks]),
-            tuple(activations),
-            backend,
-            _threads(),
-        )
-        plan = _grouped_plans.get(key)
+        key = _key(call, backend)
+        found = _plans.get(key)
     except _NO_KEY:  # the check below says which
-        key, plan = None, None
-    if plan is None:
-        plan = plan_grouped_afresh(xs, us, vs, biases, ranks, activations, backend)
-        if key is not None:
-            if len(_grouped_plans) >= _MAX_PLANS:
-                _grouped_plans.clear()
-            _grouped_plans[key] = plan
-    return plan
+        return plan_afresh(call, backend)
+    if found is None:
+        found = plan_afresh(call, backend)
+        _remember(key, found)
+        if found.strategy == "fused" and backend is None and call.fn == "lod_linear":
+            x, u, _, _, rank, activation = call.layer(0)
+            if not isinstance(rank, Tensor):
+                _remember((x.shape, u.shape, x.dtype, rank, activation, _threads()), found)
+    return found
 
 
-def plan_linear_afresh(
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    rank: int | Tensor | None,
-    activation: str | None,
-    backend: str | None,
-) -> Plan:
-    """Validate one call and plan it for exactly these tensors, layout of x included."""
-    check_choices("lod_linear", activation, backend)
-    check_linear("lod_linear", x, u, v, bias, rank)
-    return select(describe(x, u, v, bias, rank, activation), backend)
+def plan_afresh(call: Call, backend: str | None) -> Plan:
+    """Validate a call and plan it for exactly these tensors, layout of x included."""
+    check_call(call, backend)
+    return select(describe_call(call), backend, fn=call.fn, shared_x=len(call.xs) == 1)
 
 
-def plan_grouped_afresh(
-    xs: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    ranks: Sequence[int | None] | Tensor,
-    activations: Sequence[str | None],
-    backend: str | None,
-) -> Plan:
-    """Validate one grouped call and plan it for exactly these tensors."""
-    fn = "lod_linear_grouped"
-    check_grouped(fn, xs, us, vs, biases, ranks, activations, backend)
-    shared = len(xs) == 1
-    problems = [
-        describe(xs[0 if shared else i], us[i], vs[i], biases[i], ranks[i], activations[i])
-        for i in range(len(us))
-    ]
-    return select(problems, backend, fn=fn, shared_x=shared)
+def _remember(key: tuple[Any, ...], found: Plan) -> None:
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()
+    _plans[key] = found
 
 
-def _tensor_key(tensor: Tensor, plain: bool) -> tuple[Any, ...]:
-    facts = (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
-    return facts if plain else (*facts, *_layout(tensor))
+def _key(call: Call, backend: str | None) -> tuple[Any, ...]:
+    """What decides a plan. Every attribute read here is paid on every eager call."""
+    ranks, tensors = call.ranks, call.tensors
+    # No CPU kernel depends on where a tensor starts.
+    starts = () if call.xs[0].is_cpu and backend != "triton" else map(_misalignment, tensors)
+    return (
+        call.fn,
+        backend,
+        _threads(),
+        # A bool equals an int but is not a rank: the type keeps them apart.
+        (ranks.shape, ranks.dtype, ranks.device)
+        if isinstance(ranks, Tensor)
+        else (*ranks, *map(type, ranks)),
+        *call.activations,
+        *[t if t is None else (t.shape, t.dtype, t.device, t.layout, t.stride()) for t in tensors],
+        *starts,
+    )
 
 
-def _rank_key(rank: int | Tensor) -> tuple[Any, ...]:
-    if isinstance(rank, Tensor):
-        return (rank.shape, rank.dtype, rank.device)
-    return (rank, type(rank))
-
-
-def _layout(*tensors: Tensor) -> tuple[Any, ...]:
-    return tuple((t.stride(), t.storage_offset() * t.element_size() % 16) for t in tensors)
+def _misalignment(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else int(tensor.storage_offset()) * tensor.element_size() % 16
 
 
 def forget() -> None:
     """Read tables again and plan every call anew: another table is in use."""
     tuned.forget()
-    for plans in (_linear_plans, _grouped_plans, _native_plans):
-        plans.clear()
+    _plans.clear()
 
 
 def is_capturing(x: Any) -> bool:

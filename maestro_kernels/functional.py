@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from maestro_kernels import dispatch as _dispatch
-from maestro_kernels.ops import grouped as _grouped
-from maestro_kernels.ops import linear as _linear
+from maestro_kernels.call import Call
+from maestro_kernels.ops.run import quick, run
 from maestro_kernels.problem import check_storages
 
 __all__ = ["explain", "lod_linear", "lod_linear_grouped"]
@@ -64,7 +64,11 @@ def lod_linear(
         Horvath et al., Maestro: Uncovering Low-Rank Structures via Trainable Decomposition,
         ICML 2024 (arXiv 2308.14929).
     """
-    return _linear.lod_linear(x, u, v, bias, rank, activation, backend, save_h)
+    if backend is None:
+        y = quick(x, u, v, bias, rank, activation, save_h)
+        if y is not None:
+            return y
+    return run(_single(x, u, v, bias, rank, activation), backend, save_h)[0]
 
 
 def lod_linear_grouped(
@@ -109,12 +113,7 @@ def lod_linear_grouped(
         >>> [tuple(y.shape) for y in mk.lod_linear_grouped(x, us, vs, ranks=[16, 8, 5])]
         [(4, 64), (4, 32), (4, 32)]
     """
-    xs, us, vs, spread_biases, spread_ranks, activations = _spread(
-        x, us, vs, biases, ranks, activation
-    )
-    return _grouped.lod_linear_grouped(
-        xs, us, vs, spread_biases, spread_ranks, activations, backend, save_h
-    )
+    return run(_spread(x, us, vs, biases, ranks, activation), backend, save_h)
 
 
 def explain(
@@ -139,26 +138,26 @@ def explain(
     Raises:
         The errors of the call itself.
     """
-    if isinstance(u, Sequence) and not isinstance(u, str):
-        xs, us, vs, biases, ranks, activations = _spread(x, u, v, bias, rank, activation)
-        plan = _dispatch.plan_grouped_afresh(xs, us, vs, biases, ranks, activations, backend)
-        _grouped.check_group_storages(plan.fn, xs, us, vs, biases, ranks, range(len(us)))
-    else:
-        call: tuple[Any, ...] = (x, u, v, bias, rank, activation, backend)
-        plan = _dispatch.plan_linear_afresh(*call)
-        check_storages(plan.fn, x=x, u=u, v=v, bias=bias, rank=rank)
+    several = isinstance(u, Sequence) and not isinstance(u, str)
+    call = (_spread if several else _single)(x, u, v, bias, rank, activation)
+    plan = _dispatch.plan_afresh(call, backend)
+    check_storages(plan.fn, call)
     return _dispatch.Explanation(plan)
 
 
-def _spread(
-    x: Any, us: Any, vs: Any, biases: Any, ranks: Any, activation: Any
-) -> tuple[list[Any], list[Any], list[Any], list[Any], Any, list[Any]]:
-    """One value or one per layer becomes one per layer; lengths are checked by problem.py."""
+def _single(x: Any, u: Any, v: Any, bias: Any, rank: Any, activation: Any) -> Call:
+    """The call of one layer."""
+    ranks = rank if isinstance(rank, Tensor) else (rank,)
+    return Call("lod_linear", (x,), (u,), (v,), (bias,), ranks, (activation,))
+
+
+def _spread(x: Any, us: Any, vs: Any, biases: Any, ranks: Any, activation: Any) -> Call:
+    """The call of a group: one value or one per layer becomes one per layer, lengths unchecked."""
+    fn = "lod_linear_grouped"
     for name, value in (("us", us), ("vs", vs)):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise TypeError(
-                f"lod_linear_grouped: {name}: expected a sequence of factors, "
-                f"got {type(value).__name__}"
+                f"{fn}: {name}: expected a sequence of factors, got {type(value).__name__}"
             )
     n = len(us)
     xs = [x] if isinstance(x, Tensor) else _listed("x", x, "one tensor or a sequence of tensors")
@@ -176,7 +175,7 @@ def _spread(
         ranks = _listed("ranks", ranks, "an int, None, an int32 tensor or a sequence of those")
         if any(isinstance(r, Tensor) for r in ranks):
             ranks = _stack_ranks(ranks, vs)
-    return xs, list(us), list(vs), biases, ranks, activation
+    return Call(fn, xs, list(us), list(vs), biases, ranks, activation)
 
 
 def _listed(name: str, value: Any, expected: str) -> list[Any]:

@@ -16,20 +16,24 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from maestro_kernels.backends import FAMILIES
+from maestro_kernels.call import Call
+
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "DTYPES",
     "LoDProblem",
+    "check_call",
     "check_choices",
-    "check_grouped",
     "check_linear",
     "check_storages",
     "describe",
+    "describe_call",
 ]
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
-BACKENDS = (None, "auto", "reference", "matmul", "triton", "native")
+BACKENDS = (None, "auto", *FAMILIES)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -158,12 +162,27 @@ def _check_plain(fn: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{fn}: {name}: expected a dense tensor, got {kind} one")
 
 
-def check_storages(fn: str, **tensors: Any) -> None:
+def check_storages(fn: str, call: Call, layers: Sequence[int] | None = None, **more: Any) -> None:
     """Raise ValueError for an ordinary tensor whose storage is too short for it.
 
     FSDP and others free the memory of a tensor that they keep: `untyped_storage().resize_(0)`.
     Asked after something went wrong, not on every call.
+
+    Args:
+        fn: what the error names.
+        call: its tensors are looked at.
+        layers: the numbers of its layers in the group that the user knows; None counts from 0.
+        more: other tensors by name.
     """
+    xs, us, vs, biases, ranks = call.xs, call.us, call.vs, call.biases, call.ranks
+    tensors: dict[str, Any] = {**more, "x": xs[0]} if len(xs) == 1 else more
+    if call.fn == "lod_linear":
+        tensors |= {"u": us[0], "v": vs[0], "bias": biases[0], "rank": ranks}
+    else:
+        lists = {"us": us, "vs": vs, "biases": biases, "x": xs if len(xs) > 1 else ()}
+        for i, number in enumerate(range(call.n) if layers is None else layers):
+            tensors |= {f"{name}[{number}]": ts[i] for name, ts in lists.items() if ts}
+        tensors["ranks"] = ranks
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, Parameter) or tensor.layout != torch.strided:
             continue
@@ -198,22 +217,18 @@ def _check_rank(fn: str, name: str, rank: Any, x: Tensor, R: int) -> None:
         raise ValueError(f"{fn}: {name}: expected 0 <= rank <= {R}, got {rank}")
 
 
-def check_grouped(
-    fn: str,
-    xs: Any,
-    us: Any,
-    vs: Any,
-    biases: Sequence[Any],
-    ranks: Any,
-    activations: Sequence[Any],
-    backend: Any,
-) -> None:
-    """Raise unless every layer of a group fits; `xs` has one entry (shared) or one per layer.
+def check_call(call: Call, backend: Any = None) -> None:
+    """Raise a TypeError or ValueError that names the argument unless a call holds together.
 
-    `biases` and `activations` have been spread to one entry per layer already; `ranks` is such a
-    sequence too, or one int32 tensor (n,).
+    A single layer's errors name its arguments, those of a group name entries of its lists.
     """
-    n = len(us)
+    fn, xs, us, vs, biases, ranks, activations = call
+    if fn == "lod_linear":
+        check_choices(fn, activations[0], backend)
+        rank = ranks if isinstance(ranks, Tensor) else ranks[0]
+        check_linear(fn, xs[0], us[0], vs[0], biases[0], rank)
+        return
+    n, shared = len(us), len(xs) == 1
     if n == 0:
         raise ValueError(f"{fn}: us: expected at least one layer, got none")
     if len(xs) not in (1, n):
@@ -230,26 +245,25 @@ def check_grouped(
             )
     elif len(ranks) != n:
         raise ValueError(f"{fn}: ranks: expected {n} entries like us, got {len(ranks)}")
+    first = xs[0]
     for i in range(n):
+        x = call.x(i)
         check_choices(fn, activations[i], backend)
-        shared = len(xs) == 1
-        names = (
-            "x" if shared else f"x[{i}]",
-            f"us[{i}]",
-            f"vs[{i}]",
-            f"biases[{i}]",
-            f"ranks[{i}]",
-        )
+        x_name = "x" if shared else f"x[{i}]"
+        names = (x_name, f"us[{i}]", f"vs[{i}]", f"biases[{i}]", f"ranks[{i}]")
         rank = None if isinstance(ranks, Tensor) else ranks[i]
-        check_linear(fn, xs[0 if shared else i], us[i], vs[i], biases[i], rank, names=names)
-        first = xs[0]
-        x = xs[0 if shared else i]
+        check_linear(fn, x, us[i], vs[i], biases[i], rank, names=names)
         if x.dtype != first.dtype:
             raise TypeError(f"{fn}: x[{i}]: expected {first.dtype} like x[0], got {x.dtype}")
         if x.device != first.device:
             raise ValueError(f"{fn}: x[{i}]: expected device {first.device}, got {x.device}")
-    if isinstance(ranks, Tensor) and ranks.device != xs[0].device:
-        raise ValueError(f"{fn}: ranks: expected device {xs[0].device}, got {ranks.device}")
+    if isinstance(ranks, Tensor) and ranks.device != first.device:
+        raise ValueError(f"{fn}: ranks: expected device {first.device}, got {ranks.device}")
+
+
+def describe_call(call: Call) -> tuple[LoDProblem, ...]:
+    """Describe the layers of a checked call."""
+    return tuple([describe(*call.layer(i)) for i in range(call.n)])
 
 
 def describe(

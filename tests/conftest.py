@@ -30,9 +30,7 @@ def _seed():
 def no_library(monkeypatch, tmp_path):
     """The package as it is where no C++ compiler built its library."""
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
-    monkeypatch.setattr(dispatch, "_linear_plans", {})
-    monkeypatch.setattr(dispatch, "_grouped_plans", {})
-    monkeypatch.setattr(dispatch, "_native_plans", {})
+    monkeypatch.setattr(dispatch, "_plans", {})
     native._load.cache_clear()
     yield
     monkeypatch.undo()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import maestro_kernels as mk
 from maestro_kernels.backends import native
 from maestro_kernels.backends.reference import ACTIVATIONS, lod_linear_ref
+from maestro_kernels.call import Call
 from maestro_kernels.testing import accuracy_error, make_inputs, poison, rounding_errors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,7 +109,11 @@ def check_group(dtype, packed, shared):
         ys = native.ops().packed_grouped(native.pack(us, vs, ranks, activations), xs[0], biases)
         hs = [None] * len(ys)
     else:
-        ys, hs = native.grouped_forward(xs, us, vs, biases, ranks, activations, save_h=True)
+        ys, hs = native.forward(
+            Call("lod_linear_grouped", xs, us, vs, biases, ranks, activations),
+            save_h=True,
+            strategy="fused",
+        )
     for i, (y, h) in enumerate(zip(ys, hs, strict=True)):
         x = xs[0 if shared else i]
         doubled = [None if t is None else t.double() for t in (x, us[i], vs[i], biases[i])]

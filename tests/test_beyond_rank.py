@@ -10,6 +10,7 @@ from triton_support import INTERPRETED, WHY_NOT
 
 import maestro_kernels as mk
 from maestro_kernels.backends import matmul, native, packed, reference
+from maestro_kernels.call import Call
 from maestro_kernels.testing import make_inputs
 
 INF, NAN = float("inf"), float("nan")
@@ -65,11 +66,11 @@ def same(name, got, expected):
 
 def run(module, strategy, x, u, v, bias, rank, activation, dy):
     """(y, H, dx, du, dv, dbias) of one backend, H of the forward used in the backward."""
-    y, h = module.forward(x, u, v, bias, rank, activation, save_h=True, strategy=strategy)
-    grads = module.backward(
-        dy, x, u, v, bias, h, y, rank, activation, needs=(True,) * 4, strategy=strategy
-    )
-    return y, h, *grads
+    ranks = rank if isinstance(rank, torch.Tensor) else [rank]
+    call = Call("lod_linear", [x], [u], [v], [bias], ranks, [activation])
+    ys, hs = module.forward(call, save_h=True, strategy=strategy)
+    grads = module.backward(call, [dy], hs, ys, needs=(True,) * 4, strategy=strategy)
+    return ys[0], hs[0], *(of_layer[0] for of_layer in grads)
 
 
 @pytest.mark.parametrize("tensor_rank", [False, True], ids=["int", "tensor"])

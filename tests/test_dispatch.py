@@ -7,6 +7,7 @@ import torch
 
 import maestro_kernels as mk
 from maestro_kernels import dispatch
+from maestro_kernels.call import Call
 from maestro_kernels.problem import LoDProblem, describe
 from maestro_kernels.testing import make_inputs
 
@@ -97,9 +98,10 @@ def test_describe_reports_layout():
 
 def test_plans_are_remembered_per_call_and_bounded(monkeypatch):
     monkeypatch.setattr(dispatch, "_MAX_PLANS", 3)
-    dispatch._linear_plans.clear()
+    dispatch._plans.clear()
     for rank in range(8):
         mk.lod_linear(X, U, V, rank=rank)
-        assert len(dispatch._linear_plans) <= 3
-    first = dispatch.plan_linear(X, U, V, None, 7, None, None)
-    assert dispatch.plan_linear(X, U, V, None, 7, None, None) is first
+        assert len(dispatch._plans) <= 3
+    call = Call("lod_linear", (X,), (U,), (V,), (None,), (7,), (None,))
+    first = dispatch.plan(call, None)
+    assert dispatch.plan(call, None) is first

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from maestro_kernels.backends import native, native_cuda
+from maestro_kernels.backends import native
+from maestro_kernels.backends.native import cuda as native_cuda
 from maestro_kernels.problem import LoDProblem
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason="no compiled library")

@@ -18,8 +18,14 @@ def leaves(lead=(2, 3), dtype=torch.float64, grad=True):
     return make_inputs(lead, N, K, R, dtype=dtype, requires_grad=grad)
 
 
-def split(rank):
-    return (None, rank) if isinstance(rank, torch.Tensor) else (rank, None)
+def split(ranks):
+    return (None, ranks) if isinstance(ranks, torch.Tensor) else (ranks, None)
+
+
+def one(x, u, v, bias, rank=None, activation=None):
+    """The arguments of an op for one layer: a group of one."""
+    ranks = rank if rank is None or isinstance(rank, torch.Tensor) else [rank]
+    return [x], [u], [v], [bias], [True], *split(ranks), [activation or "none"], None
 
 
 def tensor_rank(value):
@@ -33,7 +39,7 @@ RANKS = [None, 0, 3, tensor_rank(3)]
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @pytest.mark.parametrize("name", ["lod_linear", "lod_linear_train"])
 def test_opcheck(name, rank, activation):
-    args = (*leaves(), *split(rank), activation, None)
+    args = one(*leaves(), rank, activation)
     torch.library.opcheck(getattr(OPS, name).default, args)
 
 
@@ -42,7 +48,7 @@ def test_opcheck_backward(needs):
     x, u, v, bias = leaves(grad=False)
     h = torch.randn(6, R, dtype=torch.float64)
     dy = torch.randn(2, 3, N, dtype=torch.float64)
-    args = (dy, x, u, v, bias, h, None, None, None, "silu", None, needs)
+    args = ([dy], [h], [], needs, *one(x, u, v, bias, None, "silu"))
     torch.library.opcheck(OPS.lod_linear_backward.default, args)
 
 
@@ -53,7 +59,7 @@ def group():
 
 
 @pytest.mark.parametrize("ranks", [None, [2, 5], tensor_rank([2, 5])], ids=str)
-@pytest.mark.parametrize("name", ["lod_linear_grouped", "lod_linear_grouped_train"])
+@pytest.mark.parametrize("name", ["lod_linear", "lod_linear_train"])
 def test_opcheck_grouped(name, ranks):
     xs, us, vs, biases, has_bias = group()
     for t in (*xs, *us, *vs, *biases):
@@ -67,7 +73,7 @@ def test_opcheck_grouped(name, ranks):
 def test_double_backward_through_the_opaque_op(rank, activation):
     # The op hides its inside from autograd: an opaque backward would give silent zeros here.
     def opaque(*tensors):
-        return OPS.lod_linear_train(*tensors, *split(rank), activation, None)[0]
+        return OPS.lod_linear_train(*one(*tensors, rank, activation))[0][0]
 
     inputs = leaves((2,))
     torch.autograd.gradcheck(opaque, inputs)
@@ -97,7 +103,7 @@ def test_double_backward_of_a_group():
 
     def opaque(x, u0, u1, v0, v1, bias):
         args = ([x], [u0, u1], [v0, v1], [bias], [True, False], [2, 5], None, ["silu", "none"])
-        return tuple(OPS.lod_linear_grouped_train(*args, None)[0])
+        return tuple(OPS.lod_linear_train(*args, None)[0])
 
     for fn in (eager, opaque):
         torch.autograd.gradcheck(fn, inputs)
@@ -270,7 +276,7 @@ def test_autocast_casts_inputs_and_returns_gradients_in_the_parameter_dtype(grou
     y.float().sum().backward()
     assert u.grad.dtype == v.grad.dtype == bias.grad.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert OPS.lod_linear(x, u, v, bias, None, None, None, None).dtype == torch.bfloat16
+        assert OPS.lod_linear(*one(x, u, v, bias))[0].dtype == torch.bfloat16
     assert mk.lod_linear(x, u, v, bias).dtype == torch.float32
 
 

@@ -12,6 +12,7 @@ from triton_support import DEVICE, INTERPRETED, WHY_NOT, needs_kernels, needs_tr
 from maestro_kernels import hardware
 from maestro_kernels.backends import reference
 from maestro_kernels.backends import triton as backend
+from maestro_kernels.call import Call
 from maestro_kernels.problem import describe
 from maestro_kernels.testing import assert_accurate, make_inputs
 
@@ -347,13 +348,15 @@ class TestBackward:
         x, u, v, bias = layer_inputs(37, 72, 40, R, rank, dtype)
         dy = draw(37, 72, dtype) if dy is None else dy
         given = rank if device_rank is None else rank_tensor(device_rank)[0]
-        y, h = backend.forward(x, u, v, bias, given, activation, save_h=True, strategy=strategy)
+        given = [given] if device_rank is None else given
+        call = Call("lod_linear", [x], [u], [v], [bias], given, [activation])
+        ys, hs = backend.forward(call, save_h=True, strategy=strategy)
+        none = [None]
         found = backend.backward(
-            dy, x, u, v, bias, h if saved else None, y if saved else None, given, activation,
-            needs=needs, strategy=strategy,
+            call, [dy], hs if saved else none, ys if saved else none, needs=needs,
+            strategy=strategy,
         )  # fmt: skip
-        columns = [[gradient] for gradient in found]
-        compare(columns, [x], [u], [v], [bias], [rank], [activation], [dy], needs)
+        compare(found, [x], [u], [v], [bias], [rank], [activation], [dy], needs)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
@@ -403,11 +406,12 @@ class TestBackward:
         ranks = [rank for _, _, rank in sizes]
         given = rank_tensor(*ranks) if on_device else ranks
         dys = [draw(21, N, torch.bfloat16, i) for i, (N, _, _) in enumerate(sizes)]
-        ys, hs = backend.grouped_forward(xs, us, vs, biases, given, activations, save_h=True)
+        call = Call("lod_linear_grouped", xs, us, vs, biases, given, activations)
+        ys, hs = backend.forward(call, save_h=True, strategy="two_phase")
         none = [None] * 3
-        found = backend.grouped_backward(
-            dys, xs, us, vs, biases, hs if saved else none, ys if saved else none, given,
-            activations, needs=needs,
+        found = backend.backward(
+            call, dys, hs if saved else none, ys if saved else none, needs=needs,
+            strategy="two_phase",
         )  # fmt: skip
         compare(found, xs, us, vs, biases, ranks, activations, dys, needs)
 
@@ -418,9 +422,8 @@ class TestBackward:
         xs, us, vs, biases = map(list, zip(*inputs, strict=True))
         dys = [draw(x.shape[0], 12, torch.float32) for x in xs]
         needs, ranks, none = (True, True, True, True), [0, 3, 8], [None] * 3
-        found = backend.grouped_backward(
-            dys, xs, us, vs, [*biases[:2], None], none, none, ranks, none, needs=needs
-        )
+        call = Call("lod_linear_grouped", xs, us, vs, [*biases[:2], None], ranks, none)
+        found = backend.backward(call, dys, none, none, needs=needs, strategy="two_phase")
         assert found[3].pop() is None
         two = expected(xs, us, vs, biases, ranks, none, dys)
         for column, other in zip(found, two, strict=True):
@@ -432,9 +435,10 @@ class TestBackward:
         dy = draw(300, 72, torch.bfloat16)
 
         def once():
-            return backend.backward(
-                dy, x, u, v, bias, None, None, 20, "gelu", needs=ALL, strategy="two_phase"
-            )
+            call = Call("lod_linear", [x], [u], [v], [bias], [20], ["gelu"])
+            none = [None]
+            found = backend.backward(call, [dy], none, none, needs=ALL, strategy="two_phase")
+            return [of_layer[0] for of_layer in found]
 
         assert all(map(torch.equal, once(), once()))
 

@@ -83,9 +83,9 @@ def test_tune_writes_a_table_and_goes_on_after_a_stop(tmp_path, monkeypatch, cap
 def test_a_candidate_runs_the_strategy_it_is_named_after(monkeypatch):
     ran = []
 
-    def forward(*args, strategy, **kwargs):
+    def forward(call, *, strategy, **kwargs):
         ran.append(strategy)
-        return matmul.forward(*args, strategy=strategy, **kwargs)
+        return matmul.forward(call, strategy=strategy, **kwargs)
 
     monkeypatch.setattr(native, "forward", forward)
     monkeypatch.setattr(native, "takes", lambda strategy, problems: True)

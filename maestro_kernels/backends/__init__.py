@@ -1,52 +1,66 @@
-"""Backends: each one a module with the functions below; dispatch.py decides which one runs.
+"""Families of kernels, each a module with the functions of `Backend`; dispatch.py chooses.
 
-Inputs have been validated, x is (M, K) and neither M, N, K nor an int rank is zero unless the plan
-says `degenerate` (then matmul serves). `rank` is an int or a 0-d int32 tensor on the device.
+Inputs have been validated, every x is (M, K), every rank an int or all of them one int32 tensor,
+and neither M, N, K nor an int rank is zero unless the plan says `degenerate` (matmul serves then).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from maestro_kernels.call import Call, Grads, Needs
     from maestro_kernels.problem import LoDProblem
+
+__all__ = ["FAMILIES", "KERNELS", "Backend", "Kernels"]
+
+# Families that serve some calls faster than torch's matmuls: a new one is a module and a name here.
+KERNELS = ("triton", "native")
+# What `backend=` may name; the first two serve every call.
+FAMILIES = ("reference", "matmul", *KERNELS)
 
 
 class Backend(Protocol):
-    """What a backend module must define; a grouped form is optional (see loop.py)."""
+    """What every family defines."""
 
     def unsupported(self, problem: LoDProblem) -> str | None:
         """Why this backend cannot serve the problem, or None."""
 
     def forward(
-        self,
-        x: Tensor,
-        u: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        rank: int | Tensor,
-        activation: str | None,
-        *,
-        save_h: bool,
-        strategy: str,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(y, H): y (M, N); H (M, r), or (M, R) zero beyond r for a tensor rank, or None."""
+        self, call: Call, *, save_h: bool, strategy: str
+    ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+        """(ys, hs): y (M, N); H (M, r), or (M, R) zero beyond r for tensor ranks; or Nones."""
 
     def backward(
         self,
-        dy: Tensor,
-        x: Tensor,
-        u: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        h: Tensor | None,
-        y: Tensor | None,
-        rank: int | Tensor,
-        activation: str | None,
+        call: Call,
+        dys: Sequence[Tensor],
+        hs: Sequence[Tensor | None],
+        ys: Sequence[Tensor | None],
         *,
-        needs: tuple[bool, bool, bool, bool],
+        needs: Needs,
         strategy: str,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """(dx, du, dv, dbias); None where `needs` does not ask."""
+    ) -> tuple[Grads, Grads, Grads, Grads]:
+        """(dxs, dus, dvs, dbiases), None where `needs` does not ask; a shared x gets one sum.
+
+        `hs` and `ys` hold what the forward kept, None where it is to be computed again.
+        """
+
+
+class Kernels(Backend, Protocol):
+    """What a family of KERNELS defines beside."""
+
+    # Device type -> names of its strategies there.
+    STRATEGIES: dict[str, tuple[str, ...]]
+
+    def unsupported_group(self, problems: Sequence[LoDProblem]) -> str | None:
+        """Why no one launch serves the layers, each of them servable, or None."""
+
+    def choose_strategy(self, problems: Sequence[LoDProblem]) -> tuple[str, str]:
+        """(strategy, reason) for layers that it serves."""
+
+    def takes(self, strategy: str, problems: Sequence[LoDProblem]) -> bool:
+        """Whether a strategy can run them."""

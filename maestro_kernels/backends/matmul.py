@@ -5,7 +5,8 @@ No factor is copied for a rank. The gradient is the reference's: it is already l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from maestro_kernels.backends import reference
 
 if TYPE_CHECKING:
+    from maestro_kernels.call import Call, Grads, Needs
     from maestro_kernels.problem import LoDProblem
 
 
@@ -22,17 +24,26 @@ def unsupported(problem: LoDProblem) -> str | None:
 
 
 def forward(
+    call: Call, *, save_h: bool, strategy: str
+) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    """Ys = act(x @ v[:r].T @ u[:, :r].T + bias), and Hs."""
+    ys, hs = [], []
+    for i in range(call.n):
+        y, h = _layer(*call.layer(i), save_h)
+        ys.append(y)
+        hs.append(h)
+    return ys, hs
+
+
+def _layer(
     x: Tensor,
     u: Tensor,
     v: Tensor,
     bias: Tensor | None,
     rank: int | Tensor,
     activation: str | None,
-    *,
     save_h: bool,
-    strategy: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Y = act(x @ v[:r].T @ u[:, :r].T + bias), and H; x is (M, K) or (..., K)."""
+) -> tuple[Tensor, Tensor]:
     R = v.shape[0]
     pad = R if isinstance(rank, Tensor) else 0
     rank = host_rank(rank, R)
@@ -53,26 +64,20 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    h: Tensor | None,
-    y: Tensor | None,
-    rank: int | Tensor,
-    activation: str | None,
+    call: Call,
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
     *,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
     strategy: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, du, dv, dbias) by library matmuls; entries that `needs` does not ask for are None."""
-    rank = host_rank(rank, v.shape[0])
-    if h is not None and not isinstance(rank, Tensor):
-        h = h[:, :rank]
-    return reference.backward(
-        dy, x, u, v, bias, h, y, rank, activation, needs=needs, strategy=strategy
-    )
+) -> tuple[Grads, Grads, Grads, Grads]:
+    """(dxs, dus, dvs, dbiases) by library matmuls; what `needs` does not ask for is None."""
+    if isinstance(call.ranks, Tensor) and call.ranks.is_cpu:
+        ranks: list[Any] = [host_rank(call.rank(i), v.shape[0]) for i, v in enumerate(call.vs)]
+        hs = [h if h is None else h[:, :r] for h, r in zip(hs, ranks, strict=True)]
+        call = call._replace(ranks=ranks)
+    return reference.backward(call, dys, hs, ys, needs=needs, strategy=strategy)
 
 
 def host_rank(rank: int | Tensor, R: int) -> int | Tensor:

@@ -6,6 +6,7 @@ written as torch algebra, so that differentiating it again is right.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from maestro_kernels.call import Call, Grads, Needs
     from maestro_kernels.problem import LoDProblem
 
 ACTIVATIONS = {
@@ -88,53 +90,62 @@ def activation_backward(dy: Tensor, z: Tensor, activation: str | None) -> Tensor
 
 
 def forward(
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    rank: int | Tensor,
-    activation: str | None,
-    *,
-    save_h: bool,
-    strategy: str,
-) -> tuple[Tensor, Tensor | None]:
+    call: Call, *, save_h: bool, strategy: str
+) -> tuple[list[Tensor], Sequence[Tensor | None]]:
     """The formula, and H."""
-    h = shrink(x, v, rank)
-    return ACTIVATIONS[activation](expand(h, u, bias, rank)), h
+    ys, hs = [], []
+    for i in range(call.n):
+        x, u, v, bias, rank, activation = call.layer(i)
+        h = shrink(x, v, rank)
+        ys.append(ACTIVATIONS[activation](expand(h, u, bias, rank)))
+        hs.append(h)
+    return ys, hs
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    h: Tensor | None,
-    y: Tensor | None,
-    rank: int | Tensor,
-    activation: str | None,
+    call: Call,
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
     *,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
     strategy: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, du, dv, dbias) of the formula for 2-d x; what `needs` does not ask for is None.
+) -> tuple[Grads, Grads, Grads, Grads]:
+    """(dxs, dus, dvs, dbiases) of the formula; what `needs` does not ask for is None.
 
     With dz = dy * act'(z): dH = dz @ u[:, :r], dx = dH @ v[:r], du[:, :r] = dz.T @ H,
-    dv[:r] = dH.T @ x, dbias = sum of dz over rows; du and dv are exactly zero beyond r.
+    dv[:r] = dH.T @ x, dbias = sum of dz over rows; du and dv are exactly zero beyond r. An x that
+    the layers share has the sum of its gradients.
 
     Args:
-        dy: gradient of y (M, N).
-        x: (M, K).
-        u: (N, R).
-        v: (R, K).
-        bias: (N,) or None.
-        h: H of the forward, or None to compute it again (which also keeps it differentiable).
-        y: output of the forward; only looked at for relu, where it saves computing z.
-        rank: active rank.
-        activation: as in the forward.
+        call: of the forward, each x (M, K).
+        dys: gradients of y (M, N).
+        hs: H of the forward, or None to compute it again (which also keeps it differentiable).
+        ys: outputs of the forward; only looked at for relu, where they save computing z.
         needs: which of x, u, v, bias want a gradient.
         strategy: not used here; every backend takes it.
     """
+    dxs: Grads = [None] * len(call.xs)
+    others: tuple[Grads, Grads, Grads] = ([], [], [])
+    for i in range(call.n):
+        dx, *rest = _gradients(call.layer(i), dys[i], hs[i], ys[i], needs)
+        i_x = 0 if len(call.xs) == 1 else i
+        previous = dxs[i_x]
+        dxs[i_x] = dx if previous is None or dx is None else previous + dx
+        for column, gradient in zip(others, rest, strict=True):
+            column.append(gradient)
+    return dxs, *others
+
+
+def _gradients(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor | None, int | Tensor, str | None],
+    dy: Tensor,
+    h: Tensor | None,
+    y: Tensor | None,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """(dx, du, dv, dbias) of one layer."""
+    x, u, v, bias, rank, activation = layer
     needs_x, needs_u, needs_v, needs_bias = needs
     R = v.shape[0]
     needs_z = activation is not None and not (activation == "relu" and y is not None)
@@ -167,7 +178,7 @@ def backward(
     if needs_u:
         du = dz.mT @ _present(h)
         du = du if width == R else F.pad(du, (0, R - width))
-    return dx, du, dv, (dz.sum(0) if needs_bias else None)
+    return dx, du, dv, (dz.sum(0) if needs_bias and bias is not None else None)
 
 
 def _present(tensor: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from maestro_kernels import dispatch, hardware
-from maestro_kernels.backends import native
+from maestro_kernels.backends import FAMILIES, native
 from maestro_kernels.cli.output import count
 from maestro_kernels.problem import LoDProblem
 
@@ -41,10 +41,7 @@ def collect() -> dict[str, Any]:
                 "name": record.name,
                 "arch": record.arch,
                 "cores": record.num_cores,
-                "backends": {
-                    name: dispatch.unsupported(name, probe)
-                    for name in ("reference", "matmul", "triton", "native")
-                },
+                "backends": {name: dispatch.unsupported(name, probe) for name in FAMILIES},
                 "auto": str(dispatch.select(probe).backend),
                 "auto_reason": dispatch.select(probe).reason,
             }

@@ -1,5 +1,5 @@
-"""The torch.library boundary: schemas, fakes, gradients, autocast, vmap, FLOP formulas.
+"""From a call to a backend: run.py is the way in.
 
-`linear.py` holds the op of one layer, `grouped.py` that of a group, `eager.py` tells when the
-short eager path may call a backend directly. All run the same plan.
+Around it stand eager.py (what watches a call), gradient.py (the one gradient) and registered.py
+(the ops that torch's machinery sees).
 """

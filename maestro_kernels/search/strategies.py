@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from maestro_kernels import dispatch, problem, tables
-from maestro_kernels.backends import packed
+from maestro_kernels.backends import KERNELS, packed
 from maestro_kernels.benchmark.cases import Case
 from maestro_kernels.benchmark.providers import (
     Forward,
@@ -22,7 +22,8 @@ from maestro_kernels.benchmark.providers import (
     Unavailable,
     default_providers,
 )
-from maestro_kernels.ops import grouped, linear
+from maestro_kernels.call import Call
+from maestro_kernels.ops import gradient
 
 __all__ = [
     "AUTO",
@@ -40,8 +41,12 @@ DENSE_PACKED, PREPACKED = "dense, packed", "prepacked"
 PACKED = "packed: "
 # Forms of the computation inside each backend, by device; its choose_strategy gives one of them.
 STRATEGIES: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"native": ("fused",)},
-    "cuda": {"triton": ("row", "two_phase"), "native": ("decode", "rows", "row")},
+    kind: {
+        name: names
+        for name in KERNELS
+        if (names := dispatch.backend_module(name).STRATEGIES.get(kind))
+    }
+    for kind in ("cpu", "cuda")
 }
 
 
@@ -106,26 +111,17 @@ def _bind_strategy(
         raise Unavailable(str(error)) from error
     if backend != "matmul" and not dispatch.backend_module(backend).takes(strategy, problems):
         raise Unavailable(f"{backend} cannot run this by {strategy}")
-    run = _single if len(problems) == 1 else _grouped
-    return [partial(run, replace(plan, strategy=strategy), i) for i in ring]
+    return [partial(_run, replace(plan, strategy=strategy), i) for i in ring]
 
 
-def _single(plan: dispatch.Plan, i: Inputs) -> list[Tensor]:
-    args = (i.x, i.us[0], i.vs[0], i.biases[0])
-    rank = i.ranks[0]
-    dispatch.plan_linear(*args, rank, None, None)
+def _run(plan: dispatch.Plan, i: Inputs) -> list[Tensor]:
+    n = len(i.us)
+    fn = "lod_linear" if n == 1 else "lod_linear_grouped"
+    call = Call(fn, (i.x,), i.us, i.vs, i.biases, i.ranks, [None] * n)
+    dispatch.plan(call, None)
     if i.dys and not plan.autograd_serves:
-        return [linear.apply_eager(*args, (plan, rank, True))]
-    return [linear.run_forward(plan, *args, rank, bool(i.dys))[0]]
-
-
-def _grouped(plan: dispatch.Plan, i: Inputs) -> list[Tensor]:
-    n, xs = len(i.us), [i.x]
-    dispatch.plan_grouped(xs, i.us, i.vs, i.biases, i.ranks, [None] * n, None)
-    if i.dys:
-        call = (plan, i.ranks, True, 1)
-        return list(grouped.EagerGrouped.apply(call, i.x, *i.us, *i.vs, *i.biases))
-    return grouped.run_forward(plan, xs, i.us, i.vs, i.biases, i.ranks, False)[0]
+        return list(gradient.apply(plan, call, True, *call.tensors))
+    return gradient.forward(plan, call, bool(i.dys))[0]
 
 
 def _bind_form(name: str, case: Case, ring: Sequence[Inputs]) -> list[Forward]:

@@ -13,12 +13,11 @@ from torch import Tensor
 from maestro_kernels import hardware
 
 if TYPE_CHECKING:
+    from maestro_kernels.call import Call, Grads, Needs
     from maestro_kernels.problem import LoDProblem
 
 Ranks = Sequence[int] | Tensor
-Needs = tuple[bool, bool, bool, bool]
-Grads = list[Tensor | None]
-
+STRATEGIES = {"cuda": ("row", "two_phase")}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Above this the row kernel would wait for its factors, which every row block reads as a whole.
 _ROW_RANK = 128
@@ -55,6 +54,11 @@ def unsupported(problem: LoDProblem) -> str | None:
             return f"triton kernels need sm_80 or newer, the device is {arch}"
     if problem.K > 1 and problem.x_stride and problem.x_stride[-1] != 1:
         return f"triton kernels read x with last stride 1, not {problem.x_stride[-1]}"
+    return None
+
+
+def unsupported_group(problems: Sequence[LoDProblem]) -> str | None:
+    """Why no one launch serves the layers, each of them servable: one always does."""
     return None
 
 
@@ -99,125 +103,74 @@ def input_precision() -> str:
 
 
 def forward(
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    rank: int | Tensor,
-    activation: str | None,
-    *,
-    save_h: bool,
-    strategy: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Y = act(x @ v[:r].T @ u[:, :r].T + bias) and H = x @ v[:r].T in one launch.
+    call: Call, *, save_h: bool, strategy: str
+) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    """Ys = act(x @ v[:r].T @ u[:, :r].T + bias) and Hs = x @ v[:r].T of all layers in one launch.
 
-    H has the width r, or R with zeros beyond r for a tensor rank; its rows may be further apart.
+    H has the width r, or R with zeros beyond r for tensor ranks; its rows may be further apart.
     """
     from maestro_kernels.backends.triton.row import row
-    from maestro_kernels.backends.triton.two_phase import two_phase
+    from maestro_kernels.backends.triton.two_phase import two_phase_grouped
 
-    kernel = row if strategy == "row" else two_phase
-    bias = None if bias is None else bias.contiguous()
-    return kernel(x, v, u, bias, rank, activation, save_h=save_h, input_precision=input_precision())
+    biases = [None if b is None else b.contiguous() for b in call.biases]
+    if strategy == "row":
+        x, u, v, _, rank, activation = call.layer(0)
+        y, h = row(
+            x, v, u, biases[0], rank, activation,
+            save_h=save_h, input_precision=input_precision(),
+        )  # fmt: skip
+        return [y], [h]
+    ys, hs = two_phase_grouped(
+        call.xs, call.vs, call.us, biases, _ranks(call), call.activations,
+        save_h=save_h, input_precision=input_precision(),
+    )  # fmt: skip
+    return ys, hs if hs is not None else [None] * call.n
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    h: Tensor | None,
-    y: Tensor | None,
-    rank: int | Tensor,
-    activation: str | None,
+    call: Call,
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
     *,
     needs: Needs,
     strategy: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, du, dv, dbias) in two launches, three with an activation; None where not asked for.
+) -> tuple[Grads, Grads, Grads, Grads]:
+    """(dxs, dus, dvs, dbiases) in two launches, and one per layer with an activation.
 
     dx and dH come from the kernel of the forward, du, dv and dbias from one weight-gradient launch.
+    A shared x gets the sum over the layers, formed on chip.
     """
     from maestro_kernels.backends.triton.row import row_dx
-
-    if strategy == "row" and needs[0]:
-        dy = _readable(dy)
-        dz, h = _before_activation(dy, x, u, v, bias, h, y, rank, activation, needs[1])
-        dx, dh = row_dx(dz, u, v, rank, input_precision=input_precision())
-        ranks: Ranks = rank.reshape(1) if isinstance(rank, Tensor) else (rank,)
-        grads = _weight_grads([dz], [h], [dh], [x], [bias], [v.shape[0]], ranks, needs)
-        return dx, *(g[0] for g in grads)
-    ranks = rank.reshape(1) if isinstance(rank, Tensor) else (rank,)
-    dxs, dus, dvs, dbiases = grouped_backward(
-        [dy], [x], [u], [v], [bias], [h], [y], ranks, [activation], needs=needs
-    )
-    return dxs[0], dus[0], dvs[0], dbiases[0]
-
-
-def grouped_forward(
-    xs: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    ranks: Ranks,
-    activations: Sequence[str | None],
-    *,
-    save_h: bool,
-    strategy: str = "two_phase",
-) -> tuple[list[Tensor], list[Tensor] | None]:
-    """`forward` of several layers in one launch; xs has one shared entry or one per layer.
-
-    two_phase is the only strategy that serves groups.
-    """
-    from maestro_kernels.backends.triton.two_phase import two_phase_grouped
-
-    biases = [None if b is None else b.contiguous() for b in biases]
-    precision = input_precision()
-    return two_phase_grouped(
-        xs, vs, us, biases, ranks, activations, save_h=save_h, input_precision=precision
-    )
-
-
-def grouped_backward(
-    dys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    hs: Sequence[Tensor | None],
-    ys: Sequence[Tensor | None],
-    ranks: Ranks,
-    activations: Sequence[str | None],
-    *,
-    needs: Needs,
-) -> tuple[Grads, Grads, Grads, Grads]:
-    """(dxs, dus, dvs, dbiases); a shared x gets the sum over the layers, formed on chip."""
     from maestro_kernels.backends.triton.two_phase import two_phase_dx_grouped
 
     needs_x, needs_u, needs_v, _ = needs
-    n, shared = len(us), len(xs) == 1
+    n, shared = call.n, len(call.xs) == 1
     dzs, saved_hs = [], []
     for i in range(n):
-        x = xs[0 if shared else i]
-        dz, h = _before_activation(
-            _readable(dys[i]), x, us[i], vs[i], biases[i], hs[i], ys[i], ranks[i],
-            activations[i], needs_u,
-        )  # fmt: skip
+        dz, h = _before_activation(call.layer(i), _readable(dys[i]), hs[i], ys[i], needs_u)
         dzs.append(dz)
         saved_hs.append(h)
-    dxs: Grads = [None] * len(xs)
+    dxs: Grads = [None] * len(call.xs)
     dhs: Sequence[Tensor | None] = [None] * n
-    if needs_x or needs_v:
+    if strategy == "row" and needs_x:
+        u, v, precision = call.us[0], call.vs[0], input_precision()
+        dx, dh = row_dx(dzs[0], u, v, call.rank(0), input_precision=precision)
+        dxs, dhs = [dx], [dh]
+    elif needs_x or needs_v:
         # Without columns in v no tile of dx is left and only dH is computed.
-        expand = vs if needs_x else [v[:, :0] for v in vs]
+        expand = call.vs if needs_x else [v[:, :0] for v in call.vs]
         found, dhs = two_phase_dx_grouped(
-            dzs, us, expand, ranks, shared_x=shared, input_precision=input_precision()
+            dzs, call.us, expand, _ranks(call), shared_x=shared, input_precision=input_precision()
         )
         if needs_x:
             dxs = list(found)
-    Rs = [v.shape[0] for v in vs]
-    return dxs, *_weight_grads(dzs, saved_hs, dhs, xs, biases, Rs, ranks, needs)
+    return dxs, *_weight_grads(call, dzs, saved_hs, dhs, needs)
+
+
+def _ranks(call: Call) -> Ranks:
+    """As the kernels take them: the tensor rank of one layer is (1,)."""
+    return call.ranks.reshape(-1) if isinstance(call.ranks, Tensor) else call.ranks  # type: ignore[return-value]
 
 
 def _readable(dy: Tensor) -> Tensor:
@@ -226,21 +179,17 @@ def _readable(dy: Tensor) -> Tensor:
 
 
 def _before_activation(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor | None, int | Tensor, str | None],
     dy: Tensor,
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
     h: Tensor | None,
     y: Tensor | None,
-    rank: int | Tensor,
-    activation: str | None,
     needs_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(dz, H); H is computed again where it is needed and was not saved."""
     from maestro_kernels.backends.triton.activation_grad import activation_grad
     from maestro_kernels.backends.triton.two_phase import two_phase
 
+    x, u, v, bias, rank, activation = layer
     needs_z = activation is not None and not (activation == "relu" and y is not None)
     if h is None and (needs_h or needs_z):
         # Without rows in u no tile of y is left and only H is computed.
@@ -255,13 +204,10 @@ def _before_activation(
 
 
 def _weight_grads(
+    call: Call,
     dzs: Sequence[Tensor],
     hs: Sequence[Tensor | None],
     dhs: Sequence[Tensor | None],
-    xs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    Rs: Sequence[int],
-    ranks: Ranks,
     needs: Needs,
 ) -> tuple[Grads, Grads, Grads]:
     """(dus, dvs, dbiases) of the layers in one launch."""
@@ -269,7 +215,7 @@ def _weight_grads(
 
     _, needs_u, needs_v, needs_bias = needs
     return weight_grads(
-        dzs, hs, dhs, xs, Rs, ranks, needs_u=needs_u, needs_v=needs_v,
-        needs_bias=[needs_bias and bias is not None for bias in biases],
+        dzs, hs, dhs, call.xs, [v.shape[0] for v in call.vs], _ranks(call), needs_u=needs_u,
+        needs_v=needs_v, needs_bias=[needs_bias and bias is not None for bias in call.biases],
         input_precision=input_precision(),
     )  # fmt: skip

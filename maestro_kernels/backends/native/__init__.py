@@ -1,6 +1,6 @@
 """The compiled library (csrc/): fused kernels for CPU tensors, and CUDA kernels where it has them.
 
-CUDA calls go through native_cuda.py. The library is loaded on first use. It checks shapes, dtypes
+CUDA calls go through cuda.py. The library is loaded on first use. It checks shapes, dtypes
 and strides itself and refuses with a RuntimeError what does not fit; problem.py has then the better
 words.
 """
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maestro_kernels.backends import matmul, native_cuda
+from maestro_kernels.backends import matmul
+from maestro_kernels.backends.native import cuda
 from maestro_kernels.problem import ACTIVATIONS
 
 if TYPE_CHECKING:
+    from maestro_kernels.call import Call
     from maestro_kernels.problem import LoDProblem
 
 __all__ = [
@@ -34,12 +36,12 @@ __all__ = [
     "unsupported",
 ]
 
-Ranks = Sequence[int] | Tensor
+STRATEGIES = {"cpu": ("fused",), "cuda": cuda.STRATEGIES[1:]}
 # What mk_interface() in csrc/bindings/cpu.cpp returns.
 INTERFACE = 3
 # In every error of the library's ops.
 LIBRARY_NAME = "maestro_native"
-LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
+LIBRARY = Path(__file__).resolve().parents[2] / "_native.so"
 # The order of mk::DType and mk::Activation in csrc/layer.h.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -195,7 +197,7 @@ def unsupported_group(problems: Sequence[LoDProblem]) -> str | None:
     facts, reason = _facts(problems[0].device)
     if facts is None:
         return reason
-    strategy, text = native_cuda.plan(_library(), problems, facts)
+    strategy, text = cuda.plan(_library(), problems, facts)
     return text if strategy == "none" else None
 
 
@@ -206,13 +208,13 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _facts(device: torch.device) -> tuple[native_cuda.Facts | None, str]:
+def _facts(device: torch.device) -> tuple[cuda.Facts | None, str]:
     reason = cuda_error()
     if reason is not None:
         return None, f"the compiled library has no CUDA kernels: {reason}"
     # A plan for a recorded device that is not here has nobody to ask.
     index = torch.cuda.current_device() if device.index is None else device.index
-    return native_cuda.device_facts(_library(), index)
+    return cuda.device_facts(_library(), index)
 
 
 def choose_strategy(problems: Sequence[LoDProblem]) -> tuple[str, str]:
@@ -220,7 +222,7 @@ def choose_strategy(problems: Sequence[LoDProblem]) -> tuple[str, str]:
     device = problems[0].device
     if device.type == "cuda":
         facts, reason = _facts(device)
-        return ("none", reason) if facts is None else native_cuda.plan(_library(), problems, facts)
+        return ("none", reason) if facts is None else cuda.plan(_library(), problems, facts)
     many = f"; one parallel region for {len(problems)} layers" if len(problems) > 1 else ""
     copied = any(p.x_stride and p.x_stride[-1] != 1 and p.K > 1 for p in problems)
     rows = "; x is copied first: its rows do not lie in one piece" if copied else ""
@@ -233,9 +235,9 @@ def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:
     if device.type != "cuda":
         return strategy == "fused"
     facts, _ = _facts(device)
-    if facts is None or strategy not in native_cuda.STRATEGIES[1:]:
+    if facts is None or strategy not in cuda.STRATEGIES[1:]:
         return False
-    return native_cuda.plan(_library(), problems, facts, strategy)[0] == strategy
+    return cuda.plan(_library(), problems, facts, strategy)[0] == strategy
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -243,71 +245,49 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    rank: int | Tensor,
-    activation: str | None,
-    *,
-    save_h: bool,
-    strategy: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Y = act(x @ v[:r].T @ u[:, :r].T + bias), and H (M, r), or (M, R) for a tensor rank."""
-    is_tensor = isinstance(rank, Tensor)
-    if x.is_cuda:
-        ranks = rank.reshape(1) if isinstance(rank, Tensor) else (rank,)
-        ys, hs = grouped_forward(
-            (x,), (u,), (v,), (bias,), ranks, (activation,), save_h=save_h, strategy=strategy
+    call: Call, *, save_h: bool, strategy: str
+) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    """Ys = act(x @ v[:r].T @ u[:, :r].T + bias) in one parallel region or launch, and Hs.
+
+    H is (M, r), or (M, R) for tensor ranks.
+    """
+    n, on_gpu = call.n, call.xs[0].is_cuda
+    if n == 1 and not on_gpu:
+        x, u, v, bias, rank, activation = call.layer(0)
+        is_tensor = isinstance(rank, Tensor)
+        one = (
+            _rows(x),
+            u,
+            v,
+            None if bias is None else bias.contiguous(),
+            -1 if is_tensor else rank,
+            rank if is_tensor else None,
+            ACTIVATION_CODES[activation],
         )
-        return ys[0], hs[0] if hs else None
+        if save_h:
+            y, h = torch.ops.maestro_native.linear_h.default(*one)
+            return [y], [h]
+        return [torch.ops.maestro_native.linear.default(*one)], [None]
+    ranks = call.ranks
+    is_tensor = isinstance(ranks, Tensor)
+    biases = [None if b is None else b.contiguous() for b in call.biases]
     arguments = (
-        _rows(x),
-        u,
-        v,
-        None if bias is None else bias.contiguous(),
-        -1 if is_tensor else rank,
-        rank if is_tensor else None,
-        ACTIVATION_CODES[activation],
+        [_rows(x) for x in call.xs],
+        list(call.us),
+        list(call.vs),
+        [b for b in biases if b is not None],
+        [int(b is not None) for b in biases],
+        [-1] * n if is_tensor else list(ranks),
+        ranks.reshape(-1) if isinstance(ranks, Tensor) else None,
+        [ACTIVATION_CODES[a] for a in call.activations],
+        save_h,
     )
-    if save_h:
-        return torch.ops.maestro_native.linear_h.default(*arguments)
-    return torch.ops.maestro_native.linear.default(*arguments), None
+    if on_gpu:
+        outputs = cuda.grouped(arguments, sum(call.x(i).shape[0] for i in range(n)), strategy)
+    else:
+        outputs = torch.ops.maestro_native.grouped.default(*arguments)
+    return outputs[:n], outputs[n:] if save_h else [None] * n
 
 
 # By library matmuls: factors change every step, so that packing them would not pay.
 backward = matmul.backward
-
-
-def grouped_forward(
-    xs: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    ranks: Ranks,
-    activations: Sequence[str | None],
-    *,
-    save_h: bool,
-    strategy: str = "fused",
-) -> tuple[list[Tensor], list[Tensor] | None]:
-    """`forward` of several layers in one parallel region or launch; xs has one or one each."""
-    n, is_tensor = len(us), isinstance(ranks, Tensor)
-    xs = [_rows(x) for x in xs]
-    biases = [None if b is None else b.contiguous() for b in biases]
-    codes = [ACTIVATION_CODES[a] for a in activations]
-    if xs[0].is_cuda:
-        return native_cuda.grouped(
-            xs, us, vs, biases, ranks, codes, save_h=save_h, strategy=strategy
-        )
-    outputs = torch.ops.maestro_native.grouped.default(
-        xs,
-        list(us),
-        list(vs),
-        [b for b in biases if b is not None],
-        [int(b is not None) for b in biases],
-        [-1] * n if is_tensor else list(ranks),
-        ranks if is_tensor else None,
-        codes,
-        save_h,
-    )
-    return outputs[:n], outputs[n:] if save_h else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -73,35 +73,21 @@ def _tf32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def grouped(
-    xs: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    ranks: Sequence[int] | Tensor,
-    codes: Sequence[int],
-    *,
-    save_h: bool,
-    strategy: str,
-) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Y and H of all layers in one launch on the current stream; arguments as in native.py."""
-    n, is_tensor = len(us), isinstance(ranks, Tensor)
-    device = xs[0].device
-    rows = sum(x.shape[0] for x in xs) * (n if len(xs) == 1 else 1)
+def grouped(arguments: tuple[Any, ...], rows: int, strategy: str) -> list[Tensor]:
+    """The outputs of all layers in one launch on the current stream.
+
+    Args:
+        arguments: of the library's CPU op for groups, which this one's begin with.
+        rows: M of all layers together.
+        strategy: one of STRATEGIES.
+    """
+    device = arguments[0][0].device
     counters = _FEW_COUNTERS if rows <= _FEW_ROWS else _ALL_COUNTERS
-    outputs = torch.ops.maestro_native.cuda_grouped.default(
-        list(xs),
-        list(us),
-        list(vs),
-        [b for b in biases if b is not None],
-        [int(b is not None) for b in biases],
-        [-1] * n if is_tensor else list(ranks),
-        ranks if is_tensor else None,
-        list(codes),
-        save_h,
+    outputs: list[Tensor] = torch.ops.maestro_native.cuda_grouped.default(
+        *arguments,
         STRATEGIES.index(strategy),
         _tf32(),
         workspace.counters(device, counters),
         workspace.scratch(device),
     )
-    return outputs[:n], outputs[n:] if save_h else None
+    return outputs

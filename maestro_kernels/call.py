@@ -1,0 +1,98 @@
+"""The record of one call: what a user passed, on its way from the public functions to a kernel.
+
+A layer is a group of one, so one record serves both public functions and every backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Call", "Grads", "Needs", "Ranks"]
+
+Ranks = Sequence[int | None] | Tensor
+Grads = list[Tensor | None]
+# Whether x, u, v and bias want gradients.
+Needs = tuple[bool, bool, bool, bool]
+
+
+class Call(NamedTuple):
+    """y_i = act_i(x_i @ v_i[:r_i].T @ u_i[:, :r_i].T + bias_i) for n layers.
+
+    Attributes:
+        fn: the public function, for errors.
+        xs: one x (..., K) that all layers read, or one for each.
+        us: (N_i, R_i).
+        vs: (R_i, K_i).
+        biases: (N_i,) or None for each.
+        ranks: r_i or None (R_i) for each, or one int32 tensor on the device of x: (n,), or 0-d for
+            the rank of one layer.
+        activations: a name or None for each.
+    """
+
+    fn: str
+    xs: Sequence[Tensor]
+    us: Sequence[Tensor]
+    vs: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    ranks: Ranks
+    activations: Sequence[str | None]
+
+    @property
+    def n(self) -> int:
+        """Layers."""
+        return len(self.us)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Everything that may want a gradient, in the order of the attributes."""
+        return (*self.xs, *self.us, *self.vs, *self.biases)
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Call:
+        """The same call of others, in the order of `tensors`; there may be more behind them."""
+        x, n = len(self.xs), len(self.us)
+        us, vs, biases = (tensors[a : a + n] for a in (x, x + n, x + 2 * n))
+        return Call(self.fn, tensors[:x], us, vs, biases, self.ranks, self.activations)
+
+    def x(self, i: int) -> Tensor:
+        """What layer i reads."""
+        return self.xs[0 if len(self.xs) == 1 else i]
+
+    def rank(self, i: int) -> Any:
+        """r_i: an int, None, or a 0-d tensor."""
+        ranks = self.ranks
+        return ranks if isinstance(ranks, Tensor) and ranks.dim() == 0 else ranks[i]
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Any, str | None]:
+        """(x, u, v, bias, rank, activation) of layer i."""
+        x, rank = self.x(i), self.rank(i)
+        return x, self.us[i], self.vs[i], self.biases[i], rank, self.activations[i]
+
+    def for_backend(self) -> Call:
+        """The call as backends take it: each x (M, K), each rank an int, or all one tensor."""
+        xs, ranks = self.xs, self.ranks
+        for x in xs:
+            if x.dim() != 2:
+                xs = [as_rows(x) for x in xs]
+                break
+        if not isinstance(ranks, Tensor) and None in ranks:
+            ranks = [v.shape[0] if r is None else r for r, v in zip(ranks, self.vs, strict=True)]
+        if xs is self.xs and ranks is self.ranks:
+            return self
+        return Call(self.fn, xs, self.us, self.vs, self.biases, ranks, self.activations)
+
+    def shaped(self, ys: list[Tensor]) -> list[Tensor]:
+        """Outputs (M, N_i) of `for_backend` with the leading dimensions of x."""
+        for i, y in enumerate(ys):
+            x = self.x(i)
+            if x.dim() != 2:
+                ys[i] = y.view(*x.shape[:-1], self.us[i].shape[0])
+        return ys
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., K) as (M, K)."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,0 +1,182 @@
+"""The one gradient of a call, for eager calls; registered.py hands it to torch's other machinery.
+
+With dz = dy * act'(z), for each layer: dH = dz @ u[:, :r], dx = dH @ v[:r], du[:, :r] = dz.T @ H,
+dv[:r] = dH.T @ x, dbias = the sum of dz over rows. H is what the forward kept, or computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maestro_kernels.backends import reference
+from maestro_kernels.call import Call, Grads, Needs, as_rows
+from maestro_kernels.dispatch import Plan
+from maestro_kernels.problem import check_call, check_storages
+
+__all__ = ["Gradient", "apply", "backward", "forward", "kept_outputs"]
+
+
+def forward(plan: Plan, call: Call, save_h: bool) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    """(ys, hs) of a planned call."""
+    try:
+        ys, hs = plan.module.forward(call.for_backend(), save_h=save_h, strategy=plan.strategy)
+    except RuntimeError:
+        # A remembered plan checks no more than its key: what else is wrong is said here.
+        check_call(call)
+        check_storages(plan.fn, call)
+        raise
+    return call.shaped(ys), hs
+
+
+def backward(
+    plan: Plan,
+    call: Call,
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
+    needs: Needs,
+    layers: Sequence[int] | None = None,
+) -> tuple[Grads, Grads, Grads, Grads]:
+    """(dxs, dus, dvs, dbiases) of a planned call.
+
+    Where the gradient itself is to be differentiated (create_graph, functorch), the reference's
+    algebra runs instead of a kernel, with H computed again so that it is part of the graph.
+
+    Args:
+        plan: of the forward.
+        call: of the layers that gradients reach.
+        dys: theirs.
+        hs: H of each, None to compute it again.
+        ys: output of each, where `kept_outputs` kept it.
+        needs: which of x, u, v and bias want a gradient.
+        layers: which of the plan's layers these are; None is all.
+    """
+    again = torch.is_grad_enabled()
+    nothing: list[None] = [None] * call.n
+    try:
+        dxs, *rest = (reference if again else plan.module).backward(
+            call.for_backend(),
+            [as_rows(dy) for dy in dys],
+            nothing if again else hs,
+            nothing if again else [y if y is None else as_rows(y) for y in ys],
+            needs=needs,
+            strategy=plan.strategy,
+        )
+    except RuntimeError:  # what was saved may have been freed since
+        check_storages(f"{plan.fn} backward", call, layers, **dict(zip(("dy",), dys, strict=False)))
+        raise
+    for i, (dx, x) in enumerate(zip(dxs, call.xs, strict=True)):
+        if dx is not None and dx.dim() != x.dim():
+            dxs[i] = dx.reshape(x.shape)
+    return dxs, *rest
+
+
+def kept_outputs(call: Call, ys: Sequence[Tensor]) -> list[Tensor | None]:
+    """The outputs that spare the backward computing z: those of relu, which have its sign."""
+    return [y if a == "relu" else None for y, a in zip(ys, call.activations, strict=True)]
+
+
+class Gradient(torch.autograd.Function):
+    """(plan, call, save_h, *call.tensors) -> ys.
+
+    Old style on purpose: setup_context costs more than the two products of a small layer do. As
+    with layers of their own, a backward pass computes the gradients of the layers that it reaches,
+    and the others keep what they saved for a later pass.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, plan: Plan, call: Call, save_h: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ys, hs = forward(plan, call, save_h)
+        ranks = call.ranks
+        is_tensor = isinstance(ranks, Tensor)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            *tensors,
+            *(hs if save_h else [None] * len(ys)),
+            *kept_outputs(call, ys),
+            ranks if is_tensor else None,
+        )
+        ctx.plan, ctx.n_x, ctx.ranks = plan, len(call.xs), None if is_tensor else ranks
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
+        plan, n_x, n = ctx.plan, ctx.n_x, len(dys)
+        reached = [i for i, dy in enumerate(dys) if dy is not None]
+        grads: list[Tensor | None] = [None] * (n_x + 3 * n)
+        if reached:
+            saved = _saved(ctx, reached, n_x, n)
+            wanted = ctx.needs_input_grad[3:]
+            # Where each layer's x, u, v, bias, h and y stand among the tensors.
+            at = [[0] if n_x == 1 else reached]
+            at += [[n_x + part * n + i for i in reached] for part in range(5)]
+            xs, us, vs, biases, hs, ys = ([saved[i] for i in places] for places in at)
+            ranks = saved[-1] if ctx.ranks is None else ctx.ranks
+            if len(reached) < n:
+                some = isinstance(ranks, Tensor)
+                ranks = ranks[reached] if some else [ranks[i] for i in reached]
+            activations = [plan.problems[i].activation for i in reached]
+            need_x, need_u, need_v, need_b = (any(wanted[i] for i in part) for part in at[:4])
+            found = backward(
+                plan,
+                Call(plan.fn, xs, us, vs, biases, ranks, activations),
+                [dy for dy in dys if dy is not None],
+                hs,
+                ys,
+                (need_x, need_u, need_v, need_b),
+                reached,
+            )
+            for places, values in zip(at, found, strict=False):
+                for i, value in zip(places, values, strict=True):
+                    grads[i] = value if wanted[i] else None
+        return (None, None, None, *grads)
+
+
+# Function.apply looks for functorch on every call; the callers have done that already.
+apply = super(torch.autograd.Function, Gradient).apply
+
+# Whether the backward pass that is running keeps the graph (retain_graph, create_graph).
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def _saved(ctx: Any, reached: Sequence[int], n_x: int, n: int) -> Sequence[Any]:
+    """What the forward saved, kept on for the layers that this backward pass does not reach.
+
+    torch frees it all after the first pass that does not keep the graph. `ctx.later` then holds
+    (layers not reached so far, tensors, their versions).
+    """
+    if n == 1:
+        saved: Sequence[Any] = ctx.saved_tensors
+        return saved
+    later = getattr(ctx, "later", None)
+    layers: Any
+    try:
+        saved, layers = ctx.saved_tensors, range(n)
+    except RuntimeError:
+        if later is None or not later[0].issuperset(reached):
+            raise
+        layers, saved, versions = later
+        for tensor, version in zip(saved, versions, strict=True):
+            if tensor is not None and tensor._version != version:
+                raise RuntimeError(
+                    "lod_linear_grouped: backward: expected what the forward saved as it was, got "
+                    f"a tensor {tuple(tensor.shape)} that was written to (version "
+                    f"{tensor._version}, expected {version})"
+                ) from None
+    if _keeps_graph():
+        return saved
+    rest = frozenset(layers).difference(reached)
+    if not rest:
+        ctx.later = None
+        return saved
+    places = {n_x + part * n + i for part in range(5) for i in rest} | {n_x + 5 * n}
+    places |= {0} if n_x == 1 else rest
+    kept = [tensor if i in places else None for i, tensor in enumerate(saved)]
+    ctx.later = rest, kept, [0 if t is None else t._version for t in kept]
+    return saved

@@ -1,0 +1,77 @@
+"""Running a call: eagerly by its plan, or as a registered op where something has to see one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maestro_kernels import dispatch
+from maestro_kernels.backends.native import ACTIVATION_CODES, LIBRARY_NAME
+from maestro_kernels.call import Call
+from maestro_kernels.ops import eager, gradient, registered
+from maestro_kernels.problem import check_call
+
+__all__ = ["quick", "run"]
+
+
+def quick(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rank: int | Tensor | None,
+    activation: str | None,
+    save_h: bool,
+) -> Tensor | None:
+    """Y of an eager call that the native library served before, or None where `run` has to.
+
+    A small call costs little more than this.
+    """
+    if eager.any_autocast() or not eager.is_plain(x, u, v, bias):
+        return None
+    plan = dispatch.quick_plan(x, u, rank, activation)
+    if plan is None or v is None:
+        return None
+    try:
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or u.requires_grad
+            or v.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ):
+            call = Call("lod_linear", (x,), (u,), (v,), (bias,), (rank,), (activation,))  # type: ignore[arg-type]
+            y: Tensor = gradient.apply(plan, call, save_h, x, u, v, bias)[0]
+            return y
+        code = ACTIVATION_CODES[activation]
+        return plan.raw(x, u, v, bias, -1 if rank is None else rank, None, code)
+    except RuntimeError as refusal:
+        # The plan in full has the words for a wrong call, and says what serves this layout.
+        if LIBRARY_NAME not in str(refusal):
+            raise
+        return None
+
+
+def run(call: Call, backend: str | None, save_h: bool) -> list[Tensor]:
+    """The outputs of a call: see functional.py for its arguments."""
+    dtype = eager.autocast_dtype(call.xs[0]) if eager.any_autocast() and call.xs else None
+    if dtype is not None:
+        call = call.with_tensors([eager.cast(t, dtype) for t in call.tensors])
+    tensors = call.tensors
+    wants_grad = torch.is_grad_enabled() and _any_requires_grad(tensors)
+    if eager.is_plain(*tensors):
+        plan = dispatch.plan(call, backend)
+        save_h = save_h and wants_grad
+        if not wants_grad or (save_h and plan.autograd_serves):
+            return gradient.forward(plan, call, save_h)[0]
+        return list(gradient.apply(plan, call, save_h, *tensors))
+    check_call(call, backend)
+    eager.refuse_forward_ad(call.fn, tensors)
+    return registered.run(call, backend, wants_grad and save_h)
+
+
+def _any_requires_grad(tensors: Iterable[Any]) -> bool:
+    """Whether a gradient is asked of an argument; what is no tensor asks for none."""
+    return any(t is not None and getattr(t, "requires_grad", False) for t in tensors)
