@@ -61,36 +61,33 @@ class Call(NamedTuple):
         """What layer i reads."""
         return self.xs[0 if len(self.xs) == 1 else i]
 
-    def rank(self, i: int) -> Any:
-        """r_i: an int, None, or a 0-d tensor."""
-        ranks = self.ranks
-        return ranks if isinstance(ranks, Tensor) and ranks.dim() == 0 else ranks[i]
-
     def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Any, str | None]:
         """(x, u, v, bias, rank, activation) of layer i."""
-        x, rank = self.x(i), self.rank(i)
-        return x, self.us[i], self.vs[i], self.biases[i], rank, self.activations[i]
+        _, xs, us, vs, biases, ranks, activations = self
+        x = xs[0 if len(xs) == 1 else i]
+        one_rank = isinstance(ranks, Tensor) and ranks.dim() == 0
+        return x, us[i], vs[i], biases[i], ranks if one_rank else ranks[i], activations[i]
 
     def for_backend(self) -> Call:
         """The call as backends take it: each x (M, K), each rank an int, or all one tensor."""
-        xs, ranks = self.xs, self.ranks
+        fn, xs, us, vs, biases, ranks, activations = self
         for x in xs:
             if x.dim() != 2:
                 xs = [as_rows(x) for x in xs]
                 break
         if not isinstance(ranks, Tensor) and None in ranks:
-            ranks = [v.shape[0] if r is None else r for r, v in zip(ranks, self.vs, strict=True)]
-        if xs is self.xs and ranks is self.ranks:
-            return self
-        return Call(self.fn, xs, self.us, self.vs, self.biases, ranks, self.activations)
+            ranks = [v.shape[0] if r is None else r for r, v in zip(ranks, vs, strict=True)]
+        return Call(fn, xs, us, vs, biases, ranks, activations)
 
     def shaped(self, ys: list[Tensor]) -> list[Tensor]:
         """Outputs (M, N_i) of `for_backend` with the leading dimensions of x."""
-        for i, y in enumerate(ys):
-            x = self.x(i)
-            if x.dim() != 2:
-                ys[i] = y.view(*x.shape[:-1], self.us[i].shape[0])
-        return ys
+        xs = self.xs
+        if len(xs) == 1 and xs[0].dim() == 2:
+            return ys
+        return [
+            y if self.x(i).dim() == 2 else y.view(*self.x(i).shape[:-1], self.us[i].shape[0])
+            for i, y in enumerate(ys)
+        ]
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -121,8 +121,8 @@ def test_lod_linear_says_what_is_wrong(name, grad):
         mk.lod_linear(*args, **kwargs)
 
 
-# The schema rejects a wrong type before our code sees it, meta tensors go to the fake, and ranks (1,)
-# are right for a group of one.
+# The schema rejects a wrong type before our code sees it, meta tensors go to the fake, and ranks
+# (1,) are right for a group of one.
 OP_CASES = [
     name
     for name in CASES

@@ -74,7 +74,8 @@ def backward(
 ) -> tuple[Grads, Grads, Grads, Grads]:
     """(dxs, dus, dvs, dbiases) by library matmuls; what `needs` does not ask for is None."""
     if isinstance(call.ranks, Tensor) and call.ranks.is_cpu:
-        ranks: list[Any] = [host_rank(call.rank(i), v.shape[0]) for i, v in enumerate(call.vs)]
+        given = call.ranks.reshape(-1)
+        ranks: list[Any] = [host_rank(r, v.shape[0]) for r, v in zip(given, call.vs, strict=True)]
         hs = [h if h is None else h[:, :r] for h, r in zip(hs, ranks, strict=True)]
         call = call._replace(ranks=ranks)
     return reference.backward(call, dys, hs, ys, needs=needs, strategy=strategy)

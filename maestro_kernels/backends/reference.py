@@ -126,15 +126,18 @@ def backward(
         strategy: not used here; every backend takes it.
     """
     dxs: Grads = [None] * len(call.xs)
-    others: tuple[Grads, Grads, Grads] = ([], [], [])
+    dus: Grads = []
+    dvs: Grads = []
+    dbiases: Grads = []
     for i in range(call.n):
-        dx, *rest = _gradients(call.layer(i), dys[i], hs[i], ys[i], needs)
-        i_x = 0 if len(call.xs) == 1 else i
-        previous = dxs[i_x]
-        dxs[i_x] = dx if previous is None or dx is None else previous + dx
-        for column, gradient in zip(others, rest, strict=True):
-            column.append(gradient)
-    return dxs, *others
+        dx, du, dv, dbias = _gradients(call.layer(i), dys[i], hs[i], ys[i], needs)
+        i_x = 0 if len(dxs) == 1 else i
+        before = dxs[i_x]
+        dxs[i_x] = dx if before is None or dx is None else before + dx
+        dus.append(du)
+        dvs.append(dv)
+        dbiases.append(dbias)
+    return dxs, dus, dvs, dbiases
 
 
 def _gradients(

@@ -6,6 +6,7 @@ dv[:r] = dH.T @ x, dbias = the sum of dz over rows. H is what the forward kept, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,36 +107,49 @@ class Gradient(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
         plan, n_x, n = ctx.plan, ctx.n_x, len(dys)
         reached = [i for i, dy in enumerate(dys) if dy is not None]
-        grads: list[Tensor | None] = [None] * (n_x + 3 * n)
-        if reached:
-            saved = _saved(ctx, reached, n_x, n)
-            wanted = ctx.needs_input_grad[3:]
-            # Where each layer's x, u, v, bias, h and y stand among the tensors.
-            at = [[0] if n_x == 1 else reached]
-            at += [[n_x + part * n + i for i in reached] for part in range(5)]
-            xs, us, vs, biases, hs, ys = ([saved[i] for i in places] for places in at)
-            ranks = saved[-1] if ctx.ranks is None else ctx.ranks
-            if len(reached) < n:
-                some = isinstance(ranks, Tensor)
-                ranks = ranks[reached] if some else [ranks[i] for i in reached]
-            activations = [plan.problems[i].activation for i in reached]
-            need_x, need_u, need_v, need_b = (any(wanted[i] for i in part) for part in at[:4])
-            found = backward(
-                plan,
-                Call(plan.fn, xs, us, vs, biases, ranks, activations),
-                [dy for dy in dys if dy is not None],
-                hs,
-                ys,
-                (need_x, need_u, need_v, need_b),
-                reached,
-            )
-            for places, values in zip(at, found, strict=False):
-                for i, value in zip(places, values, strict=True):
-                    grads[i] = value if wanted[i] else None
-        return (None, None, None, *grads)
+        if not reached:
+            return (None,) * (3 + n_x + 3 * n)
+        saved, wanted = _saved(ctx, reached, n_x, n), ctx.needs_input_grad[3:]
+        ranks = saved[-1] if ctx.ranks is None else ctx.ranks
+        parts, needs = _parts(saved, n_x, n)[:6], _parts(wanted, n_x, n)
+        if len(reached) < n:
+            parts, needs = _of(reached, parts, n_x), _of(reached, needs, n_x)
+            tensor = isinstance(ranks, Tensor)
+            ranks = ranks[reached] if tensor else [ranks[i] for i in reached]
+            dys = tuple([dys[i] for i in reached])
+        xs, us, vs, biases, hs, ys = parts
+        activations = [plan.problems[i].activation for i in reached]
+        call = Call(plan.fn, xs, us, vs, biases, ranks, activations)
+        need_x, need_u, need_v, need_b = map(any, needs)
+        grads: Sequence[Grads] = backward(
+            plan, call, dys, hs, ys, (need_x, need_u, need_v, need_b), reached
+        )
+        if len(reached) < n:
+            grads = _among(reached, grads, n_x, n)
+        flat = itertools.chain(*grads)
+        return (None, None, None, *[g if w else None for g, w in zip(flat, wanted, strict=True)])
+
+
+def _parts(values: Sequence[Any], n_x: int, n: int) -> list[Any]:
+    """A flat sequence cut into what there is one of per x, and then into what there is n of."""
+    return [values[:n_x], *[values[a : a + n] for a in range(n_x, len(values), n)]]
+
+
+def _of(layers: Sequence[int], parts: Sequence[Any], n_x: int) -> list[Any]:
+    """The entries of some layers of each part; what belongs to a shared x stays."""
+    xs, *others = parts
+    some = [[part[i] for i in layers] for part in others]
+    return [xs if n_x == 1 else [xs[i] for i in layers], *some]
+
+
+def _among(layers: Sequence[int], found: Sequence[Grads], n_x: int, n: int) -> list[Grads]:
+    """Gradients of some layers, with None for the others; see `_of`."""
+    spread = [dict(zip(layers, part, strict=True)) for part in found[n_x == 1 :]]
+    grads = [[part.get(i) for i in range(n)] for part in spread]
+    return [found[0], *grads] if n_x == 1 else grads
 
 
 # Function.apply looks for functorch on every call; the callers have done that already.

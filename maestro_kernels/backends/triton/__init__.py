@@ -154,8 +154,8 @@ def backward(
     dxs: Grads = [None] * len(call.xs)
     dhs: Sequence[Tensor | None] = [None] * n
     if strategy == "row" and needs_x:
-        u, v, precision = call.us[0], call.vs[0], input_precision()
-        dx, dh = row_dx(dzs[0], u, v, call.rank(0), input_precision=precision)
+        _, u, v, _, rank, _ = call.layer(0)
+        dx, dh = row_dx(dzs[0], u, v, rank, input_precision=input_precision())
         dxs, dhs = [dx], [dh]
     elif needs_x or needs_v:
         # Without columns in v no tile of dx is left and only dH is computed.
