@@ -53,10 +53,10 @@ test: $(READY) native
 
 test-all: $(READY) native old-cuda
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "exhaustive or not exhaustive"
-	$(RUN) tests/machines docs/machines.tsv
+	$(RUN) tests/support/machines docs/machines.tsv
 
 old-cuda: $(READY)
-	$(RUN) tests/old_cuda.py
+	$(RUN) tests/support/old_cuda.py
 
 # Without a compiler this says so and the package stays pure Python.
 native: $(READY) $(NATIVE)

@@ -152,8 +152,8 @@ EOF
 }
 
 tests() {
-  local files="tests/test_gpu.py tests/test_cuda_sm90.py"
-  [[ -n "$quick" ]] || files+=" tests/test_triton_row.py tests/test_triton_two_phase.py tests/test_triton_grouped.py tests/test_triton_backward.py tests/test_triton_op.py"
+  local files="tests/test_gpu.py tests/csrc/test_cuda_sm90.py"
+  [[ -n "$quick" ]] || files+=" tests/backends/triton"
   "$python" -m pytest -q -p no:cacheprovider --maxfail=20 ${quick:+-m gpu} $files
 }
 

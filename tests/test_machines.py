@@ -1,6 +1,6 @@
 """The package on machines that this one is not: any two of their traits meet in one of these.
 
-`python tests/machines TABLE` runs the full product.
+`python tests/support/machines TABLE` runs the full product.
 """
 
 import os

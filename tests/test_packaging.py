@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 needs_compiler = pytest.mark.skipif(
     shutil.which("cmake") is None or not (shutil.which("g++") or shutil.which("clang++")),
     reason="needs cmake and a C++ compiler",
@@ -214,7 +214,7 @@ def test_the_source_distribution_is_the_checkout(source_distribution, tmp_path):
         return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
     shipped = {name for name in files(source_distribution) if ".egg-info" not in name}
-    assert {"tests/conftest.py", "tests/native_sweep.py", "Makefile"} < shipped
+    assert {"tests/conftest.py", "tests/support/native_sweep.py", "Makefile"} < shipped
     assert files(copy_sources(tmp_path)) == shipped - {"PKG-INFO", "setup.cfg"}
 
 

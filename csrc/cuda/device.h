@@ -1,4 +1,4 @@
-// The primitives that the kernels are written in. Here for CUDA; tests/host_cuda/device_host.h has their twins, with
+// The primitives that the kernels are written in. Here for CUDA; tests/support/host_cuda/device_host.h has their twins, with
 // which the same kernels run on the CPU under sanitizers. MK_HOST_DEVICE chooses.
 #pragma once
 

@@ -6,7 +6,7 @@
 //
 // The blocks of a cluster have different rows and the same u and v: each fetches a part of every tile for all of them.
 // row_program.h has the order of events, row_layout.h the index arithmetic. Instructions are behind ptx.cuh and
-// wgmma.cuh; with the twins of tests/host_sm90 this file runs on the CPU, thread by thread.
+// wgmma.cuh; with the twins of tests/support/host_sm90 this file runs on the CPU, thread by thread.
 #pragma once
 
 #ifdef MK_HOST_DEVICE

@@ -75,7 +75,7 @@ std::string encode_all(RowMaps* maps, const Matrices& m, DType dtype) {
 }
 
 // The C interface of the runtime throughout: its templates exist for nvcc only, and this file is also read by a host
-// compiler (tests/old_cuda.py).
+// compiler (tests/support/old_cuda.py).
 struct Instance {
   const void* kernel;
   int index;  // 0 .. kInstances - 1, one for each kernel and cluster size

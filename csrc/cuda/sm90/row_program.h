@@ -1,5 +1,5 @@
 // What producer and consumers do, in order, written once over an `Ops` type: the kernel's (row_kernel.cuh) issues the
-// instructions, which tests/host_sm90 executes under many schedules.
+// instructions, which tests/support/host_sm90 executes under many schedules.
 //
 // One ring of slots serves both products and all row groups of a block: while consumers are in the last shrink steps
 // the first tiles of u arrive, and while they expand the x and v tiles of the next row group do.
