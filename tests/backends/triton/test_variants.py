@@ -1,9 +1,10 @@
 """How many variants of each kernel the ranks 0..256 make, by Triton's own count.
 
-Run as a script (TRITON_INTERPRET unset) this file calls the real launchers and prints which cache keys Triton asked to compile. The keys come from Triton: its
-binder specialises the arguments of the launch, and its `jit_cache_hook` is called with the key of
-every variant it does not have yet; the hook says "do not compile", which also means no launch. The
-only thing stood in for is the driver, because Triton asks it for the target: it answers sm_90.
+Run as a script (TRITON_INTERPRET unset) this file calls the real launchers and prints which cache
+keys Triton asked to compile. The keys come from Triton: its binder specialises the arguments of the
+launch, and its `jit_cache_hook` is called with the key of every variant it does not have yet; the
+hook says "do not compile", which also means no launch. The only thing stood in for is the driver,
+because Triton asks it for the target: it answers sm_90.
 """
 
 from __future__ import annotations
