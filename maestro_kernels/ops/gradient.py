@@ -18,7 +18,7 @@ from maestro_kernels.call import Call, Grads, Needs, as_rows
 from maestro_kernels.dispatch import Plan
 from maestro_kernels.problem import check_call, check_storages
 
-__all__ = ["Gradient", "apply", "backward", "forward", "kept_outputs"]
+__all__ = ["Gradient", "apply", "backward", "complain", "forward", "kept_outputs"]
 
 
 def forward(plan: Plan, call: Call, save_h: bool) -> tuple[list[Tensor], Sequence[Tensor | None]]:
@@ -26,11 +26,15 @@ def forward(plan: Plan, call: Call, save_h: bool) -> tuple[list[Tensor], Sequenc
     try:
         ys, hs = plan.module.forward(call.for_backend(), save_h=save_h, strategy=plan.strategy)
     except RuntimeError:
-        # A remembered plan checks no more than its key: what else is wrong is said here.
-        check_call(call)
-        check_storages(plan.fn, call)
+        complain(call)
         raise
     return call.shaped(ys), hs
+
+
+def complain(call: Call) -> None:
+    """Say what is wrong with a call that failed: a remembered plan checked no more than its key."""
+    check_call(call)
+    check_storages(call.fn, call)
 
 
 def backward(

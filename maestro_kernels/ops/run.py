@@ -63,10 +63,16 @@ def run(call: Call, backend: str | None, save_h: bool) -> list[Tensor]:
     wants_grad = torch.is_grad_enabled() and _any_requires_grad(tensors)
     if eager.is_plain(*tensors):
         plan = dispatch.plan(call, backend)
-        save_h = save_h and wants_grad
-        if not wants_grad or (save_h and plan.autograd_serves):
-            return gradient.forward(plan, call, save_h)[0]
-        return list(gradient.apply(plan, call, save_h, *tensors))
+        if wants_grad and not (save_h and plan.autograd_serves):
+            return list(gradient.apply(plan, call, save_h, *tensors))
+        try:
+            ys, _ = plan.module.forward(
+                call.for_backend(), save_h=wants_grad, strategy=plan.strategy
+            )
+        except RuntimeError:
+            gradient.complain(call)
+            raise
+        return call.shaped(ys)
     check_call(call, backend)
     eager.refuse_forward_ad(call.fn, tensors)
     return registered.run(call, backend, wants_grad and save_h)
