@@ -93,7 +93,7 @@ def prepare(model: nn.Module, batches: Sequence[Any], out: Path, held_out: int =
         data = None if method == "svd" else batches
         search.sensitivity(model, data, method=method, **more).save(path)
         print(f"sensitivity, {method}: {time.perf_counter() - start:.1f} s", flush=True)
-    full = mk.convert(model, init="data", data=batches, allow_larger=True, inplace=False)
+    full = mk.convert(model, init="data", batches=batches, allow_larger=True, inplace=False)
     torch.save(full.state_dict(), out / "factors.pt")
     (out / "quality.json").unlink(missing_ok=True)
 

@@ -102,7 +102,7 @@ def student(data: Data, folder: Path) -> nn.Module:
     path = folder / "svd.pt"
     options = {"rank": 1.0, "allow_larger": True, "inplace": False}
     if not path.is_file():
-        model = mk.convert(data.encoder.model, init="data", data=data.batches, **options)
+        model = mk.convert(data.encoder.model, init="data", batches=data.batches, **options)
         save(model.state_dict(), path)
     model = mk.convert(data.encoder.model, init="random", **options)
     model.load_state_dict(torch.load(path))

@@ -252,4 +252,4 @@ def factorised(encoder: Encoder, budget: float, init: str, calibration: Sequence
         if not calibration:
             raise ValueError("compress: data: expected sentences for init 'data', got none")
         data = list(encoder.batches(calibration))
-    return convert(encoder.model, rank=budget, init=init, data=data, inplace=False)
+    return convert(encoder.model, rank=budget, init=init, batches=data, inplace=False)

@@ -56,7 +56,7 @@ def full_rank(encoder: Encoder, texts: Sequence[str], init: str) -> nn.Module:
         init: "svd" or "data".
     """
     data = list(encoder.batches(texts)) if init == "data" else None
-    return convert(encoder.model, init=init, data=data, allow_larger=True, inplace=False)
+    return convert(encoder.model, init=init, batches=data, allow_larger=True, inplace=False)
 
 
 def uniform_ranks(full: nn.Module, budget: float) -> dict[str, int]:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from maestro_kernels.arguments import check_int, check_model, renamed
 from maestro_kernels.nn.candidates import classify
 from maestro_kernels.nn.conversion import dense_form, swap_layers
 from maestro_kernels.nn.grouping import ungroup
-from maestro_kernels.nn.layer import LoDLayer, check_int
+from maestro_kernels.nn.layer import LoDLayer
 
 __all__ = ["lod_layers", "ranks", "set_ranks", "truncate"]
 
@@ -20,8 +21,7 @@ def lod_layers(model: nn.Module, fn: str = "lod_layers") -> dict[str, LoDLayer]:
     Raises:
         TypeError: model is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{fn}: model: expected an nn.Module, got {type(model).__name__}")
+    check_model(fn, model)
     return {name: m for name, m in model.named_modules() if isinstance(m, LoDLayer)}
 
 
@@ -37,14 +37,19 @@ def ranks(model: nn.Module) -> dict[str, int | str]:
     return found
 
 
-def set_ranks(model: nn.Module, new: Mapping[str, int | str]) -> nn.Module:
+# Under a name that `set_ranks` does not take for its argument.
+_ranks = ranks
+
+
+@renamed(new="ranks")
+def set_ranks(model: nn.Module, ranks: Mapping[str, int | str]) -> nn.Module:
     """Set active ranks; "dense" replaces a layer by the dense form of its active prefix.
 
-    Layers that `new` does not name keep their rank. Everything is checked before anything changes.
+    Layers that `ranks` does not name keep theirs. Everything is checked before anything changes.
 
     Args:
         model: a model with factorised layers.
-        new: {name: rank or "dense"}, names as in `ranks(model)`.
+        ranks: {name: rank or "dense"}, names as `mk.ranks(model)` gives them.
 
     Returns:
         The model; a new module only where the model itself is a layer that became dense.
@@ -54,34 +59,34 @@ def set_ranks(model: nn.Module, new: Mapping[str, int | str]) -> nn.Module:
         ValueError: an unknown name, or a rank outside 0..max_rank.
     """
     layers = lod_layers(model, "set_ranks")
-    if not isinstance(new, Mapping):
+    if not isinstance(ranks, Mapping):
         raise TypeError(
-            f"set_ranks: new: expected a mapping of names to ranks, got {type(new).__name__}"
+            f"set_ranks: ranks: expected a mapping of names to ranks, got {type(ranks).__name__}"
         )
-    known = ranks(model)
+    known = _ranks(model)
     numbers: dict[str, int] = {}
     dense: dict[nn.Module, nn.Module] = {}
-    for name, value in new.items():
+    for name, value in ranks.items():
         if name not in known:
             some = ", ".join(list(known)[:4]) or "no such layer"
             raise ValueError(
-                f"set_ranks: new: expected names of layers ({some}, ...), got {name!r}"
+                f"set_ranks: ranks: expected names of layers ({some}, ...), got {name!r}"
             )
         if isinstance(value, str):
             if value != "dense":
                 raise ValueError(
-                    f"set_ranks: new[{name!r}]: expected an int or 'dense', got {value!r}"
+                    f"set_ranks: ranks[{name!r}]: expected an int or 'dense', got {value!r}"
                 )
             if name in layers:
                 dense[layers[name]] = dense_form(layers[name], share=True)
         elif name not in layers:
             raise ValueError(
-                f"set_ranks: new[{name!r}]: expected 'dense', because the layer is dense "
+                f"set_ranks: ranks[{name!r}]: expected 'dense', because the layer is dense "
                 f"(convert factorises it), got {value!r}"
             )
         else:
             numbers[name] = check_int(
-                "set_ranks", f"new[{name!r}]", value, 0, layers[name].max_rank
+                "set_ranks", f"ranks[{name!r}]", value, 0, layers[name].max_rank
             )
     for name, number in numbers.items():
         layers[name].rank = number

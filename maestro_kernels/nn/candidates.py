@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from maestro_kernels.arguments import check_model
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.pivoted import PivotedLinear
@@ -78,8 +79,7 @@ def classify(
         TypeError: model is no module, or a selector of the wrong type.
         ValueError: a pattern matches no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{fn}: model: expected an nn.Module, got {type(model).__name__}")
+    check_model(fn, model)
     names = dict(model.named_modules())
     included = selector(fn, "include", include, names, default=True)
     excluded = selector(fn, "exclude", exclude, names, default=False)

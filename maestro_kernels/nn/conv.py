@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maestro_kernels.arguments import check_int
 from maestro_kernels.functional import lod_linear
 from maestro_kernels.nn.factorize import factor_bounds, merge
-from maestro_kernels.nn.layer import LoDLayer, check_dtype, check_int
+from maestro_kernels.nn.layer import LoDLayer, check_dtype
 from maestro_kernels.nn.linear import check_rank, copied, initial_factors, trainable
 from maestro_kernels.ops.eager import autocast_dtype
 

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from maestro_kernels.arguments import check_int, check_model, renamed
 from maestro_kernels.nn.candidates import Candidate, Selector, classify, find_slots, matches
 from maestro_kernels.nn.conv import LoDConv2d, conv_factors
 from maestro_kernels.nn.factorize import factorize, random_factors
-from maestro_kernels.nn.layer import LoDLayer, check_int
+from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear, copied, trainable
 from maestro_kernels.nn.moments import check_batches, input_moments
 from maestro_kernels.nn.pivoted import PivotedLinear
@@ -66,6 +67,7 @@ def conversion_report(model: nn.Module) -> ConversionReport | None:
     return report
 
 
+@renamed(data="batches")
 def convert(
     model: nn.Module,
     rank: Rank = None,
@@ -73,7 +75,7 @@ def convert(
     include: Selector = None,
     exclude: Selector = None,
     init: str = "svd",
-    data: Iterable[Any] | None = None,
+    batches: Iterable[Any] | None = None,
     allow_larger: bool = False,
     inplace: bool = True,
     multiple_of: int = 1,
@@ -96,7 +98,7 @@ def convert(
         exclude: not these layers; as include, and stronger.
         init: "svd", the closest factors; "data", the factors with the smallest output error on
             calibration batches; "random", fresh factors as for training from scratch.
-        data: for init="data", an iterable of batches: tensors (model(x)), tuples (model(*t)) or
+        batches: for init="data": tensors (model(x)), tuples (model(*t)) or
             dicts (model(**d)). The model runs in eval mode.
         allow_larger: also convert where r (N + K) >= N K (training with LoD starts there).
         inplace: False leaves the model alone and returns a converted copy.
@@ -125,17 +127,17 @@ def convert(
     if init not in _INITS:
         raise ValueError(f"{fn}: init: expected one of {_INITS}, got {init!r}")
     if init == "data":
-        check_batches(fn, "data", data)
-    elif data is not None:
-        raise ValueError(f"{fn}: data: expected None with init={init!r}, got batches")
+        check_batches(fn, "batches", batches)
+    elif batches is not None:
+        raise ValueError(f"{fn}: batches: expected None with init={init!r}, got batches")
     candidates = classify(model, include, exclude, fn=fn)
     modules = dict(model.named_modules())
     ranks, report = _choose_ranks(candidates, modules, rank, step, allow_larger)
     chosen = {name: modules[name] for name in ranks}
     _check_weights(chosen, init)
     moments = {}
-    if data is not None and chosen:
-        moments = input_moments(model, chosen, data, fn=fn)
+    if batches is not None and chosen:
+        moments = input_moments(model, chosen, batches, fn=fn)
     layers: dict[nn.Module, nn.Module] = {}
     for name, module in chosen.items():
         layer = _factorised(module, candidates[name], ranks[name], init, moments.pop(name, None))
@@ -159,8 +161,7 @@ def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         TypeError: model is no module.
         ValueError: a layer has an activation of its own, which a dense layer has not.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"to_dense: model: expected an nn.Module, got {type(model).__name__}")
+    check_model("to_dense", model)
     layers: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, LoDLayer | PivotedLinear):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from maestro_kernels.arguments import check_model, renamed
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.ops import eager
 
@@ -153,7 +154,8 @@ class Made:
         return version(self._u), version(self._v), -1 if self.bias is None else version(self.bias)
 
 
-def refresh(module: nn.Module) -> nn.Module:
+@renamed(module="model")
+def refresh(model: nn.Module) -> nn.Module:
     """Say that values of the layers changed, or those of an input that is used again.
 
     y = act(x @ v[:r].T @ u[:, :r].T + bias) is then computed from the values as they are now, by
@@ -167,17 +169,16 @@ def refresh(module: nn.Module) -> nn.Module:
     copies again.
 
     Args:
-        module: any module, changed in place.
+        model: any module, changed in place.
 
     Returns:
-        The module.
+        The model.
 
     Raises:
-        TypeError: module is no module.
+        TypeError: model is no module.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"refresh: module: expected an nn.Module, got {type(module).__name__}")
-    for layer in module.modules():
+    check_model("refresh", model)
+    for layer in model.modules():
         if isinstance(layer, LoDLayer):
             layer.changed()
-    return module
+    return model

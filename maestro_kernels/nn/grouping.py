@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from maestro_kernels.arguments import check_model
 from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.functional import lod_linear_grouped
 from maestro_kernels.nn.freshness import Made, version
@@ -239,8 +240,7 @@ def group(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: model is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"group: model: expected an nn.Module, got {type(model).__name__}")
+    check_model("group", model)
     for path, parent in model.named_modules():
         where = f"{path}.{type(parent).__name__}".lower()
         if any(mark in where for mark in _CROSS) or getattr(parent, "is_cross_attention", False):
@@ -269,8 +269,7 @@ def ungroup(model: nn.Module, *, only: Collection[nn.Module] | None = None) -> n
     Raises:
         TypeError: model is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"ungroup: model: expected an nn.Module, got {type(model).__name__}")
+    check_model("ungroup", model)
     for shared in distinct_groups(model.modules()):
         if only is None or any(layer in only for layer in shared.layers):
             for layer in shared.layers:

@@ -6,7 +6,6 @@ A layer holds u (N, R) and v, whose rows are its components, and runs at a prefi
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import deque
 from collections.abc import Callable, Mapping
 from threading import get_ident
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from maestro_kernels.arguments import check_int
 from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.nn.weight import MergedWeight
 from maestro_kernels.problem import DTYPES
@@ -22,7 +22,7 @@ from maestro_kernels.problem import DTYPES
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["LoDLayer", "check_int"]
+__all__ = ["LoDLayer"]
 
 # What may have changed factors unseen is given the next number: no two changes ever look like one,
 # whichever threads made them.
@@ -31,20 +31,6 @@ _changes = itertools.count(1)
 _MAX_FORWARDS = 256
 _node = torch._C._current_autograd_node
 _next_node = torch._C._autograd._get_sequence_nr
-
-
-def check_int(fn: str, name: str, value: Any, low: int, high: int | None = None) -> int:
-    """`value` as an int in low..high; raises TypeError or ValueError that names fn and name."""
-    span = f"an int >= {low}" if high is None else f"an int, {low} <= {name} <= {high}"
-    if isinstance(value, bool | Tensor):
-        raise TypeError(f"{fn}: {name}: expected {span}, got {type(value).__name__}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{fn}: {name}: expected {span}, got {type(value).__name__}") from None
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{fn}: {name}: expected {span}, got {number}")
-    return number
 
 
 def check_dtype(fn: str, dtype: torch.dtype | None) -> None:

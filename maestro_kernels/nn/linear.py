@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from maestro_kernels.arguments import check_int
 from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.functional import lod_linear
 from maestro_kernels.nn.factorize import factor_bounds, factorize, merge, random_factors
-from maestro_kernels.nn.layer import LoDLayer, check_dtype, check_int
+from maestro_kernels.nn.layer import LoDLayer, check_dtype
 from maestro_kernels.problem import check_choices
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class LoDLinear(LoDLayer):
             linear: nn.Linear with weight (N, K).
             rank: components kept, 0..min(N, K); None keeps all, which reproduces the layer.
             init: "svd" for the truncated SVD, "random" for fresh factors. Data-aware factors come
-                from `convert(..., init="data", data=batches)`.
+                from `convert(..., init="data", batches=batches)`.
 
         Raises:
             TypeError: linear is no nn.Linear.

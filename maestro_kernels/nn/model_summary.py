@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from maestro_kernels.arguments import check_int
 from maestro_kernels.functional import explain
 from maestro_kernels.nn.candidates import Candidate, classify
 from maestro_kernels.nn.conversion import conversion_report
-from maestro_kernels.nn.layer import LoDLayer, check_int
+from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.packing import ALONE
 from maestro_kernels.nn.pivoted import PivotedLinear

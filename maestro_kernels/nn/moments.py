@@ -18,7 +18,7 @@ __all__ = ["calibrating", "check_batches", "input_moments", "run_batch"]
 _IMAGES = 8
 
 
-def run_batch(model: nn.Module, batch: Any, *, fn: str, argument: str = "data") -> Any:
+def run_batch(model: nn.Module, batch: Any, *, fn: str, argument: str = "batches") -> Any:
     """model(x) for a tensor, model(*batch) for a tuple or list, model(**batch) for a dict."""
     if isinstance(batch, Tensor):
         return model(batch)
@@ -47,7 +47,7 @@ def input_moments(
     batches: Iterable[Any],
     *,
     fn: str,
-    argument: str = "data",
+    argument: str = "batches",
 ) -> dict[str, Tensor]:
     """Sum of x x^T over every input row x of each layer, float64 (groups, K, K).
 
@@ -80,7 +80,7 @@ def input_moments(
         if name not in gather.moments:
             raise ValueError(
                 f"{fn}: {argument}: expected batches that reach every layer to convert, got none "
-                f"for {name!r}; exclude it or add data"
+                f"for {name!r}; exclude it or add batches"
             )
         if not bool(gather.moments[name].isfinite().all()):
             raise ValueError(

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from maestro_kernels import tuned
+from maestro_kernels.arguments import check_int, check_model, renamed
 from maestro_kernels.backends import packed
 from maestro_kernels.functional import lod_linear, lod_linear_grouped
 from maestro_kernels.nn.freshness import Made
 from maestro_kernels.nn.grouping import LayerGroup, distinct_groups
-from maestro_kernels.nn.layer import check_int
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.ops import eager
 
@@ -422,8 +422,9 @@ def _bucket(rows: int) -> int:
     return min(1 << (rows - 1).bit_length(), _MAX_BUCKET)
 
 
+@renamed(module="model")
 def prepack(
-    module: nn.Module, *, rows: int | Sequence[int] = (), form: str | None = None
+    model: nn.Module, *, rows: int | Sequence[int] = (), form: str | None = None
 ) -> nn.Module:
     """Compute every LoDLinear's y = act(x @ v[:r].T @ u[:, :r].T + bias) from packed weights.
 
@@ -435,27 +436,26 @@ def prepack(
     say which was taken. Packed copies need memory beside the factors, are not saved, and are made
     again after the factors changed; `refresh` says which changes go unseen. Another number of
     threads is chosen for anew. A call that wants gradients, runs under autocast or is compiled uses
-    the factors. Any number of threads may call the module and set ranks.
+    the factors. Any number of threads may call the model and set ranks.
 
     Args:
-        module: any module, changed in place; on CUDA nothing is done and a warning says so.
+        model: any module, changed in place; on CUDA nothing is done and a warning says so.
         rows: M to measure for now rather than at the first call.
         form: one of "fused", "two oneDNN linears", "merged dense", "unpacked" to skip measuring.
 
     Returns:
-        The module.
+        The model.
 
     Raises:
-        TypeError: module is no module, or rows no int.
+        TypeError: model is no module, or rows no int.
         ValueError: an unknown form, or rows < 1.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"prepack: module: expected an nn.Module, got {type(module).__name__}")
+    check_model("prepack", model)
     if form is not None and form not in packed.FORMS:
         raise ValueError(f"prepack: form: expected one of {packed.FORMS}, got {form!r}")
     sizes = [rows] if isinstance(rows, int) else list(rows)
     sizes = [check_int("prepack", "rows", size, 1) for size in sizes]
-    layers = [m for m in module.modules() if isinstance(m, LoDLinear)]
+    layers = [m for m in model.modules() if isinstance(m, LoDLinear)]
     elsewhere = {m.u.device.type for m in layers} - {"cpu"}
     if elsewhere:
         warnings.warn(
@@ -476,14 +476,15 @@ def prepack(
             group = layer.group
             if group is None or group.packed is None or group.packed.choice(size) != "fused":
                 layer.packed.prepare(layer, size)  # type: ignore[union-attr]
-    return module
+    return model
 
 
-def unpack(module: nn.Module) -> nn.Module:
+@renamed(module="model")
+def unpack(model: nn.Module) -> nn.Module:
     """Undo `prepack`: free the packed copies and run from the factors."""
-    for layer in module.modules():
+    for layer in model.modules():
         if isinstance(layer, LoDLinear):
             layer.packed = None
             if layer.group is not None:
                 layer.group.packed = None
-    return module
+    return model

@@ -152,7 +152,7 @@ class Allocation(Mapping[str, int | str]):
                 model,
                 lambda name, _: wanted.get(name, "dense"),
                 init="svd" if batches is None else "data",
-                data=batches,
+                batches=batches,
             )
         model = set_ranks(model, ranks)
         modules = dict(model.named_modules())

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from maestro_kernels.arguments import check_int
 from maestro_kernels.nn.candidates import Selector
-from maestro_kernels.nn.layer import check_int
 from maestro_kernels.nn.moments import check_batches, input_moments
 from maestro_kernels.search import knapsack, rules
 from maestro_kernels.search.allocation import Allocation, Costs, LayerChoice, reachable

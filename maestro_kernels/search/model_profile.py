@@ -19,12 +19,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from maestro_kernels.arguments import check_int
 from maestro_kernels.files import check_file, write_text
 from maestro_kernels.measure.heap import keeping_memory
 from maestro_kernels.measure.timing import rounds
 from maestro_kernels.nn.candidates import Selector
 from maestro_kernels.nn.conversion import convert, dense_form
-from maestro_kernels.nn.layer import LoDLayer, check_int
+from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, run_batch
 from maestro_kernels.search.layers import Layer, considered, count_rows
 

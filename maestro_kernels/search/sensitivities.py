@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from maestro_kernels.arguments import check_int
 from maestro_kernels.files import check_file, write_text
 from maestro_kernels.nn.candidates import Selector
-from maestro_kernels.nn.layer import LoDLayer, check_int
+from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import check_batches, input_moments
 from maestro_kernels.search.layers import Layer, at_full_rank, considered, count_rows
 from maestro_kernels.search.spectra import singular_values, tail_shares, truncation_shares

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from maestro_kernels.arguments import check_model
 from maestro_kernels.nn.moments import calibrating, check_batches, run_batch
 
 __all__ = ["recalibrate_batchnorm"]
@@ -42,8 +43,7 @@ def recalibrate_batchnorm(
     Source: Maestro's training code does so before each evaluation, for the full model only.
     """
     fn = "recalibrate_batchnorm"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{fn}: model: expected an nn.Module, got {type(model).__name__}")
+    check_model(fn, model)
     check_batches(fn, "batches", batches)
     layers = {n: m for n, m in model.named_modules() if _is_tracking(m)}
     if not layers:

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from maestro_kernels.arguments import check_int
 from maestro_kernels.nn import LoDLinear, lod_layers, to_dense, ungroup
 from maestro_kernels.nn.conversion import in_place_of, swap_layers
-from maestro_kernels.nn.layer import check_int
 from maestro_kernels.nn.moments import check_batches
 from maestro_kernels.nn.pivoted import PivotedLinear, error_ratio
 from maestro_kernels.search.budget import Budget, Params, Speedup, check_budget

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from maestro_kernels.arguments import check_int
 from maestro_kernels.nn import lod_layers
-from maestro_kernels.nn.layer import check_int
 from maestro_kernels.training.layers import require_layers
 
 __all__ = ["BelowCliff", "SequentialFreezing", "below_cliff", "quantize_ranks", "thawed"]

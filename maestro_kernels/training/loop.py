@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maestro_kernels.nn.layer import check_int
+from maestro_kernels.arguments import check_int
 from maestro_kernels.training.freezing import SequentialFreezing
 from maestro_kernels.training.layers import require_layers
 from maestro_kernels.training.penalties import (

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import nn
 
+from maestro_kernels.arguments import check_int
 from maestro_kernels.nn import LoDLayer
-from maestro_kernels.nn.layer import check_int
 from maestro_kernels.training.layers import full_rank, require_layers, set_full_rank, unwrapped
 
 __all__ = ["FixedSampler", "FullSampler", "IndependentSampler", "RankSampler", "SinglePairSampler"]

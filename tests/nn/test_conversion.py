@@ -252,7 +252,7 @@ def test_data_aware_factors_err_less_on_the_data():
     batches = narrow_inputs()
     plain = layer_errors(model, convert(model, 4, inplace=False), batches)
     aware = layer_errors(
-        model, convert(model, 4, init="data", data=batches, inplace=False), batches
+        model, convert(model, 4, init="data", batches=batches, inplace=False), batches
     )
     assert aware["0"] < 0.2 * plain["0"]
     assert aware["2"] < plain["2"]
@@ -265,7 +265,7 @@ def test_data_aware_convolutions_reach_the_optimum_of_their_outputs(groups, mode
     x = torch.randn(10, 8, 7, 6, dtype=torch.float64)
     scales = torch.logspace(1, -2, 4, dtype=torch.float64)
     x *= torch.cat((scales, scales.flip(0)))[:, None, None]
-    made = convert(conv, 2, init="data", data=[x[:9], (x[9],)])
+    made = convert(conv, 2, init="data", batches=[x[:9], (x[9],)])
     y = conv(x)
     per_group = y.unflatten(1, (groups, -1)).movedim(2, 0).movedim(2, 0).flatten(2)
     best = torch.linalg.svdvals(per_group)[:, 2:].square().sum()
@@ -298,7 +298,7 @@ def test_batches_are_called_by_their_kind_and_inputs_written_in_between_are_seen
         model = Keyed()
         model.drop.train()
         model.b.eval()
-        convert(model, 5, init="data", data=data)
+        convert(model, 5, init="data", batches=data)
         assert (model.drop.training, model.b.training) == (True, False)
         results.append(model)
     for model in results[1:]:
@@ -312,6 +312,6 @@ def test_batches_are_called_by_their_kind_and_inputs_written_in_between_are_seen
 
 def test_calibration_leaves_batch_norm_alone():
     model = nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24)).train()
-    convert(model, 4, init="data", data=narrow_inputs())
+    convert(model, 4, init="data", batches=narrow_inputs())
     assert model[1].num_batches_tracked == 0
     assert model[1].training

@@ -60,38 +60,43 @@ ERRORS = [
         ValueError,
         "init: expected one of ('svd', 'data', 'random'), got 'pca'",
     ),
-    (mlp, {"data": [X]}, ValueError, "data: expected None with init='svd', got batches"),
+    (mlp, {"batches": [X]}, ValueError, "batches: expected None with init='svd', got batches"),
     (
         mlp,
         {"init": "data"},
         TypeError,
-        "data: expected an iterable of batches (tensors, tuples or dicts), got NoneType",
+        "batches: expected an iterable of batches (tensors, tuples or dicts), got NoneType",
     ),
     (
         mlp,
-        {"init": "data", "data": X},
+        {"init": "data", "batches": X},
         TypeError,
-        "data: expected an iterable of batches (tensors, tuples or dicts), got Tensor",
+        "batches: expected an iterable of batches (tensors, tuples or dicts), got Tensor",
     ),
     (
         mlp,
-        {"init": "data", "data": [X, "text"]},
+        {"init": "data", "batches": [X, "text"]},
         TypeError,
-        "data: expected batches that are tensors, tuples or dicts, got str",
+        "batches: expected batches that are tensors, tuples or dicts, got str",
     ),
-    (mlp, {"init": "data", "data": []}, ValueError, "data: expected at least one batch, got none"),
     (
         mlp,
-        {"init": "data", "data": [X * float("nan")]},
+        {"init": "data", "batches": []},
         ValueError,
-        "data: expected finite inputs in every layer, got NaN or infinity in the input of '0'",
+        "batches: expected at least one batch, got none",
+    ),
+    (
+        mlp,
+        {"init": "data", "batches": [X * float("nan")]},
+        ValueError,
+        "batches: expected finite inputs in every layer, got NaN or infinity in the input of '0'",
     ),
     (
         Skips,
-        {"init": "data", "data": [X]},
+        {"init": "data", "batches": [X]},
         ValueError,
-        "data: expected batches that reach every layer to convert, got none for 'unused'; "
-        "exclude it or add data",
+        "batches: expected batches that reach every layer to convert, got none for 'unused'; "
+        "exclude it or add batches",
     ),
     (
         broken,
@@ -140,7 +145,7 @@ def test_an_error_inside_the_model_leaves_it_as_it_was():
     model[1].eval()
     before = snapshot(model)
     with pytest.raises(RuntimeError):
-        convert(model, 4, init="data", data=[X, torch.zeros(2, 5)])
+        convert(model, 4, init="data", batches=[X, torch.zeros(2, 5)])
     assert_unchanged(model, before)
 
 

@@ -217,7 +217,7 @@ def test_hugging_face_models_keep_their_outputs_and_their_ties(
     model, inputs = family(transformers)
     model = model.double().eval()
     expected = model(**inputs).logits
-    convert(model, allow_larger=True, init=init, data=[inputs] if init == "data" else None)
+    convert(model, allow_larger=True, init=init, batches=[inputs] if init == "data" else None)
     assert_close(model(**inputs).logits, expected, rtol=1e-6, atol=1e-8)
     report = conversion_report(model)
     assert len(report.converted) == count

@@ -57,7 +57,7 @@ def test_refresh_says_that_values_changed(change, build):
 
 
 def test_refresh_takes_modules_only():
-    with pytest.raises(TypeError, match=r"refresh: module: expected an nn\.Module, got list"):
+    with pytest.raises(TypeError, match=r"refresh: model: expected an nn\.Module, got list"):
         mk.refresh([make()])
     model = nn.Sequential(make(), nn.ReLU())
     assert mk.refresh(model) is model

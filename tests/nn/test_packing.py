@@ -266,7 +266,7 @@ def test_copies_pickles_and_state_dicts_hold_no_packed_bytes():
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match=r"prepack: module: expected an nn\.Module, got str"):
+    with pytest.raises(TypeError, match=r"prepack: model: expected an nn\.Module, got str"):
         mk.prepack("model")
     with pytest.raises(ValueError, match="prepack: form: expected one of"):
         mk.prepack(make(), form="fast")

@@ -176,7 +176,7 @@ def test_applied_models_cost_what_was_predicted(model, sens):
     assert report.weights == found.predicted.weights
     assert found.predicted.macs == 40 * found.predicted.weights
     expected = mk.convert(
-        copy.deepcopy(model), lambda name, _: found[name], init="data", data=BATCHES
+        copy.deepcopy(model), lambda name, _: found[name], init="data", batches=BATCHES
     )
     torch.testing.assert_close(small(BATCHES[0]), expected(BATCHES[0]))
     plain = found.apply(model)
@@ -194,7 +194,7 @@ def mlp_like(state):
 
 def test_factorised_models(model):
     reference = copy.deepcopy(model)
-    mk.convert(model, init="data", data=BATCHES, allow_larger=True, exclude="4")
+    mk.convert(model, init="data", batches=BATCHES, allow_larger=True, exclude="4")
     model[2].rank = 12
     found = search.allocate(
         model, search.Params(0.5), search.sensitivity(model, BATCHES), multiple_of=4

@@ -162,7 +162,7 @@ def test_the_model_is_left_bit_for_bit_also_when_the_loss_raises(batches):
 
 
 def test_refines_factorised_layers_by_their_ranks(batches):
-    model = mk.convert(net(), init="data", data=batches, allow_larger=True)
+    model = mk.convert(net(), init="data", batches=batches, allow_larger=True)
     sens = search.sensitivity(model, batches[:4], method="data")
     found = search.allocate(model, search.Params(0.5), sens, multiple_of=4, batches=batches[:4])
     assert found.refined.loss <= min(found.refined.starts)

@@ -66,7 +66,7 @@ def test_data_is_the_output_error_of_the_best_factors(case):
     assert found.errors.shape == (found.layer.max_rank + 1,)
     for rank in range(1, found.layer.max_rank + 1):
         small = mk.convert(
-            model, rank=rank, init="data", data=batches, allow_larger=True, inplace=False
+            model, rank=rank, init="data", batches=batches, allow_larger=True, inplace=False
         )
         y = torch.cat([small(x) for x in batches])
         assert found.error(rank) == pytest.approx(relative(y, reference), rel=1e-4, abs=1e-10)
@@ -137,7 +137,7 @@ def test_importance():
 def whole_model(model, name, rank, batches):
     """The model with one layer at a rank, as `convert` would make it."""
     return mk.convert(
-        model, {name: rank}, init="data", data=batches, allow_larger=True, inplace=False
+        model, {name: rank}, init="data", batches=batches, allow_larger=True, inplace=False
     )
 
 

@@ -87,7 +87,7 @@ ROWS: list[Row] = [
         "refresh of a list",
         lambda folder: mk.refresh([mk.LoDLinear(4, 4)]),
         TypeError,
-        "refresh: module: expected an nn.Module, got list",
+        "refresh: model: expected an nn.Module, got list",
     ),
     Row(
         "summary of half a row",
