@@ -55,16 +55,20 @@ def test_set_ranks_then_truncate():
 @pytest.mark.parametrize(
     ("new", "error", "message"),
     [
-        ({"0": 4, "9": 4}, ValueError, "new: expected names of layers (0, 2, 3, ...), got '9'"),
-        ({"0": 4, "2": 13}, ValueError, "new['2']: expected an int, 0 <= new['2'] <= 12, got 13"),
+        ({"0": 4, "9": 4}, ValueError, "ranks: expected names of layers (0, 2, 3, ...), got '9'"),
+        (
+            {"0": 4, "2": 13},
+            ValueError,
+            "ranks['2']: expected an int, 0 <= ranks['2'] <= 12, got 13",
+        ),
         (
             {"0": 4, "2": True},
             TypeError,
-            "new['2']: expected an int, 0 <= new['2'] <= 12, got bool",
+            "ranks['2']: expected an int, 0 <= ranks['2'] <= 12, got bool",
         ),
-        ({"0": 4, "2": "full"}, ValueError, "new['2']: expected an int or 'dense', got 'full'"),
-        ({"0": 4, "3": 2}, ValueError, "new['3']: expected 'dense', because the layer is dense"),
-        ([4], TypeError, "new: expected a mapping of names to ranks, got list"),
+        ({"0": 4, "2": "full"}, ValueError, "ranks['2']: expected an int or 'dense', got 'full'"),
+        ({"0": 4, "3": 2}, ValueError, "ranks['3']: expected 'dense', because the layer is dense"),
+        ([4], TypeError, "ranks: expected a mapping of names to ranks, got list"),
     ],
 )
 def test_set_ranks_checks_everything_before_it_changes_anything(new, error, message):
