@@ -27,7 +27,7 @@ help:
 	@echo "make publish     put what make bench left in $(OUT) into bench/results, README and docs"
 	@echo "make docs        a site of the documentation in out/site, with a page of the API"
 	@echo "make test        run the tests"
-	@echo "make test-all    the exhaustive tests too, and every machine of docs/machines.md (an hour and more)"
+	@echo "make test-all    the exhaustive tests too, and every machine of docs/dev/machines.md (an hour and more)"
 	@echo "make old-cuda    read the CUDA host sources with the headers of CUDA 12.0 to 12.4 (network)"
 	@echo "make native      build the compiled kernels only (CPU, and CUDA where nvcc is found)"
 	@echo "make lint        ruff, ruff format, mypy, clang-format"
@@ -53,7 +53,7 @@ test: $(READY) native
 
 test-all: $(READY) native old-cuda
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "exhaustive or not exhaustive"
-	$(RUN) tests/support/machines docs/machines.tsv
+	$(RUN) tests/support/machines docs/dev/machines.tsv
 
 old-cuda: $(READY)
 	$(RUN) tests/support/old_cuda.py

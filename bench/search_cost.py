@@ -4,7 +4,7 @@
 
 Both searches choose ranks of the sentence encoder by measured loss; all models take prefixes of the
 same data-aware factors and are judged on the same held-out sentences. Finished pieces are rows; a
-second call goes on where the first ended. `make publish` puts the table into docs/search.md.
+second call goes on where the first ended. `make publish` puts the table into docs/guide/search.md.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ def at_equal_latency(rows: Sequence[Row], row: Row, measure: str) -> float | Non
 
 
 def block(path: Path, short: str, title: str) -> str:
-    """What docs/search.md shows of one model's rows: a table and a drawing."""
+    """What docs/guide/search.md shows of one model's rows: a table and a drawing."""
     rows = read(path)
     made = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
     measures = list(rows[0].quality)

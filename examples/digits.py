@@ -1,6 +1,6 @@
 """Accuracy against size on scikit-learn's digits: LoD, plain factors, and a dense model cut by SVD.
 
-    python examples/digits.py [--quick] [--rows reports/digits.jsonl] [--docs docs]
+    python examples/digits.py [--quick] [--rows reports/digits.jsonl] [--docs docs/guide]
 
 Every model starts from the same weights per seed and sees the same batches. Whole networks are
 factorised, classifier included. Sizes count the weights of linear and convolution layers in the

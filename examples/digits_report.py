@@ -95,7 +95,7 @@ def trap(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """What docs/examples.md shows of the rows."""
+    """What docs/guide/examples.md shows of the rows."""
     lines = []
     for model, name in NAMES.items():
         here = [r for r in rows if r["model"] == model]

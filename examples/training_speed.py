@@ -1,6 +1,6 @@
 """One LoD training step against the implementation that one would write first.
 
-    python examples/training_speed.py --rows out/training-speed.jsonl [--docs docs]
+    python examples/training_speed.py --rows out/training-speed.jsonl [--docs docs/guide]
 
 A step is: draw one (layer, rank) pair, forward, hierarchical group lasso, backward, SGD with
 momentum. The straightforward implementation selects the active components of both factors with a
@@ -235,7 +235,7 @@ def ratio(row: dict[str, Any]) -> float:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of docs/deployment.md."""
+    """The table of docs/guide/deployment.md."""
     times = {r["case"]: r for r in rows if r["measure"] == "ms"}
     memory = {r["case"]: r for r in rows if r["measure"] == "MiB"}
     first = next(iter(times.values()))

@@ -24,7 +24,7 @@ Form = Callable[[Tensor, Tensor | None], Tensor]
 FORMS = ("fused", "two oneDNN linears", "merged dense", "unpacked")
 
 # M that oneDNN lays weights out for. The layouts for 1 to 1024 rows ran every M alike, within noise
-# (docs/performance-log.md), so one copy serves them all.
+# (docs/dev/performance-log.md), so one copy serves them all.
 _ROWS = 256
 
 # In place on the result. oneDNN's own are left alone: its relu makes a NaN zero, its tanh and its

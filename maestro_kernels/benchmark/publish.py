@@ -103,7 +103,7 @@ def published(text: str, root: Path, chosen: dict[str, str] | None = None) -> st
 
 def documents(root: Path) -> list[Path]:
     """README and pages that may hold blocks."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def _collected(out: Path, root: Path) -> dict[str, str]:

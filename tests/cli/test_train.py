@@ -294,7 +294,7 @@ def test_the_example_configuration_is_valid():
 
 
 def test_the_page_lists_every_key_with_its_default():
-    page = (ROOT / "docs" / "train-command.md").read_text()
+    page = (ROOT / "docs" / "guide" / "train-command.md").read_text()
     found = TrainConfig("digits").to_dict()
     for section in ("convert", "train", "maestro"):
         for key, default in found[section].items():

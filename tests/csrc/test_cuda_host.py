@@ -1,6 +1,6 @@
 """The CUDA kernels decode and rows on the CPU, under sanitizers: device.h has a host twin.
 
-What this cannot show is listed in docs/cuda.md.
+What this cannot show is listed in docs/dev/cuda.md.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """The sm_90a row kernel: executed on a model of the machine, compiled for it, and run on a GPU.
 
 `host_sm90/row_test.cpp` runs the kernel's own source on the CPU, one fiber for each thread, with
-random shapes and schedules; `docs/cuda-sm90.md` says what that proves and what it cannot.
+random shapes and schedules; `docs/dev/cuda-sm90.md` says what that proves and what it cannot.
 """
 
 import importlib.util
@@ -69,7 +69,7 @@ def test_every_fault_of_the_machine_is_noticed(row_test):
 def test_the_documented_budgets_are_those_of_the_code(row_test):
     tables = run(row_test, "table").stdout.strip()
     assert tables.count("\n") > 20
-    documented = (ROOT / "docs" / "cuda-sm90.md").read_text()
+    documented = (ROOT / "docs" / "dev" / "cuda-sm90.md").read_text()
     for table in tables.split("\n\n"):
         assert table in documented
 

@@ -73,7 +73,9 @@ def test_blocks_are_found_with_their_marks():
 
 def test_most_blocks_run():
     assert len(RUN) > 25
-    assert {"README.md", "docs/models.md", "docs/training.md"} <= {block.page for block in RUN}
+    assert {"README.md", "docs/guide/models.md", "docs/guide/training.md"} <= {
+        block.page for block in RUN
+    }
 
 
 def run_python(server, environment, folder, file):
@@ -150,5 +152,5 @@ def test_the_limit_that_training_md_names_is_torchs():
     import torch._dynamo
 
     limit = torch._dynamo.config.recompile_limit
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guide" / "training.md").read_text(encoding="utf-8")
     assert f"`torch._dynamo.config.recompile_limit` ({limit})" in text

@@ -24,7 +24,7 @@ def test_a_changed_figure_is_noticed(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "page",
-    sorted(p.relative_to(ROOT) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]),
+    sorted(p.relative_to(ROOT) for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]),
     ids=str,
 )
 def test_links_and_images_exist(page):

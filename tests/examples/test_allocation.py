@@ -1,4 +1,4 @@
-"""The tables of docs/search.md are what the committed rows say; the rows say what is claimed."""
+"""The tables of docs/guide/search.md are what the committed rows say; the rows say what is claimed."""
 
 import importlib.util
 import sys
@@ -37,11 +37,11 @@ def case(request, study):
 @pytest.mark.parametrize("short", MODELS)
 def test_the_page_shows_the_rows(study, short):
     path = ROOT / "bench" / "results" / f"allocation-{short}.jsonl"
-    page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guide" / "search.md").read_text(encoding="utf-8")
     begin, end = study.marks(short)
     shown = page.partition(begin)[2].partition(end)[0].strip()
     assert shown == study.block(path, short, MODELS[short])
-    assert (ROOT / "docs" / "figures" / f"allocation-{short}.svg").exists()
+    assert (ROOT / "docs" / "guide" / "figures" / f"allocation-{short}.svg").exists()
 
 
 def test_every_rule_was_measured_at_every_target(study, case):

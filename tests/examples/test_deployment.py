@@ -1,4 +1,4 @@
-"""The evidence behind docs/deployment.md: both steps agree, and the page shows the rows kept."""
+"""The evidence behind docs/guide/deployment.md: both steps agree, and the page shows the rows kept."""
 
 import importlib
 import json
@@ -7,7 +7,7 @@ import pytest
 import torch
 from places import ROOT
 
-PAGE = ROOT / "docs" / "deployment.md"
+PAGE = ROOT / "docs" / "guide" / "deployment.md"
 
 
 @pytest.fixture(autouse=True)

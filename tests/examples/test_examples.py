@@ -21,11 +21,11 @@ def _examples(monkeypatch):
 def docs(tmp_path):
     """A copy of the page without what the examples write into it."""
     lines, inside = [], False
-    for line in (ROOT / "docs" / "examples.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "guide" / "examples.md").read_text().splitlines():
         inside = inside and ":end" not in line
         lines += [] if inside else [line]
         inside = inside or ":begin" in line
-    page = tmp_path / "docs" / "examples.md"
+    page = tmp_path / "docs" / "guide" / "examples.md"
     page.parent.mkdir()
     page.write_text("\n".join(lines) + "\n")
     return page.parent
@@ -125,7 +125,7 @@ def test_the_docs_show_the_rows_that_are_kept(name):
     else:
         report = importlib.import_module("digits_report")
         text = report.markdown([json.loads(line) for line in rows.read_text().splitlines()])
-    page = ROOT / "docs" / "examples.md"
+    page = ROOT / "docs" / "guide" / "examples.md"
     assert text in page.read_text()
     for line in text.splitlines():
         if line.startswith("!["):

@@ -425,12 +425,12 @@ def test_allocation_stays_below_the_step_of_a_profile():
 def test_the_snippets_of_the_docs_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MAESTRO_KERNELS_CACHE", str(tmp_path / "cache"))
-    text = (ROOT / "docs" / "profile.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guide" / "profile.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     assert len(blocks) == 2
     names: dict = {}
     for block in blocks:
-        exec(compile(block, "docs/profile.md", "exec"), names)
+        exec(compile(block, "docs/guide/profile.md", "exec"), names)
     assert (tmp_path / "profile.json").exists()
     small = f"{dispatch._SMALL_FLOP:,} FLOP on factors of up to {dispatch._SMALL_FACTORS:,} values"
     assert small in " ".join(text.split())

@@ -398,7 +398,7 @@ def test_ranks_at_which_the_loss_is_not_finite_are_the_last_resort(method):
 
 
 def test_the_snippet_of_the_docs(tmp_path, monkeypatch):
-    page = ROOT / "docs" / "deployment.md"
+    page = ROOT / "docs" / "guide" / "deployment.md"
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):

@@ -1,4 +1,4 @@
-"""The code of README.md and docs/*.md: found here, run by test_docs.py, each block by itself.
+"""The code of README.md and docs/: found here, run by test_docs.py, each block by itself.
 
 A block runs as it stands in an empty folder, or, below `<!-- in a checkout -->`, in a copy of what
 a checkout holds. One below `<!-- fragment: REASON -->` is not run.
@@ -43,8 +43,8 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """README.md and docs/*.md."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """README.md and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(text: str, page: str) -> list[Block]:

@@ -4,7 +4,7 @@
 //   row_test cases            shapes x ranks x clusters x schedules
 //   row_test faults           every fault of the machine must be noticed
 //   row_test mutant N         a few cases with defect N, where the sources have been given one
-//   row_test table            the budget of every configuration, as docs/cuda-sm90.md shows it
+//   row_test table            the budget of every configuration, as docs/dev/cuda-sm90.md shows it
 #define MK_HOST_DEVICE
 #include "../../csrc/cuda/sm90/row_kernel.cuh"
 
