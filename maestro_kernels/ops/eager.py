@@ -1,8 +1,8 @@
 """What stands around a call: compile, functorch, modes, autocast, forward-mode AD.
 
-The registered op costs about half a small call again (docs/dev/performance-log.md), so an eager call on
-plain tensors goes to the plan directly; whatever needs to see an op (FakeTensor, FlopCounterMode,
-subclasses, torch.compile, export) gets the op.
+The registered op costs about half a small call again (docs/dev/performance-log.md), so an eager
+call on plain tensors goes to the plan directly; whatever needs to see an op (FakeTensor,
+FlopCounterMode, subclasses, torch.compile, export) gets the op.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of docs/guide/search.md are what the committed rows say; the rows say what is claimed."""
+"""The tables of docs/guide/search.md are what the committed rows say, and so are its claims."""
 
 import importlib.util
 import sys

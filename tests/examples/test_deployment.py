@@ -1,4 +1,4 @@
-"""The evidence behind docs/guide/deployment.md: both steps agree, and the page shows the rows kept."""
+"""The evidence behind docs/guide/deployment.md: steps agree, and the page shows the rows kept."""
 
 import importlib
 import json

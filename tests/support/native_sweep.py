@@ -152,7 +152,8 @@ def check_activation(name, dtype, packed, N):
 def check_denormals(dtype, packed):
     """Text of what is wrong with values below the smallest normal number, or None.
 
-    The dot product instructions of bfloat16 take them as zero by definition: docs/dev/cpu-kernels.md.
+    The dot product instructions of bfloat16 take them as zero by
+    definition: docs/dev/cpu-kernels.md.
     """
     x = torch.tensor([[0.75], [0.5], [-0.25], [0.0], [-0.75]], dtype=torch.float64)
     x = (x * torch.finfo(dtype).tiny).to(dtype)
