@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from maestro_kernels.search.knapsack import exact, greedy, hull_path
+from maestro_kernels.search.descent import greedy, hull_path
+from maestro_kernels.search.knapsack import exact
 
 
 def problem(seed, *, integers, layers=5, options=5):

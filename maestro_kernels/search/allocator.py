@@ -35,6 +35,7 @@ from maestro_kernels.search.costs import (
     current_bytes,
     layer_latency,
 )
+from maestro_kernels.search.descent import Solution, greedy, hull_path
 from maestro_kernels.search.layer_profile import Advance, progress_bar
 from maestro_kernels.search.layers import Layer, at_full_rank, considered, count_rows, storage_bytes
 from maestro_kernels.search.model_profile import ModelProfile, profile_model
@@ -183,12 +184,12 @@ def _check_refinement(batches: Any, loss_fn: Any, passes: Any, method: str) -> l
 def _refined(
     problem: _Problem,
     model: nn.Module,
-    solved: tuple[list[tuple[Array, Array]], knapsack.Solution, float],
+    solved: tuple[list[tuple[Array, Array]], Solution, float],
     data: list[Any],
     loss_fn: LossFn | None,
     passes: int,
     advance: Advance,
-) -> tuple[knapsack.Solution, Refinement]:
+) -> tuple[Solution, Refinement]:
     """The solution after measuring, its predicted cost and error, and what was measured."""
     options, found, limit = solved
     uniform, _ = rules.best_of(rules.uniform(problem.choices), options, limit)
@@ -212,7 +213,7 @@ def _refined(
     if choice == found.choice:
         return found, refined
     chosen = list(zip(options, choice, strict=True))
-    return knapsack.Solution(
+    return Solution(
         choice,
         sum(float(costs[j]) for (costs, _), j in chosen),
         sum(float(errors[j]) for (_, errors), j in chosen),
@@ -461,7 +462,7 @@ class _Problem:
         budget: Budget,
         method: str,
         options: Any,
-        found: knapsack.Solution,
+        found: Solution,
         refined: Refinement | None,
     ) -> Allocation:
         """The result."""
@@ -480,9 +481,7 @@ class _Problem:
             bytes=self.other_bytes + sum(float(c.bytes[j]) for c, j in taken),
             ms=None if self.rest is None else self.rest + sum(row.ms or 0.0 for row in rows),
         )
-        trade_off = tuple(
-            (self.value(budget, s.cost), s.error) for s in knapsack.hull_path(options)
-        )
+        trade_off = tuple((self.value(budget, s.cost), s.error) for s in hull_path(options))
         return Allocation(
             budget, method, self.unit, tuple(rows), predicted, self.dense, found.gap, trade_off,
             refined,
@@ -502,7 +501,7 @@ def _reference(
 
 def _solve(
     problem: _Problem, options: Sequence[tuple[Array, Array]], limit: float, method: str
-) -> tuple[knapsack.Solution | None, float]:
+) -> tuple[Solution | None, float]:
     """The choice, and the least total cost that the method reaches."""
     if method in ("threshold", "uniform"):
         chosen = (
@@ -512,5 +511,5 @@ def _solve(
         )
         return rules.best_of(chosen, options, limit)
     least = sum(float(costs.min()) for costs, _ in options)
-    found = (knapsack.exact if method == "exact" else knapsack.greedy)(options, limit)
+    found = (knapsack.exact if method == "exact" else greedy)(options, limit)
     return found, least

@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestro_kernels.search import knapsack
-from maestro_kernels.search.knapsack import Options
+from maestro_kernels.search.descent import Choice, Options, hull_path
 
 __all__ = ["Refinement", "refine"]
 
 Array = NDArray[np.float64]
-Choice = tuple[int, ...]
 
 # A smaller fall of the loss is not worth another choice.
 _WORTH = 1e-4
@@ -136,7 +135,7 @@ class _Curve:
 
 def _front(costs: Array, errors: Array) -> list[int]:
     """Options on the lower convex hull of (cost, error), cheapest first."""
-    return [solution.choice[0] for solution in knapsack.hull_path([(costs, errors)])]
+    return [solution.choice[0] for solution in hull_path([(costs, errors)])]
 
 
 def _probed(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestro_kernels.search.costs import Choices
-from maestro_kernels.search.knapsack import Options, Solution
+from maestro_kernels.search.descent import Options, Solution
 from maestro_kernels.search.sensitivities import LayerSensitivity
 
 __all__ = ["best_of", "by_threshold", "uniform"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.nn import LoDLayer
 from maestro_kernels.nn.moments import calibrating, run_batch
-from maestro_kernels.search.knapsack import hull_path
+from maestro_kernels.search.descent import hull_path
 from maestro_kernels.search.whole_model import OutputError
 from maestro_kernels.training.batchnorm import batch_statistics
 from maestro_kernels.training.deployment_cost import Level
