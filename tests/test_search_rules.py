@@ -10,7 +10,7 @@ from torch import nn
 
 import maestro_kernels as mk
 from maestro_kernels.search import rules
-from maestro_kernels.search.costs import below_steps, choices
+from maestro_kernels.search.costs import below_steps, choices, multiples
 from maestro_kernels.search.layers import Layer, considered
 from maestro_kernels.search.sensitivities import LayerSensitivity
 
@@ -21,10 +21,8 @@ def layer(name, N, K, *, dense=True, max_rank=None):
     return Layer(name, "linear", N, K, 1, max_rank or min(N, K), dense)
 
 
-def every_choice(one, multiple_of=1, min_rank=1, latency=None):
-    return choices(
-        one, nn.Linear(1, 1), multiple_of=multiple_of, min_rank=min_rank, rows=(), latency=latency
-    )
+def every_choice(one, multiple_of=1, min_rank=1):
+    return choices(one, multiples(one, multiple_of, min_rank), itemsize=4)
 
 
 @pytest.fixture
@@ -43,12 +41,13 @@ def as_ranks(layers, chosen):
 def test_choices_are_what_saves_weights_and_dense(layers):
     for c, (N, K) in zip(layers, SIZES, strict=True):
         assert c.ranks == (*range(1, math.ceil(N * K / (N + K))), "dense")
-        assert all(w == r * (N + K) for w, r in zip(c.weights, c.ranks[:-1], strict=False))
-        assert c.weights[-1] == N * K
-        assert np.all(np.diff(c.weights) > 0)
-        assert c.macs.tolist() == c.weights.tolist()
+        weights = c.costs.weights
+        assert all(w == r * (N + K) for w, r in zip(weights, c.ranks[:-1], strict=False))
+        assert weights[-1] == N * K
+        assert np.all(np.diff(weights) > 0)
+        assert c.costs.macs.tolist() == weights.tolist()
         # The dense layer stores no active rank.
-        assert c.bytes.tolist() == [*(4 * c.weights[:-1] + 4), 4 * N * K]
+        assert c.costs.bytes.tolist() == [*(4 * weights[:-1] + 4), 4 * N * K]
 
 
 @pytest.mark.parametrize(

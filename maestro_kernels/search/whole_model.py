@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from maestro_kernels.search.layers import considered, count_rows, first_tensor
 
 __all__ = [
     "LossFn",
+    "MeanLoss",
     "Measurement",
     "OutputError",
+    "check_measured",
     "measure_model",
     "measure_models",
     "output_error",
@@ -56,6 +59,65 @@ class OutputError:
             raise TypeError(f"{self._fn}: model: {error}") from None
 
 
+class MeanLoss:
+    """Mean over batches of loss_fn(model, batch).
+
+    Args:
+        model: None compares with its outputs as they are now.
+        batches: tensors, tuples or dicts; at least one.
+        loss_fn: (model, batch) -> scalar; None is `OutputError`.
+        fn: the public function that errors name.
+
+    Attributes:
+        run: run(model, batch), a pass that reaches every layer the loss depends on.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Any], loss_fn: LossFn | None, *, fn: str
+    ) -> None:
+        self._batches, self._fn = batches, fn
+        self._one: LossFn
+        self.run: LossFn
+        if loss_fn is None:
+            self._one = OutputError(model, batches, fn=fn)
+            self.run = partial(run_batch, fn=fn, argument="batches")
+        else:
+            self._one = self.run = loss_fn
+
+    def __call__(self, model: nn.Module) -> float:
+        """Of a model in the mode it is in.
+
+        Raises:
+            ValueError: the loss is no scalar.
+        """
+        return sum(self._scalar(self._one(model, batch)) for batch in self._batches) / len(
+            self._batches
+        )
+
+    def _scalar(self, loss: Any) -> float:
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(
+                f"{self._fn}: loss_fn: expected a scalar, got shape {tuple(loss.shape)}"
+            )
+        return float(loss)
+
+
+def check_measured(fn: str, batches: Any, loss_fn: Any) -> list[Any]:
+    """The batches that a loss is measured on, at least one.
+
+    Raises:
+        TypeError: batches is no iterable of batches, or loss_fn no function.
+        ValueError: there is no batch.
+    """
+    check_batches(fn, "batches", batches)
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"{fn}: loss_fn: expected a function, got {type(loss_fn).__name__}")
+    data = list(batches)
+    if not data:
+        raise ValueError(f"{fn}: batches: expected at least one batch, got none")
+    return data
+
+
 def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> float:
     """Mean over batches of ||f(batch) - f0(batch)||^2 / ||f0(batch)||^2.
 
@@ -68,13 +130,10 @@ def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Any])
         TypeError: batches is no iterable of batches, or an output holds no tensor.
         ValueError: there is no batch.
     """
-    check_batches("output_error", "batches", batches)
-    data = list(batches)
-    if not data:
-        raise ValueError("output_error: batches: expected at least one batch, got none")
-    error = OutputError(reference, data, fn="output_error")
+    data = check_measured("output_error", batches, None)
+    loss = MeanLoss(reference, data, None, fn="output_error")
     with calibrating(model):
-        return sum(error(model, batch) for batch in data) / len(data)
+        return loss(model)
 
 
 @dataclass(frozen=True)
