@@ -1,47 +1,47 @@
 """extract: a smaller model out of a trained one, without training: which layer gives up how much.
 
 Ranks fall along one path from the full model to the smallest one. A budget decides how far along it
-a model is cut, so a model for a smaller budget holds a prefix of every layer of a larger one.
+a model is cut, so a model for a smaller budget holds a prefix of every layer of a larger one; what
+is found there for one budget can then be refined, which gives that up.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from maestro_kernels.nn import LoDLinear, lod_layers, to_dense, ungroup
-from maestro_kernels.nn.conversion import in_place_of, swap_layers
 from maestro_kernels.nn.layer import check_int
-from maestro_kernels.nn.moments import check_batches
-from maestro_kernels.nn.pivoted import PivotedLinear, error_ratio
-from maestro_kernels.search.budget import Budget, Params, Speedup, check_budget
-from maestro_kernels.training.batchnorm import recalibrate_batchnorm
-from maestro_kernels.training.deployment_cost import (
-    Costs,
-    Way,
-    deployed,
-    measure_costs,
-    milliseconds,
-    observe,
-)
+from maestro_kernels.nn.moments import calibrating
+from maestro_kernels.search.budget import Budget, Params, check_budget
+from maestro_kernels.search.descent import Choice, descend, fits
+from maestro_kernels.search.layer_profile import Advance, progress_bar
+from maestro_kernels.search.layers import Observed, observe
+from maestro_kernels.search.refine import Refinement
+from maestro_kernels.search.solver import refined
+from maestro_kernels.search.trial import Trial
+from maestro_kernels.search.whole_model import LossFn, check_measured
+from maestro_kernels.training.batchnorm import batch_statistics, recalibrate_batchnorm
+from maestro_kernels.training.deployment import FORMS, Deployment, ways_to_try
 from maestro_kernels.training.layers import full_rank, require_layers, unwrapped
-from maestro_kernels.training.removal import Objective, additive, greedy, ranks_to_try
 
 __all__ = ["Extraction", "ExtractionPath", "Step", "extract", "extraction_report"]
 
-LossFn = Callable[[nn.Module, Any], Any]
 _REPORT = "_maestro_extraction"
-_FORMS = ("factors", "pivoted", "dense")
-_METHODS = ("greedy", "additive")
-# The [I; U] form may be this much less accurate than two matmuls on the factors.
-_ERROR_RATIO = 4.0
-# Rows of a layer's input on which that is checked.
-_ROWS = 256
+_ERRORS = ("measured", "additive")
+# What `errors` was called for as `method`.
+_METHODS = {"greedy": "measured", "additive": "additive"}
+# Stands for a loss that is not finite where sums have to stay ordered.
+_HOPELESS = 1e100
+Progress = bool | Advance | Callable[[float], None] | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Step:
     Attributes:
         layer: the layer that gave up rank on the way here, None at the start.
         cost: of the model here, each layer in its cheapest form.
-        loss: mean over the batches, measured by "greedy", predicted by "additive".
+        loss: mean over the batches, measured, or predicted where errors are "additive".
     """
 
     layer: str | None
@@ -72,6 +72,8 @@ class Extraction:
         full_loss: the same of the model it was cut from.
         ranks: per layer.
         forms: per layer, "factors", "pivoted" or "dense".
+        refined: losses measured on the way from the model on the path; None where there was
+            nothing to refine.
     """
 
     unit: str
@@ -81,6 +83,7 @@ class Extraction:
     full_loss: float
     ranks: dict[str, int] = field(default_factory=dict)
     forms: dict[str, str] = field(default_factory=dict)
+    refined: Refinement | None = None
 
 
 def extraction_report(model: nn.Module) -> Extraction | None:
@@ -95,24 +98,29 @@ def extract(
     *,
     batches: Iterable[Any],
     loss_fn: LossFn | None = None,
-    method: str = "greedy",
+    errors: str = "measured",
     levels: int = 16,
     min_rank: int = 1,
     multiple_of: int = 1,
-    forms: Sequence[str] = _FORMS,
-    progress: Callable[[float], None] | None = None,
+    forms: Sequence[str] = FORMS,
+    refine: bool = True,
+    passes: int | None = None,
+    progress: Progress = None,
+    method: str | None = None,
 ) -> nn.Module:
     """A smaller copy of a model with LoD layers that fits a budget; no training.
 
-    Layers give up components, the last ones first, where the loss on `batches` grows least for what
-    is saved, until the budget is met. Each is then deployed in the form that is cheapest under the
+    Layers give up components, the last ones first, greedily: always where the loss on `batches`
+    grows least for what is saved, until the budget is met. From there, or from uniform ranks if
+    their loss is lower, cost is moved between layers for as long as the measured loss falls, as
+    `search.allocate` does. Each layer is then deployed in the form that is cheapest under the
     budget: its factors cut to the rank; the [I; U] form (`PivotedLinear`), unless its error is more
     than four times that of the factors; or dense, at full rank. BatchNorm statistics are measured
     again on the batches. `extraction_report` tells ranks, forms, cost and loss.
 
     Models for several budgets come cheaper from one `ExtractionPath`, where ranks are nested: a
-    layer of a smaller model is a prefix of the same layer of a larger one. Separate calls walk
-    along the same path too, except for noise where milliseconds are measured.
+    layer of a smaller model is a prefix of the same layer of a larger one. Refined ranks are each
+    better for their own budget, and need not be nested.
 
     Args:
         model: holds LoD layers; it stays as it is. Wrappers of torch.compile and DDP are left out.
@@ -122,13 +130,19 @@ def extract(
             them; kept and passed many times. BatchNorm averages weigh them alike.
         loss_fn: (model, batch) -> scalar; None is the squared error of the model's first output
             against that at full rank, relative to its squared norm.
-        method: "greedy" measures the loss of the whole model after each step; "additive" measures
-            each layer alone at each rank once, and follows the exact optima of the sum.
+        errors: what the greedy steps go by. "measured": the loss of the whole model after each
+            step. "additive": each layer alone is measured at each rank once, and errors of layers
+            are taken to add up; the steps then follow the exact optima of the sum.
         levels: ranks to choose from per layer, evenly spaced; below the last halves of it follow.
         min_rank: lowest rank of a layer; 0 may remove it but for its bias.
         multiple_of: ranks are multiples of this where the full rank allows.
         forms: which of "factors", "pivoted" and "dense" may be used; "factors" must be among them.
-        progress: called with the share of the way to the budget, 0..1.
+        refine: False returns the model on the path.
+        passes: most passes over the batches to refine by; None is 16 and four for every layer, 0
+            only compares with uniform ranks.
+        progress: show a bar; None does so on a terminal. A function gets (text, done, total),
+            before the first pass of every stage the number that there may be.
+        method: deprecated: "greedy" is errors="measured", "additive" errors="additive".
 
     Returns:
         A new model in the mode of the old one; make an optimizer afterwards, if ever.
@@ -156,14 +170,14 @@ def extract(
         type(budget),
         batches=batches,
         loss_fn=loss_fn,
-        method=method,
+        errors=_renamed("extract", errors, method),
         levels=levels,
         min_rank=min_rank,
         multiple_of=multiple_of,
         forms=forms,
         fn="extract",
     )
-    return path.extract(budget, progress=progress)
+    return path.extract(budget, refine=refine, passes=passes, progress=progress)
 
 
 class ExtractionPath:
@@ -174,11 +188,12 @@ class ExtractionPath:
         kind: Params, MACs, Latency, Speedup or Memory: what the path saves.
         batches: this and the other arguments as in `extract`.
         loss_fn: see batches.
-        method: see batches.
+        errors: see batches.
         levels: see batches.
         min_rank: see batches.
         multiple_of: see batches.
         forms: see batches.
+        method: see batches.
         fn: the public function that errors name.
 
     Attributes:
@@ -194,54 +209,75 @@ class ExtractionPath:
         *,
         batches: Iterable[Any],
         loss_fn: LossFn | None = None,
-        method: str = "greedy",
+        errors: str = "measured",
         levels: int = 16,
         min_rank: int = 1,
         multiple_of: int = 1,
-        forms: Sequence[str] = _FORMS,
+        forms: Sequence[str] = FORMS,
+        method: str | None = None,
         fn: str = "ExtractionPath",
     ) -> None:
         require_layers(fn, model)
-        data = _checked(fn, kind, batches, loss_fn, method, forms)
+        if kind not in Budget.__args__:
+            raise TypeError(
+                f"{fn}: kind: expected Params, MACs, Latency, Speedup or Memory, got {kind!r}"
+            )
+        data = check_measured(fn, batches, loss_fn)
+        if isinstance(forms, str) or not set(forms) <= set(FORMS) or "factors" not in forms:
+            raise ValueError(f"{fn}: forms: expected some of {FORMS} with 'factors', got {forms!r}")
         check_int(fn, "levels", levels, 1)
         check_int(fn, "min_rank", min_rank, 0)
         check_int(fn, "multiple_of", multiple_of, 1)
-        self._fn, self._batches = fn, data
-        # The [I; U] form of (layer, rank), None where it is too inaccurate.
-        self._pivoted: dict[tuple[str, int], PivotedLinear | None] = {}
+        self._fn, self._kind, self._batches = fn, kind, data
+        self._measures_steps = _renamed(fn, errors, method) == "measured"
         self._model = copy.deepcopy(unwrapped(model))
         self._layers = require_layers(fn, self._model)
         for layer in self._layers.values():
             layer.rank = full_rank(layer)
-        self._objective = Objective(fn, self._model, data, loss_fn)
-        self._seen = observe(self._model, self._layers, data, self._objective.run)
-        for name, seen in self._seen.items():
-            if seen.x is None:
-                raise ValueError(f"{fn}: batches: expected batches that reach {name!r}, got none")
-        ranks = {
-            n: ranks_to_try(la, levels, min_rank, multiple_of) for n, la in self._layers.items()
+        self._trial = Trial(
+            self._model, {}, data, loss_fn, fn=fn, modules=self._layers, mode=_recalibrated
+        )
+        full = self._trial.measure()
+        if not math.isfinite(full):
+            raise ValueError(f"{fn}: loss_fn: expected a finite loss at full rank, got {full}")
+        seen = self._observed()
+        ways = {
+            name: ways_to_try(layer, levels, min_rank, multiple_of, forms)
+            for name, layer in self._layers.items()
         }
-        args = (self._model, self._layers, kind, self._seen, ranks, tuple(forms))
-        self._kind, self._costs = kind, measure_costs(*args)
-        if self._costs.unit == "ms":
-            self._costs = self._fitted()
-        self._at = [dict.fromkeys(self._layers, 0)]
-        self.steps = [Step(None, self._nominal(self._at[0]), self._objective.full)]
-        walk = greedy if method == "greedy" else additive
-        self._walk = walk(self._costs.levels, self._layers, self._objective)
+        run = self._trial.mean.run
+        self._deployment = Deployment(self._model, self._layers, seen, kind, ways, data[0], run)
+        self._path = self._deployment.path
+        start = tuple(len(c.ranks) - 1 for c in self._path.choices)
+        # Losses that were measured, by choice.
+        self._losses = {start: full}
+        self._at = [start]
+        self.steps = [Step(None, self._cost(start), full)]
+        self._walk: Iterator[tuple[str, Choice, float]] | None = None
 
     @property
     def unit(self) -> str:  # noqa: D102
-        return self._costs.unit
+        return self._kind.unit
 
     @property
     def dense(self) -> float:  # noqa: D102
-        return self._costs.dense
+        return self._path.dense.counted(self._kind)
 
     def extract(
-        self, budget: Budget, *, progress: Callable[[float], None] | None = None
+        self,
+        budget: Budget,
+        *,
+        refine: bool = False,
+        passes: int | None = None,
+        progress: Progress = None,
     ) -> nn.Module:
         """The first model on the path that fits the budget; see the function `extract`.
+
+        Args:
+            budget: of the kind of the path.
+            refine: go on from there by measuring; the model is then not nested with others.
+            passes: as in the function.
+            progress: as in the function.
 
         Raises:
             TypeError: not the kind of budget that the path is for.
@@ -252,133 +288,167 @@ class ExtractionPath:
             raise TypeError(
                 f"{fn}: budget: expected {self._kind.__name__}, got {type(budget).__name__}"
             )
-        limit = budget.limit(self._costs.dense)
-        for i in range(self._longest()):
-            if i == len(self.steps) and not self._advance(limit, progress):
-                break
-            # Sums of many costs carry rounding errors.
-            if self.steps[i].cost <= limit * (1 + 1e-9):
-                ways = self._ways(self._at[i])
-                cost = self._costs.total(way.cost for way in ways.values())
-                if cost <= limit * (1 + 1e-9):
-                    return self._build(self._at[i], ways, limit, cost)
-        raise ValueError(
-            f"{fn}: budget: expected at least {self.steps[-1].cost:.6g} {self.unit}, which the "
-            f"smallest model on the path costs, got {limit:.6g}"
-        )
+        if passes is not None:
+            check_int(fn, "passes", passes, 0)
+        with progress_bar(_three(fn, progress), fn) as advance:
+            choice = self._first(budget, advance)
+            refinement = None
+            if refine and choice != self._at[0]:
+                choice, refinement = refined(
+                    self._path.with_errors(self._finite_errors()),
+                    budget,
+                    choice,
+                    nullcontext(self._loss),
+                    passes,
+                    advance,
+                    lambda one: self._fits(one, budget),
+                )
+        return self._build(choice, budget, refinement)
 
-    def _longest(self) -> int:
-        return 1 + sum(len(levels) - 1 for levels in self._costs.levels.values())
+    def _observed(self) -> dict[str, Observed]:
+        run = self._trial.mean.run
+        seen = observe(self._model, self._layers, self._batches, run, keep_inputs=True)
+        for name, one in seen.items():
+            if one.x is None:
+                raise ValueError(
+                    f"{self._fn}: batches: expected batches that reach {name!r}, got none"
+                )
+        return seen
 
-    def _advance(self, limit: float, progress: Callable[[float], None] | None) -> bool:
-        """Append the next step of the walk; False at its end."""
-        layer, loss = next(self._walk, (None, math.nan))
-        if layer is None:
-            return False
-        at = dict(self._at[-1])
-        at[layer] += 1
-        self._at.append(at)
-        self.steps.append(Step(layer, self._nominal(at), loss))
-        if progress is not None:
-            start = self.steps[0].cost
-            share = (start - self.steps[-1].cost) / max(start - limit, 1e-12)
-            progress(min(max(share, 0.0), 1.0))
-        return True
+    def _loss(self, choice: Choice) -> float:
+        """Measured at most once for each choice; infinite where it is not finite."""
+        if choice not in self._losses:
+            pairs = zip(self._path.choices, choice, strict=True)
+            loss = self._trial.measure({c.layer.name: c.ranks[j] for c, j in pairs})
+            self._losses[choice] = math.inf if math.isnan(loss) else loss
+        return self._losses[choice]
 
-    def _nominal(self, at: Mapping[str, int]) -> float:
-        return self._costs.total(self._costs.levels[n][i].cost for n, i in at.items())
-
-    def _ways(self, at: Mapping[str, int]) -> dict[str, Way]:
-        """The cheapest form of each layer that is accurate enough."""
-        found = {}
-        for name, i in at.items():
-            level = self._costs.levels[name][i]
-            found[name] = next(
-                way
-                for way in level.ways
-                if way.form != "pivoted" or self._is_accurate(name, level.rank)
-            )
+    def _alone(self, advance: Advance) -> list[np.ndarray[Any, Any]]:
+        """What each layer alone adds to the loss at each of its ranks."""
+        full = self._at[0]
+        total, done = sum(full), 0
+        told = f"measuring {len(full)} layers: {total} passes"
+        advance(told, 0, total)
+        found = []
+        for i, top in enumerate(full):
+            errors = np.zeros(top + 1)
+            for j in range(top):
+                loss = self._loss((*full[:i], j, *full[i + 1 :]))
+                errors[j] = min(loss - self._losses[full], _HOPELESS)
+                advance(told, done := done + 1, total)
+            found.append(errors)
         return found
 
-    def _is_accurate(self, name: str, rank: int) -> bool:
-        if (name, rank) not in self._pivoted:
-            layer, x = self._layers[name], self._seen[name].x
-            assert isinstance(layer, LoDLinear)
-            assert x is not None
-            rows = x.reshape(-1, layer.in_features)[:_ROWS].to(layer.v.dtype)
-            before = layer.rank
-            layer.rank = rank
-            made = PivotedLinear.from_lod(layer)
-            accurate = error_ratio(layer, made, rows) <= _ERROR_RATIO
-            layer.rank = before
-            self._pivoted[name, rank] = made if accurate else None
-        return self._pivoted[name, rank] is not None
+    def _finite_errors(self) -> list[np.ndarray[Any, Any]]:
+        """Of the path's choices, infinite where there is no hope."""
+        errors = (c.costs.error for c in self._path.choices)
+        return [np.where(error < _HOPELESS, error, np.inf) for error in errors]
 
-    def _build(
-        self, at: Mapping[str, int], ways: Mapping[str, Way], limit: float, cost: float
-    ) -> nn.Module:
-        model = self._deploy(at, ways)
-        run = self._objective.run
-        recalibrate_batchnorm(model, self._batches, run=run)
+    def _steps(self, advance: Advance) -> Iterator[tuple[str, Choice, float]]:
+        """Layer by layer down to the smallest model, one rank at a time."""
+        self._path = self._path.with_errors(self._alone(advance))
+        at = list(self._at[0])
+
+        def measured(choice: Choice) -> float:
+            return min(self._loss(choice), _HOPELESS)
+
+        measure = measured if self._measures_steps else None
+        for i, end in descend(self._path.options(self._kind), measure):
+            while at[i] > end:
+                at[i] -= 1
+                choice = tuple(at)
+                added = self._path.costs(choice).error
+                loss = self.steps[0].loss + added if measure is None else measure(choice)
+                yield self._path.choices[i].layer.name, choice, loss
+
+    def _first(self, budget: Budget, advance: Advance) -> Choice:
+        """The first choice on the path that the budget can pay for in forms that are accurate."""
+        limit = budget.limit(self.dense)
+        start = self.steps[0].cost
+        for k in range(1 + sum(self._at[0])):
+            if k == len(self.steps):
+                if self._walk is None:
+                    self._walk = self._steps(advance)
+                layer, choice, loss = next(self._walk)
+                self._at.append(choice)
+                self.steps.append(Step(layer, self._cost(choice), loss))
+                share = (start - self.steps[-1].cost) / max(start - limit, 1e-12)
+                advance(f"removing: loss {loss:.4g}", round(100 * min(max(share, 0.0), 1.0)), 100)
+            if fits(self.steps[k].cost, limit) and self._fits(self._at[k], budget):
+                return self._at[k]
+        raise ValueError(
+            f"{self._fn}: budget: expected at least {self.steps[-1].cost:.6g} {self.unit}, which "
+            f"the smallest model on the path costs, got {limit:.6g}"
+        )
+
+    def _cost(self, choice: Choice) -> float:
+        return self._path.costs(choice).counted(self._kind)
+
+    def _fits(self, choice: Choice, budget: Budget) -> bool:
+        deployment = self._deployment
+        return fits(deployment.cost(deployment.ways(choice)), budget.limit(self.dense))
+
+    def _build(self, choice: Choice, budget: Budget, refinement: Refinement | None) -> nn.Module:
+        deployment = self._deployment
+        ways = deployment.ways(choice)
+        model = deployment.made(ways)
+        mean = self._trial.mean
+        recalibrate_batchnorm(model, self._batches, run=mean.run)
+        with calibrating(model):
+            loss = mean(model)
+        chosen = {c.layer.name: (c, k) for c, k in zip(deployment.every.choices, ways, strict=True)}
         report = Extraction(
             self.unit,
-            limit,
-            cost,
-            self._objective.of(model),
-            self._objective.full,
-            {name: self._costs.levels[name][i].rank for name, i in at.items()},
-            {name: way.form for name, way in ways.items()},
+            budget.limit(self.dense),
+            deployment.cost(ways),
+            loss,
+            self.steps[0].loss,
+            {name: int(c.ranks[k]) for name, (c, k) in chosen.items()},
+            {name: c.forms[k] for name, (c, k) in chosen.items()},
+            refinement,
         )
         setattr(model, _REPORT, report)
         return model
 
-    def _deploy(self, at: Mapping[str, int], ways: Mapping[str, Way]) -> nn.Module:
-        twin = copy.deepcopy(self._model)
-        # Copies of a model list their layers in the same order, under whatever name.
-        layers = dict(zip(self._layers, lod_layers(twin).values(), strict=True))
-        made: dict[nn.Module, nn.Module] = {}
-        for name, layer in layers.items():
-            rank = self._costs.levels[name][at[name]].rank
-            made_before = self._pivoted.get((name, rank))
-            if ways[name].form == "pivoted" and made_before is not None:
-                new = in_place_of(layer, copy.deepcopy(made_before), share=True)
-            else:
-                new = deployed(layer, rank, ways[name].form)
-            if new is not layer:
-                made[layer] = new
-        ungroup(twin, only=made)
-        return swap_layers(twin, made, inplace=True)
 
-    def _fitted(self) -> Costs:
-        """Milliseconds such that both ends of the path cost what the whole models take."""
-        levels = self._costs.levels
-        last = {name: len(of_layer) - 1 for name, of_layer in levels.items()}
-        models = {
-            end: self._deploy(at, {n: levels[n][i].ways[0] for n, i in at.items()})
-            for end, at in (("dearest", dict.fromkeys(levels, 0)), ("cheapest", last))
-        }
-        if self._kind is Speedup:
-            models["dense"] = to_dense(self._model, inplace=False)
-        ms = milliseconds(models, self._batches[0], self._objective.run)
-        costs = self._costs.through(ms["dearest"], ms["cheapest"])
-        return Costs(costs.unit, levels, ms.get("dense", 0.0), costs.fixed, costs.scale)
+@contextmanager
+def _recalibrated(model: nn.Module) -> Iterator[None]:
+    """Eval mode, but as if BatchNorm were recalibrated."""
+    with calibrating(model), batch_statistics(model):
+        yield
 
 
-def _checked(
-    fn: str, kind: Any, batches: Any, loss_fn: Any, method: Any, forms: Sequence[str]
-) -> list[Any]:
-    if kind not in Budget.__args__:
-        raise TypeError(
-            f"{fn}: kind: expected Params, MACs, Latency, Speedup or Memory, got {kind!r}"
+def _renamed(fn: str, errors: str, method: str | None) -> str:
+    """`errors`, which was called `method` and had other values."""
+    if method is not None:
+        if method not in _METHODS:
+            raise ValueError(f"{fn}: method: expected one of {tuple(_METHODS)}, got {method!r}")
+        errors = _METHODS[method]
+        warnings.warn(
+            f"{fn}: method={method!r} is now errors={errors!r}: both walks are greedy",
+            DeprecationWarning,
+            stacklevel=3,
         )
-    check_batches(fn, "batches", batches)
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"{fn}: loss_fn: expected a function, got {type(loss_fn).__name__}")
-    if method not in _METHODS:
-        raise ValueError(f"{fn}: method: expected one of {_METHODS}, got {method!r}")
-    if isinstance(forms, str) or not set(forms) <= set(_FORMS) or "factors" not in forms:
-        raise ValueError(f"{fn}: forms: expected some of {_FORMS} with 'factors', got {forms!r}")
-    data = list(batches)
-    if not data:
-        raise ValueError(f"{fn}: batches: expected at least one batch, got none")
-    return data
+    if errors not in _ERRORS:
+        raise ValueError(f"{fn}: errors: expected one of {_ERRORS}, got {errors!r}")
+    return errors
+
+
+def _three(fn: str, progress: Any) -> bool | Advance | None:
+    """`progress` as a function of (text, done, total); one of a share alone is deprecated."""
+    if not callable(progress):
+        found: bool | None = progress
+        return found
+    try:
+        inspect.signature(progress).bind("", 0, 1)
+    except TypeError:
+        warnings.warn(
+            f"{fn}: progress: expected a function of (text, done, total), got one of a share, "
+            "which is deprecated",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        return lambda text, done, total: progress(done / max(total, 1))
+    except ValueError:  # A builtin without a signature.
+        pass
+    return progress
