@@ -461,6 +461,27 @@ def test_a_refined_model_fits_in_forms_that_are_accurate(monkeypatch):
         assert report.cost <= report.limit
 
 
+def test_a_path_goes_on_after_an_error():
+    calls, data = [], inputs()
+
+    def loss(model, x):
+        calls.append(1)
+        if len(calls) in (9, 61):
+            raise KeyboardInterrupt
+        return model(x).square().mean()
+
+    path = training.ExtractionPath(two_layers((0.7, 0.85)), batches=data, loss_fn=loss)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            path.extract(search.Params(0.2))
+    ranks = training.extraction_report(path.extract(search.Params(0.2))).ranks
+    passes, calls[:] = len(calls), [1] * 100
+    again = training.ExtractionPath(two_layers((0.7, 0.85)), batches=data, loss_fn=loss)
+    assert ranks == training.extraction_report(again.extract(search.Params(0.2))).ranks
+    # Two passes began in vain.
+    assert passes <= len(calls) - 100 + 2 * len(data)
+
+
 def test_old_names_still_work():
     model, data = two_layers(), inputs()
     for method, errors in (("greedy", "measured"), ("additive", "additive")):

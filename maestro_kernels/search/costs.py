@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,14 +73,14 @@ class Costs(Generic[Amount]):
 
     def __add__(self: Costs[float], other: Costs[float]) -> Costs[float]:
         """Of two parts together; None where the times of one are not known."""
-        ms = None if self.ms is None or other.ms is None else self.ms + other.ms
-        return Costs(
-            self.error + other.error,
-            self.weights + other.weights,
-            self.macs + other.macs,
-            self.bytes + other.bytes,
-            ms,
-        )
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        sums: list[Any] = [None if a is None or b is None else a + b for a, b in pairs]
+        return Costs(*sums)
+
+    def each(self, take: Callable[[Any], Any]) -> Costs[Any]:
+        """`take` of every column that is known."""
+        found: list[Any] = [None if c is None else take(c) for c in vars(self).values()]
+        return Costs(*found)
 
 
 @dataclass(frozen=True)
@@ -101,27 +101,12 @@ class Choices:
 
     def keep(self, index: NDArray[np.int64] | Sequence[int]) -> Choices:
         """These choices alone."""
-        c = self.costs
-        costs = Costs(
-            c.error[index],
-            c.weights[index],
-            c.macs[index],
-            c.bytes[index],
-            None if c.ms is None else c.ms[index],
-        )
-        ranks = tuple(self.ranks[i] for i in index)
-        return Choices(self.layer, ranks, tuple(self.forms[i] for i in index), costs)
+        ranks, forms = zip(*((self.ranks[i], self.forms[i]) for i in index), strict=True)
+        return Choices(self.layer, ranks, forms, self.costs.each(lambda column: column[index]))
 
     def at(self, j: int) -> Costs[float]:
         """Of one choice."""
-        c = self.costs
-        return Costs(
-            float(c.error[j]),
-            float(c.weights[j]),
-            float(c.macs[j]),
-            float(c.bytes[j]),
-            None if c.ms is None else float(c.ms[j]),
-        )
+        return self.costs.each(lambda column: float(column[j]))
 
 
 def choices(

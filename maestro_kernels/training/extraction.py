@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -361,15 +362,23 @@ class ExtractionPath:
                 loss = self.steps[0].loss + added if measure is None else measure(choice)
                 yield self._path.choices[i].layer.name, choice, loss
 
+    def _next(self, advance: Advance) -> tuple[str, Choice, float]:
+        """The next step; after an error, what was measured is not measured again."""
+        if self._walk is None:
+            self._walk = itertools.islice(self._steps(advance), len(self.steps) - 1, None)
+        try:
+            return next(self._walk)
+        except BaseException:
+            self._walk = None
+            raise
+
     def _first(self, budget: Budget, advance: Advance) -> Choice:
         """The first choice on the path that the budget can pay for in forms that are accurate."""
         limit = budget.limit(self.dense)
         start = self.steps[0].cost
         for k in range(1 + sum(self._at[0])):
             if k == len(self.steps):
-                if self._walk is None:
-                    self._walk = self._steps(advance)
-                layer, choice, loss = next(self._walk)
+                layer, choice, loss = self._next(advance)
                 self._at.append(choice)
                 self.steps.append(Step(layer, self._cost(choice), loss))
                 share = (start - self.steps[-1].cost) / max(start - limit, 1e-12)
