@@ -89,7 +89,7 @@ def refine(
             if not fits(candidate):
                 continue
             value = meter(candidate)
-            if value < low * (1 - _WORTH):
+            if value < low - _WORTH * abs(low):
                 better, low = candidate, value
                 break
         if better is None:
