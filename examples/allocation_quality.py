@@ -55,9 +55,9 @@ def plant(model: nn.Module, exponents: Callable[[], float]) -> None:
     """Give each layer's matrix the singular values i^-a and random vectors, at its own norm."""
     modules = dict(model.named_modules())
     for name, one in mk.nn.classify(model).items():
-        weight = modules[name].weight
         if one.reason is not None:
             continue
+        weight = modules[name].weight
         rows, columns = weight.flatten(1).shape
         rank = min(rows, columns)
         left, right = (torch.linalg.qr(torch.randn(n, rank)).Q for n in (rows, columns))
