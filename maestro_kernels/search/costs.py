@@ -89,7 +89,7 @@ class Choices:
 
     Attributes:
         layer: whose.
-        ranks: the choices; "dense" comes last.
+        ranks: the choices, rising, "dense" last; a rank may come in several forms.
         forms: what the layer is at each: "factors", "pivoted" ([I; U]) or "dense".
         costs: of each choice.
     """
