@@ -88,6 +88,7 @@ def test_a_loss_below_zero_falls_too(seed):
 def test_choices_beyond_hope_are_left_alone(seed):
     """Low ranks of one layer break the model: alone (its error is infinite), or with others."""
     options, finite = problem(seed)
+    options = [(costs, errors.copy()) for costs, errors in options]
     options[0][1][:3] = np.inf
     limit = 0.5 * sum(costs[-1] for costs, _ in options)
 
@@ -99,6 +100,11 @@ def test_choices_beyond_hope_are_left_alone(seed):
     assert cost(options, start) <= limit
     found, record = refine(options, [start], limit, loss, 200)
     assert cost(options, found) <= limit
+    assert record.loss == loss(found) < loss(start)
+    # A layer whose own error is infinite where it stands may stay there.
+    options[1][1][2] = np.inf
+    found, record = refine(options, [start], limit, loss, 200)
+    assert found[1] == 2
     assert record.loss == loss(found) < loss(start)
     hopeless, record = refine(options, [(0, 0, 0, 0)], limit, loss, 200)
     assert (hopeless, record.passes) == ((0, 0, 0, 0), 1)

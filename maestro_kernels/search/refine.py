@@ -159,7 +159,8 @@ def _probed(
             down = fronts[i][0]
         if up is None and costs[fronts[i][-1]] > costs[here]:
             up = fronts[i][-1]
-        relative = np.where(np.isfinite(errors), errors, np.nan) - errors[here]
+        known = np.where(np.isfinite(errors), errors, np.nan)
+        relative = known - known[here]
         near, far = np.full(len(costs), np.nan), relative.copy()
         near[here] = far[here] = 0.0
         measured: list[int | None] = []
@@ -168,11 +169,11 @@ def _probed(
                 measured.append(None)
                 continue
             change = meter((*now[:i], probe, *now[i + 1 :])) - low
-            if not np.isfinite(change):
+            scale = change / relative[probe] if relative[probe] else 0.0
+            if not np.isfinite(scale):
                 far[side] = np.nan
                 measured.append(None)
                 continue
-            scale = change / relative[probe] if relative[probe] else 0.0
             far[side] = relative[side] * scale
             within = side & (np.abs(costs - costs[here]) <= abs(costs[probe] - costs[here]))
             near[within] = far[within]
