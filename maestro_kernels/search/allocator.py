@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from maestro_kernels.search.costs import (
     layer_latency,
     multiples,
 )
-from maestro_kernels.search.descent import Choice, Solution, hull_path
+from maestro_kernels.search.descent import Choice, hull_path
 from maestro_kernels.search.layer_profile import Advance, progress_bar
 from maestro_kernels.search.layers import (
     Layer,
@@ -35,12 +36,11 @@ from maestro_kernels.search.layers import (
     storage_bytes,
 )
 from maestro_kernels.search.model_profile import ModelProfile, profile_model
-from maestro_kernels.search.refine import Refinement
 from maestro_kernels.search.sensitivities import LayerSensitivity, Sensitivity
 from maestro_kernels.search.sensitivities import sensitivity as find_sensitivity
 from maestro_kernels.search.solver import METHODS, Problem, refined, solve
 from maestro_kernels.search.trial import Factors, Trial, factors_of
-from maestro_kernels.search.whole_model import LossFn, check_measured, measure_model, present
+from maestro_kernels.search.whole_model import LossFn, check_measured, measure_models, present
 
 __all__ = ["allocate"]
 
@@ -143,14 +143,20 @@ def allocate(
     found, least = solve(problem, budget, method, known)
     if found is None:
         raise ValueError(_impossible(problem, budget, method, least))
-    refinement = None
+    choice, gap, refinement = found.choice, found.gap, None
     if data is not None:
         measuring = _measuring(problem, known, model, data, loss_fn)
         with progress_bar(progress, "allocate") as advance:
-            choice, refinement = refined(problem, budget, found.choice, measuring, passes, advance)
-        if choice != found.choice:
-            found = problem.solution(budget, choice)
-    return _allocation(problem, budget, method, sensitivity.unit, timing, found, refinement)
+            choice, refinement = refined(problem, budget, choice, measuring, passes, advance)
+        # No method tells the gap of what was found by measuring.
+        gap = gap if choice == found.choice else math.nan
+    unit, rows = sensitivity.unit, _rows(problem, timing, choice)
+    predicted, dense = problem.costs(choice), problem.dense
+    path = hull_path(problem.options(budget))
+    trade_off = tuple((problem.value(budget, s.cost), s.error) for s in path)
+    return Allocation(
+        budget, method, unit, rows, predicted, dense, gap, trade_off, refinement
+    )  # fmt: skip
 
 
 def _check_refinement(batches: Any, loss_fn: Any, passes: Any, method: str) -> list[Any] | None:
@@ -334,7 +340,7 @@ def _of_profile(
     if batch is None:
         return _Timing(rows, one, 0.0)
     now = present(model, layers)
-    total = measure_model(model, batch).ms
+    total = measure_models({"model": model}, batch, seconds=2.0)["model"].ms
     known = sum(one(layer, now[name]) for name, layer in layers.items())
     # Layers by themselves, with cold caches, may take longer than the model they are from.
     scale = min(1.0, total / known)
@@ -381,30 +387,11 @@ def _impossible(problem: Problem, budget: Budget, method: str, least: float) -> 
     )
 
 
-def _allocation(
-    problem: Problem,
-    budget: Budget,
-    method: str,
-    unit: str,
-    timing: _Timing,
-    found: Solution,
-    refinement: Refinement | None,
-) -> Allocation:
+def _rows(problem: Problem, timing: _Timing, choice: Choice) -> tuple[LayerChoice, ...]:
     rows = []
-    for c, j in zip(problem.choices, found.choice, strict=True):
+    for c, j in zip(problem.choices, choice, strict=True):
         costs, rank, layer = c.at(j), c.ranks[j], c.layer
         dense = None if timing.layer is None else timing.layer(layer, _largest(layer))
         weights = layer.weights(rank)
         rows.append(LayerChoice(layer, rank, costs.error, weights, costs.ms, dense))
-    path = hull_path(problem.options(budget))
-    return Allocation(
-        budget,
-        method,
-        unit,
-        tuple(rows),
-        problem.costs(found.choice),
-        problem.dense,
-        found.gap,
-        tuple((problem.value(budget, s.cost), s.error) for s in path),
-        refinement,
-    )
+    return tuple(rows)

@@ -7,7 +7,6 @@ measuring the whole model.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -58,16 +57,6 @@ class Problem:
         """What the model costs."""
         parts = (c.at(j) for c, j in zip(self.choices, choice, strict=True))
         return sum(parts, start=self.beside)
-
-    def solution(self, budget: Budget, choice: Choice) -> Solution:
-        """A choice that no method tells the gap of."""
-        chosen = list(zip(self.options(budget), choice, strict=True))
-        return Solution(
-            choice,
-            sum(float(costs[j]) for (costs, _), j in chosen),
-            sum(float(errors[j]) for (_, errors), j in chosen),
-            math.nan,
-        )
 
     def keep(self, index: Sequence[NDArray[np.int64] | Sequence[int]]) -> Problem:
         """With these choices of each layer alone."""

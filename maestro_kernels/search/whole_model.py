@@ -14,7 +14,7 @@ from maestro_kernels.measure.heap import keeping_memory
 from maestro_kernels.measure.timing import Clock, CpuClock, CudaClock, interleave
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, check_batches, run_batch
-from maestro_kernels.search.layers import considered, count_rows, first_tensor
+from maestro_kernels.search.layers import first_tensor
 
 __all__ = [
     "LossFn",
@@ -22,7 +22,6 @@ __all__ = [
     "Measurement",
     "OutputError",
     "check_measured",
-    "measure_model",
     "measure_models",
     "output_error",
     "present",
@@ -144,67 +143,43 @@ class Measurement:
         ms: median milliseconds of a forward pass.
         p20: 20th percentile.
         p80: 80th percentile.
-        rows: rows of x in each call of each layer whose rank can be chosen.
-        ranks: what those layers ran at.
     """
 
     ms: float
     p20: float
     p80: float
-    rows: dict[str, tuple[int, ...]]
-    ranks: dict[str, int | str]
-
-
-def measure_model(model: nn.Module, batch: Any, *, seconds: float = 2.0) -> Measurement:
-    """Time a model's forward pass on one batch, in eval mode without gradients.
-
-    Args:
-        model: on the CPU or a GPU.
-        batch: a tensor (model(x)), tuple (model(*t)) or dict (model(**d)).
-        seconds: time to spend; at least six passes.
-
-    Raises:
-        TypeError: model is no module, or batch is none of those.
-        ValueError: no layer's rank can be chosen.
-    """
-    return measure_models({"model": model}, batch, seconds=seconds)["model"]
 
 
 def measure_models(
-    models: Mapping[str, nn.Module], batch: Any, *, seconds: float = 4.0
+    models: Mapping[str, nn.Module],
+    batch: Any,
+    *,
+    seconds: float = 4.0,
+    run: Callable[[nn.Module, Any], Any] | None = None,
 ) -> dict[str, Measurement]:
-    """Time several models on one batch in turns, so that a busy machine is busy for all of them.
+    """Time the forward passes of several models on one batch in turns, in eval mode.
 
-    Memory that a pass frees stays in the process meanwhile, as with MALLOC_TRIM_THRESHOLD_: what
-    giving it back costs depends on the process's history.
+    A busy machine is then busy for all of them. Memory that a pass frees stays in the process
+    meanwhile, as with MALLOC_TRIM_THRESHOLD_: what giving it back costs depends on the process's
+    history.
 
     Args:
-        models: name -> model.
-        batch: as `measure_model`.
+        models: name -> model, on the CPU or a GPU.
+        batch: a tensor (model(x)), tuple (model(*t)) or dict (model(**d)).
         seconds: for all models together; at least six passes each.
+        run: run(model, batch) in place of these calls.
+
+    Raises:
+        TypeError: batch is none of those.
     """
-    fn = "measure_model"
-    layers = {name: considered(model, fn=fn) for name, model in models.items()}
-    rows = {name: count_rows(model, layers[name], batch, fn=fn) for name, model in models.items()}
-
-    def call(model: nn.Module) -> Callable[[], object]:
-        return lambda: run_batch(model, batch, fn=fn, argument="batch")
-
+    call = partial(run_batch, fn="measure_models", argument="batch") if run is None else run
     with ExitStack() as stack:
         stack.enter_context(keeping_memory())
         for model in models.values():
             stack.enter_context(calibrating(model))
-        found = interleave(
-            {name: call(model) for name, model in models.items()},
-            seconds=seconds,
-            clock=_clock(models),
-        )
-    return {
-        name: Measurement(
-            s.p50 * 1e3, s.p20 * 1e3, s.p80 * 1e3, rows[name], present(models[name], layers[name])
-        )
-        for name, s in found.items()
-    }
+        calls = {name: partial(call, model, batch) for name, model in models.items()}
+        found = interleave(calls, seconds=seconds, clock=_clock(models))
+    return {n: Measurement(s.p50 * 1e3, s.p20 * 1e3, s.p80 * 1e3) for n, s in found.items()}
 
 
 def present(model: nn.Module, names: Iterable[str]) -> dict[str, int | str]:

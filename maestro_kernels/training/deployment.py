@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 from maestro_kernels.measure.timing import interleave
 from maestro_kernels.nn import LoDLayer, LoDLinear, lod_layers, to_dense, ungroup
 from maestro_kernels.nn.conversion import dense_form, in_place_of, swap_layers
-from maestro_kernels.nn.moments import calibrating
 from maestro_kernels.nn.pivoted import PivotedLinear, error_ratio
 from maestro_kernels.search.budget import Budget, Speedup
 from maestro_kernels.search.costs import Choices, Costs, below_steps, choices, current_bytes
 from maestro_kernels.search.descent import Choice
 from maestro_kernels.search.layers import Observed, factorised_layer, storage_bytes
 from maestro_kernels.search.solver import Problem
+from maestro_kernels.search.whole_model import measure_models
 from maestro_kernels.training.layers import full_rank
 
 __all__ = ["FORMS", "Deployment", "ways_to_try"]
@@ -153,7 +152,8 @@ class Deployment:
         models = {"dearest": self.made(dearest), "cheapest": self.made(cheapest)}
         if self._kind is Speedup:
             models["dense"] = to_dense(self._model, inplace=False)
-        ms = _milliseconds(models, batch, run)
+        found = measure_models(models, batch, seconds=2.0, run=run)
+        ms = {name: one.ms for name, one in found.items()}
         first, last = self.cost(dearest), self.cost(cheapest)
         scale = 1.0
         # Else it is noise: the layers hardly count, or nothing can be removed.
@@ -255,14 +255,3 @@ def _call(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         return y
 
     return call
-
-
-def _milliseconds(
-    models: Mapping[str, nn.Module], batch: Any, run: Callable[[nn.Module, Any], Any]
-) -> dict[str, float]:
-    """Median time of run(model, batch) in eval mode without gradients, the models in turns."""
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(calibrating(model))
-        calls = {name: partial(run, model, batch) for name, model in models.items()}
-        return {name: s.p50 * 1e3 for name, s in interleave(calls, seconds=2.0).items()}
