@@ -23,21 +23,21 @@ STAGES = ("prepare", "profile", "measure", "report", "all")
 COMMAND = "python examples/allocate_random.py"
 
 
-def gpt2() -> tuple[nn.Module, list[torch.Tensor]]:
+def gpt2(seed: int = 0) -> tuple[nn.Module, list[torch.Tensor]]:
     """GPT-2 small (12 layers, 768 wide) and batches of 2 x 64 random tokens."""
     from transformers import GPT2Config, GPT2Model
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = GPT2Config(use_cache=False)
     model = GPT2Model(config).eval()
     return model, [torch.randint(config.vocab_size, (2, 64)) for _ in range(36)]
 
 
-def vit() -> tuple[nn.Module, list[torch.Tensor]]:
+def vit(seed: int = 0) -> tuple[nn.Module, list[torch.Tensor]]:
     """ViT-S/16 (12 layers, 384 wide) and batches of 2 random images, smooth as photographs are."""
     from transformers import ViTConfig, ViTModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = ViTConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6)
     model = ViTModel(config, add_pooling_layer=False).eval()
     coarse = [torch.randn(2, 3, 28, 28) for _ in range(16)]

@@ -210,7 +210,7 @@ def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str])
             model,
             batches=[tokens],
             loss_fn=loss,
-            method="additive",
+            errors="additive",
             levels=LEVELS,
             min_rank=MIN_RANK,
             forms=forms,

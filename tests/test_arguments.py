@@ -32,7 +32,7 @@ def layer():
         lambda: mk.refresh(module=layer()),
         lambda: mk.set_ranks(layer(), new={"0": 2}),
         lambda: mk.convert(
-            nn.Sequential(nn.Linear(16, 16)), 4, init="data", data=[torch.randn(64, 16)]
+            nn.Sequential(nn.Linear(16, 16)), 4, init="data", batches=[torch.randn(64, 16)]
         ),
     ],
 )

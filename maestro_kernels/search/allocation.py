@@ -14,45 +14,13 @@ from maestro_kernels.nn.active_ranks import ranks as present_ranks
 from maestro_kernels.nn.active_ranks import set_ranks
 from maestro_kernels.nn.conversion import convert
 from maestro_kernels.nn.layer import LoDLayer
-from maestro_kernels.search.budget import Budget, Latency, MACs, Memory, Params, Speedup
+from maestro_kernels.search.budget import Budget, MACs, Memory, Params, Speedup
+from maestro_kernels.search.costs import Costs
 from maestro_kernels.search.layers import Layer
 from maestro_kernels.search.refine import Refinement
 from maestro_kernels.search.whole_model import measure_models, output_error
 
-__all__ = ["Allocation", "Costs", "LayerChoice", "Verification"]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What ranks were predicted to cost.
-
-    Attributes:
-        error: sum of the layers' errors, in the unit of the sensitivity.
-        weights: in the layers considered.
-        macs: multiply-adds in these layers for a batch, for one row where rows are unknown.
-        bytes: of all parameters and buffers of the model.
-        ms: milliseconds of the model for the batch; None without a profile.
-    """
-
-    error: float
-    weights: float
-    macs: float
-    bytes: float
-    ms: float | None
-
-    def of(self, budget: Budget, dense: Costs) -> float:
-        """In the budget's own measure: a fraction, milliseconds, a speed-up, or bytes."""
-        if isinstance(budget, Params):
-            return self.weights / dense.weights
-        if isinstance(budget, MACs):
-            return self.macs / dense.macs
-        if isinstance(budget, Memory):
-            return self.bytes
-        assert self.ms is not None
-        if isinstance(budget, Latency):
-            return self.ms
-        assert dense.ms is not None
-        return dense.ms / self.ms
+__all__ = ["Allocation", "LayerChoice", "Verification"]
 
 
 @dataclass(frozen=True)
@@ -98,8 +66,8 @@ class Allocation(Mapping[str, int | str]):
     method: str
     unit: str
     layers: tuple[LayerChoice, ...]
-    predicted: Costs
-    dense: Costs
+    predicted: Costs[float]
+    dense: Costs[float]
     gap: float
     trade_off: tuple[tuple[float, float], ...]
     refined: Refinement | None = None

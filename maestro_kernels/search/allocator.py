@@ -2,53 +2,49 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from maestro_kernels.arguments import check_int
 from maestro_kernels.nn.candidates import Selector
-from maestro_kernels.nn.moments import check_batches, input_moments
-from maestro_kernels.search import knapsack, rules
-from maestro_kernels.search.allocation import Allocation, Costs, LayerChoice, reachable
-from maestro_kernels.search.budget import (
-    Budget,
-    Latency,
-    MACs,
-    Memory,
-    Params,
-    Speedup,
-    check_budget,
-)
+from maestro_kernels.nn.moments import input_moments
+from maestro_kernels.search.allocation import Allocation, LayerChoice, reachable
+from maestro_kernels.search.budget import Budget, Latency, Speedup, check_budget
 from maestro_kernels.search.costs import (
     Choices,
+    Costs,
     LatencyProfile,
     below_steps,
     choices,
     current_bytes,
     layer_latency,
+    multiples,
 )
+from maestro_kernels.search.descent import Choice, hull_path
 from maestro_kernels.search.layer_profile import Advance, progress_bar
-from maestro_kernels.search.layers import Layer, at_full_rank, considered, count_rows, storage_bytes
+from maestro_kernels.search.layers import (
+    Layer,
+    at_full_rank,
+    considered,
+    count_rows,
+    module_dtype,
+    storage_bytes,
+)
 from maestro_kernels.search.model_profile import ModelProfile, profile_model
-from maestro_kernels.search.refine import Refinement, refine
 from maestro_kernels.search.sensitivities import LayerSensitivity, Sensitivity
 from maestro_kernels.search.sensitivities import sensitivity as find_sensitivity
+from maestro_kernels.search.solver import METHODS, Problem, refined, solve
 from maestro_kernels.search.trial import Factors, Trial, factors_of
-from maestro_kernels.search.whole_model import LossFn, measure_model, present
+from maestro_kernels.search.whole_model import LossFn, check_measured, measure_models, present
 
 __all__ = ["allocate"]
 
 _FN = "allocate"
-_METHODS = ("exact", "greedy", "threshold", "uniform")
-Array = NDArray[np.float64]
 
 
 def allocate(
@@ -132,30 +128,35 @@ def allocate(
         (arXiv 2407.11239).
     """
     check_budget(_FN, budget)
-    if method not in _METHODS:
-        raise ValueError(f"{_FN}: method: expected one of {_METHODS}, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"{_FN}: method: expected one of {METHODS}, got {method!r}")
     check_int(_FN, "multiple_of", multiple_of, 1)
     check_int(_FN, "min_rank", min_rank, 0)
     data = _check_refinement(batches, loss_fn, passes, method)
     layers = considered(model, include, exclude, fn=_FN)
     sensitivity = _check_sensitivity(model, layers, sensitivity, include, exclude)
     layers = {name: layer for name, layer in layers.items() if name in sensitivity.layers}
-    timing = _times(model, layers, budget, sensitivity, profile, batch)
+    timing = _timing(model, layers, budget, sensitivity, profile, batch)
     steps = method in ("exact", "greedy")
-    problem = _Problem.of(model, layers, sensitivity, timing, multiple_of, min_rank, steps)
-    options = problem.options(budget)
-    limit = budget.limit(problem.dense_cost(budget)) - problem.fixed(budget)
-    found, least = _solve(problem, options, limit, method)
+    problem = _problem(model, layers, sensitivity, timing, multiple_of, min_rank, steps)
+    known = [sensitivity.layers[name] for name in layers]
+    found, least = solve(problem, budget, method, known)
     if found is None:
-        raise ValueError(problem.impossible(budget, method, least))
-    refined = None
+        raise ValueError(_impossible(problem, budget, method, least))
+    choice, gap, refinement = found.choice, found.gap, None
     if data is not None:
-        most = 16 + 4 * len(layers) if passes is None else passes
+        measuring = _measuring(problem, known, model, data, loss_fn)
         with progress_bar(progress, "allocate") as advance:
-            found, refined = _refined(
-                problem, model, (options, found, limit), data, loss_fn, most, advance
-            )
-    return problem.allocation(budget, method, options, found, refined)
+            choice, refinement = refined(problem, budget, choice, measuring, passes, advance)
+        # No method tells the gap of what was found by measuring.
+        gap = gap if choice == found.choice else math.nan
+    unit, rows = sensitivity.unit, _rows(problem, timing, choice)
+    predicted, dense = problem.costs(choice), problem.dense
+    path = hull_path(problem.options(budget))
+    trade_off = tuple((problem.value(budget, s.cost), s.error) for s in path)
+    return Allocation(
+        budget, method, unit, rows, predicted, dense, gap, trade_off, refinement
+    )  # fmt: skip
 
 
 def _check_refinement(batches: Any, loss_fn: Any, passes: Any, method: str) -> list[Any] | None:
@@ -171,60 +172,37 @@ def _check_refinement(batches: Any, loss_fn: Any, passes: Any, method: str) -> l
             f"{_FN}: batches: expected None with method={method!r}, whose ranks follow from one "
             "number and are not refined, got batches"
         )
-    check_batches(_FN, "batches", batches)
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"{_FN}: loss_fn: expected a function, got {type(loss_fn).__name__}")
-    data = list(batches)
-    if not data:
-        raise ValueError(f"{_FN}: batches: expected at least one batch, got none")
-    return data
+    return check_measured(_FN, batches, loss_fn)
 
 
-def _refined(
-    problem: _Problem,
+@contextmanager
+def _measuring(
+    problem: Problem,
+    sensitivities: Sequence[LayerSensitivity],
     model: nn.Module,
-    solved: tuple[list[tuple[Array, Array]], knapsack.Solution, float],
     data: list[Any],
     loss_fn: LossFn | None,
-    passes: int,
-    advance: Advance,
-) -> tuple[knapsack.Solution, Refinement]:
-    """The solution after measuring, its predicted cost and error, and what was measured."""
-    options, found, limit = solved
-    uniform, _ = rules.best_of(rules.uniform(problem.choices), options, limit)
-    starts = [found.choice, *([] if uniform is None else [uniform.choice])]
-    total = max(passes, len(starts))
-    advance(f"refining {len(options)} layers: at most {total} passes", 0, total)
+) -> Iterator[Callable[[Choice], float]]:
+    """The loss of the model at a choice; it is left as it was."""
     layers = {c.layer.name: c.layer for c in problem.choices}
-    done = itertools.count(1)
-    with at_full_rank(model, layers), ExitStack() as stack:
-        factors = _factors(problem, model, data)
-        trial = stack.enter_context(Trial(model, layers, factors, data, loss_fn, fn=_FN))
-
-        def loss(choice: tuple[int, ...]) -> float:
-            ranks = {c.layer.name: c.ranks[j] for c, j in zip(problem.choices, choice, strict=True)}
-            value = trial.loss(ranks)
-            advance(f"refining: loss {value:.4g}", next(done), total)
-            return value
-
-        choice, refined = refine(options, starts, limit, loss, passes)
-    advance("done", total, total)
-    if choice == found.choice:
-        return found, refined
-    chosen = list(zip(options, choice, strict=True))
-    return knapsack.Solution(
-        choice,
-        sum(float(costs[j]) for (costs, _), j in chosen),
-        sum(float(errors[j]) for (_, errors), j in chosen),
-        math.nan,
-    ), refined
+    with at_full_rank(model, layers):
+        factors = _factors(problem, sensitivities, model, data)
+        with Trial(model, layers, data, loss_fn, fn=_FN, factors=factors) as trial:
+            yield lambda choice: trial.loss(
+                {c.layer.name: c.ranks[j] for c, j in zip(problem.choices, choice, strict=True)}
+            )
 
 
-def _factors(problem: _Problem, model: nn.Module, data: list[Any]) -> dict[str, Factors]:
+def _factors(
+    problem: Problem,
+    sensitivities: Sequence[LayerSensitivity],
+    model: nn.Module,
+    data: list[Any],
+) -> dict[str, Factors]:
     """Of every dense layer: those of the sensitivity where they reach far enough, or new ones."""
     modules = dict(model.named_modules())
     found, missing = {}, {}
-    for c, one in zip(problem.choices, problem.sensitivities, strict=True):
+    for c, one in zip(problem.choices, sensitivities, strict=True):
         top = max((r for r in c.ranks if not isinstance(r, str)), default=0)
         if c.layer.factorised:
             continue
@@ -268,22 +246,46 @@ def _check_sensitivity(
 
 
 @dataclass(frozen=True)
-class _Times:
-    """Milliseconds of a layer at a rank, and of everything that stays as it is."""
+class _Timing:
+    """What layers take for a batch.
 
-    layer: Callable[[Layer, int | str], float]
-    rest: float
+    Attributes:
+        rows: of x in each call of each layer.
+        layer: milliseconds of a layer at a rank; None where there are no latencies.
+        rest: milliseconds of everything that stays as it is; None where there are none.
+    """
+
+    rows: Mapping[str, tuple[int, ...]]
+    layer: Callable[[Layer, int | str], float] | None = None
+    rest: float | None = None
+
+    def choices(
+        self,
+        layer: Layer,
+        module: nn.Module,
+        ranks: Sequence[int | str],
+        error: Callable[[int | str], float] = lambda rank: 0.0,
+    ) -> Choices:
+        """What a layer costs at these ranks."""
+        ms = None if self.layer is None else [self.layer(layer, rank) for rank in ranks]
+        return choices(
+            layer,
+            ranks,
+            itemsize=module_dtype(module).itemsize,
+            rows=self.rows.get(layer.name, ()),
+            error=error,
+            ms=ms,
+        )
 
 
-def _times(
+def _timing(
     model: nn.Module,
     layers: Mapping[str, Layer],
     budget: Budget,
     sensitivity: Sensitivity,
     profile: Any,
     batch: Any,
-) -> tuple[_Times | None, dict[str, tuple[int, ...]]]:
-    """Latencies, None where there are none, and the rows of x in each call of each layer."""
+) -> _Timing:
     timed = isinstance(budget, Latency | Speedup)
     if profile is None and timed:
         if batch is None:
@@ -299,29 +301,30 @@ def _times(
         others = sum(
             profile.layer(name, rank) for name, rank in profile.ranks.items() if name not in layers
         )
-        model_profile = profile
-        return (
-            _Times(
-                lambda layer, rank: model_profile.layer(layer.name, rank), profile.rest + others
-            ),
-            profile.rows,
+        known = profile
+        return _Timing(
+            known.rows, lambda layer, rank: known.layer(layer.name, rank), known.rest + others
         )
     rows = {name: sensitivity.layers[name].rows for name in layers}
     if batch is not None:
         rows = count_rows(model, layers, batch, fn=_FN)
     if profile is None:
-        return None, rows
+        return _Timing(rows)
     if not callable(getattr(profile, "latency", None)):
         raise TypeError(
             f"{_FN}: profile: expected one from profile_model or profile, "
             f"got {type(profile).__name__}"
         )
-    return _of_profile(model, layers, rows, profile, batch), rows
+    return _of_profile(model, layers, rows, profile, batch)
 
 
 def _of_profile(
-    model: nn.Module, layers: Mapping[str, Layer], rows: Any, profile: LatencyProfile, batch: Any
-) -> _Times:
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    rows: Mapping[str, tuple[int, ...]],
+    profile: LatencyProfile,
+    batch: Any,
+) -> _Timing:
     for name, layer in layers.items():
         if layer.convolution:
             raise NotImplementedError(
@@ -335,182 +338,60 @@ def _of_profile(
             )
     one = layer_latency(profile, rows, _FN)
     if batch is None:
-        return _Times(one, 0.0)
+        return _Timing(rows, one, 0.0)
     now = present(model, layers)
-    total = measure_model(model, batch).ms
+    total = measure_models({"model": model}, batch, seconds=2.0)["model"].ms
     known = sum(one(layer, now[name]) for name, layer in layers.items())
     # Layers by themselves, with cold caches, may take longer than the model they are from.
     scale = min(1.0, total / known)
-    return _Times(lambda layer, rank: scale * one(layer, rank), max(total - known, 0.0))
+    return _Timing(rows, lambda layer, rank: scale * one(layer, rank), max(total - known, 0.0))
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Everything that is known of the choices."""
-
-    choices: list[Choices]
-    errors: list[Array]
-    sensitivities: list[LayerSensitivity]
-    unit: str
-    dense: Costs
-    other_bytes: float
-    rest: float | None
-    dense_ms: list[float | None]
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        layers: Mapping[str, Layer],
-        sensitivity: Sensitivity,
-        timing: tuple[_Times | None, Mapping[str, tuple[int, ...]]],
-        multiple_of: int,
-        min_rank: int,
-        steps: bool,
-    ) -> _Problem:
-        times, rows = timing
-        modules = dict(model.named_modules())
-        found, references = [], []
-        for name, layer in layers.items():
-            every = choices(
-                layer,
-                modules[name],
-                multiple_of=multiple_of,
-                min_rank=min_rank,
-                rows=rows.get(name, ()),
-                latency=None if times is None else times.layer,
-            )
-            references.append(_reference(layer, modules[name], rows.get(name, ()), times))
-            if steps and every.ms is not None:
-                every = every.keep(below_steps(every.ms))
-            found.append(every)
-        other_bytes = storage_bytes(model) - sum(
-            current_bytes(modules[name], layer) for name, layer in layers.items()
-        )
-        rest = None if times is None else times.rest
-        dense = Costs(
-            error=0.0,
-            weights=sum(float(c.weights[0]) for c in references),
-            macs=sum(float(c.macs[0]) for c in references),
-            bytes=other_bytes + sum(float(c.bytes[0]) for c in references),
-            ms=None
-            if rest is None
-            else rest + sum(float(c.ms[0]) for c in references if c.ms is not None),
-        )
-        chosen = [sensitivity.layers[name] for name in layers]
-        errors = [
-            np.array([one.error(rank) for rank in c.ranks])
-            for one, c in zip(chosen, found, strict=True)
-        ]
-        dense_ms = [None if c.ms is None else float(c.ms[0]) for c in references]
-        return cls(found, errors, chosen, sensitivity.unit, dense, other_bytes, rest, dense_ms)
-
-    def costs(self, c: Choices, budget: Budget) -> Array:
-        """Of one layer's choices, in what the budget counts."""
-        if isinstance(budget, Params):
-            return c.weights
-        if isinstance(budget, MACs):
-            return c.macs
-        if isinstance(budget, Memory):
-            return c.bytes
-        assert c.ms is not None
-        return c.ms
-
-    def options(self, budget: Budget) -> list[tuple[Array, Array]]:
-        """(costs, errors) of each layer."""
-        pairs = zip(self.choices, self.errors, strict=True)
-        return [(self.costs(c, budget), errors) for c, errors in pairs]
-
-    def fixed(self, budget: Budget) -> float:
-        """What the budget counts beside the layers."""
-        if isinstance(budget, Memory):
-            return self.other_bytes
-        if isinstance(budget, Latency | Speedup):
-            assert self.rest is not None
-            return self.rest
-        return 0.0
-
-    def dense_cost(self, budget: Budget) -> float:
-        """What the dense model costs, in what the budget counts."""
-        d = self.dense
-        if isinstance(budget, Params):
-            return d.weights
-        if isinstance(budget, MACs):
-            return d.macs
-        return d.bytes if isinstance(budget, Memory) else d.ms or 0.0
-
-    def value(self, budget: Budget, cost: float) -> float:
-        """A total cost of the layers in the budget's own measure."""
-        total = cost + self.fixed(budget)
-        if isinstance(budget, Params | MACs):
-            return total / self.dense_cost(budget)
-        return self.dense_cost(budget) / total if isinstance(budget, Speedup) else total
-
-    def impossible(self, budget: Budget, method: str, least: float) -> str:
-        """The error of a budget that cannot be met."""
-        best = reachable(budget, self.value(budget, least))
-        lowest = sum(1 for c in self.choices if c.ranks[0] == "dense")
-        why = f"; {lowest} layers can only be dense" if lowest else ""
-        return (
-            f"{_FN}: budget: expected one that ranks can meet, the best that method={method!r} "
-            f"reaches is {best}{why}, got {budget}"
-        )
-
-    def allocation(
-        self,
-        budget: Budget,
-        method: str,
-        options: Any,
-        found: knapsack.Solution,
-        refined: Refinement | None,
-    ) -> Allocation:
-        """The result."""
-        rows = []
-        for i, j in enumerate(found.choice):
-            c, layer = self.choices[i], self.choices[i].layer
-            ms = None if c.ms is None else float(c.ms[j])
-            error = float(self.errors[i][j])
-            rank = c.ranks[j]
-            rows.append(LayerChoice(layer, rank, error, layer.weights(rank), ms, self.dense_ms[i]))
-        taken = list(zip(self.choices, found.choice, strict=True))
-        predicted = Costs(
-            error=found.error,
-            weights=sum(float(c.weights[j]) for c, j in taken),
-            macs=sum(float(c.macs[j]) for c, j in taken),
-            bytes=self.other_bytes + sum(float(c.bytes[j]) for c, j in taken),
-            ms=None if self.rest is None else self.rest + sum(row.ms or 0.0 for row in rows),
-        )
-        trade_off = tuple(
-            (self.value(budget, s.cost), s.error) for s in knapsack.hull_path(options)
-        )
-        return Allocation(
-            budget, method, self.unit, tuple(rows), predicted, self.dense, found.gap, trade_off,
-            refined,
-        )  # fmt: skip
+def _largest(layer: Layer) -> int | str:
+    """What the layer is in the dense model: full rank where it cannot be dense."""
+    return "dense" if layer.can_be_dense else layer.max_rank
 
 
-def _reference(
-    layer: Layer, module: nn.Module, rows: tuple[int, ...], times: _Times | None
-) -> Choices:
-    """The dense layer, or the largest rank where it cannot be dense, as the only choice."""
-    every = choices(
-        layer, module, multiple_of=max(layer.max_rank, 1), min_rank=1, rows=rows,
-        latency=None if times is None else times.layer,
-    )  # fmt: skip
-    return every.keep(np.array([len(every.ranks) - 1]))
+def _problem(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    sensitivity: Sensitivity,
+    timing: _Timing,
+    multiple_of: int,
+    min_rank: int,
+    steps: bool,
+) -> Problem:
+    """What is known of the choices; with times and `steps`, only those below a step of the time."""
+    modules = dict(model.named_modules())
+    found = []
+    for name, layer in layers.items():
+        ranks = multiples(layer, multiple_of, min_rank)
+        every = timing.choices(layer, modules[name], ranks, sensitivity.layers[name].error)
+        if steps and every.costs.ms is not None:
+            every = every.keep(below_steps(every.costs.ms))
+        found.append(every)
+    stored = storage_bytes(model) - sum(current_bytes(modules[n], la) for n, la in layers.items())
+    beside = Costs(0.0, 0.0, 0.0, float(stored), timing.rest)
+    dense = [timing.choices(la, modules[n], [_largest(la)]).at(0) for n, la in layers.items()]
+    return Problem(found, beside, sum(dense, start=beside))
 
 
-def _solve(
-    problem: _Problem, options: Sequence[tuple[Array, Array]], limit: float, method: str
-) -> tuple[knapsack.Solution | None, float]:
-    """The choice, and the least total cost that the method reaches."""
-    if method in ("threshold", "uniform"):
-        chosen = (
-            rules.uniform(problem.choices)
-            if method == "uniform"
-            else rules.by_threshold(problem.choices, problem.sensitivities)
-        )
-        return rules.best_of(chosen, options, limit)
-    least = sum(float(costs.min()) for costs, _ in options)
-    found = (knapsack.exact if method == "exact" else knapsack.greedy)(options, limit)
-    return found, least
+def _impossible(problem: Problem, budget: Budget, method: str, least: float) -> str:
+    """The error of a budget that cannot be met."""
+    best = reachable(budget, problem.value(budget, least))
+    lowest = sum(1 for c in problem.choices if c.ranks[0] == "dense")
+    why = f"; {lowest} layers can only be dense" if lowest else ""
+    return (
+        f"{_FN}: budget: expected one that ranks can meet, the best that method={method!r} "
+        f"reaches is {best}{why}, got {budget}"
+    )
+
+
+def _rows(problem: Problem, timing: _Timing, choice: Choice) -> tuple[LayerChoice, ...]:
+    rows = []
+    for c, j in zip(problem.choices, choice, strict=True):
+        costs, rank, layer = c.at(j), c.ranks[j], c.layer
+        dense = None if timing.layer is None else timing.layer(layer, _largest(layer))
+        weights = layer.weights(rank)
+        rows.append(LayerChoice(layer, rank, costs.error, weights, costs.ms, dense))
+    return tuple(rows)

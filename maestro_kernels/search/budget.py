@@ -1,17 +1,43 @@
-"""What a model may cost: the budgets that `allocate` and `training.extract` take."""
+"""What a model may cost: the budgets that `allocate` and `training.extract` take.
+
+Every budget has a `unit` that it counts in, a `limit` on the cost in that unit, and the `value`
+that a cost is in its own measure.
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["Budget", "Latency", "MACs", "Memory", "Params", "Speedup", "check_budget"]
 
 
 @dataclass(frozen=True)
-class Params:
+class _Fraction:
+    """At most `fraction` of what the dense layers cost."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        fraction = _number(name, "fraction", self.fraction)
+        if not 0 < fraction <= 1:
+            raise ValueError(f"{name}: fraction: expected 0 < fraction <= 1, got {self.fraction}")
+        object.__setattr__(self, "fraction", fraction)
+
+    def limit(self, dense: float) -> float:
+        """What is allowed where the dense layers cost `dense`."""
+        return self.fraction * dense
+
+    def value(self, cost: float, dense: float) -> float:
+        """The fraction that `cost` is of `dense`."""
+        return cost / dense
+
+
+@dataclass(frozen=True)
+class Params(_Fraction):
     """At most `fraction` of the dense weights of the layers considered.
 
     A factorised layer holds r (N + K) weights per group, a dense one N K. Biases, norms and
@@ -22,18 +48,11 @@ class Params:
         ValueError: not 0 < fraction <= 1.
     """
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        _store_fraction(self, self.fraction)
-
-    def limit(self, dense: float) -> float:
-        """Weights allowed where the dense layers hold `dense`."""
-        return self.fraction * dense
+    unit: ClassVar[str] = "weights"
 
 
 @dataclass(frozen=True)
-class MACs:
+class MACs(_Fraction):
     """At most `fraction` of the dense multiply-adds of the layers considered.
 
     A layer costs r (N + K) per row of x and group, N K where dense; rows count where they are known
@@ -44,14 +63,7 @@ class MACs:
         ValueError: not 0 < fraction <= 1.
     """
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        _store_fraction(self, self.fraction)
-
-    def limit(self, dense: float) -> float:
-        """Multiply-adds allowed where the dense layers take `dense`."""
-        return self.fraction * dense
+    unit: ClassVar[str] = "MACs"
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Latency:
         ValueError: ms is not positive and finite.
     """
 
+    unit: ClassVar[str] = "ms"
     ms: float
 
     def __post_init__(self) -> None:
@@ -71,6 +84,10 @@ class Latency:
     def limit(self, dense: float) -> float:
         """Milliseconds allowed, whatever the dense model takes."""
         return self.ms
+
+    def value(self, cost: float, dense: float) -> float:
+        """Milliseconds, whatever the dense model takes."""
+        return cost
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,7 @@ class Speedup:
         ValueError: x is not positive and finite.
     """
 
+    unit: ClassVar[str] = "ms"
     x: float
 
     def __post_init__(self) -> None:
@@ -90,6 +108,10 @@ class Speedup:
     def limit(self, dense: float) -> float:
         """Milliseconds allowed where the dense model takes `dense`."""
         return dense / self.x
+
+    def value(self, cost: float, dense: float) -> float:
+        """How many times as fast as `dense` `cost` is."""
+        return dense / cost
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,7 @@ class Memory:
         ValueError: bytes is not positive and finite.
     """
 
+    unit: ClassVar[str] = "bytes"
     bytes: float
 
     def __post_init__(self) -> None:
@@ -109,6 +132,10 @@ class Memory:
     def limit(self, dense: float) -> float:
         """Bytes allowed, whatever the dense model takes."""
         return self.bytes
+
+    def value(self, cost: float, dense: float) -> float:
+        """Bytes, whatever the dense model takes."""
+        return cost
 
 
 Budget = Params | MACs | Latency | Speedup | Memory
@@ -122,14 +149,6 @@ def check_budget(fn: str, budget: Any) -> Budget:
             f"got {type(budget).__name__}"
         )
     return budget
-
-
-def _store_fraction(budget: Params | MACs, value: Any) -> None:
-    name = type(budget).__name__
-    fraction = _number(name, "fraction", value)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{name}: fraction: expected 0 < fraction <= 1, got {value}")
-    object.__setattr__(budget, "fraction", fraction)
 
 
 def _positive(fn: str, name: str, value: Any) -> float:

@@ -1,25 +1,38 @@
-"""What each rank of each layer costs: weights, multiply-adds, bytes, milliseconds."""
+"""What each rank of each layer costs: error, weights, multiply-adds, bytes, milliseconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from maestro_kernels.nn.layer import LoDLayer
+from maestro_kernels.search.budget import Budget
 from maestro_kernels.search.layers import Layer, module_dtype
 
-__all__ = ["Choices", "LatencyProfile", "below_steps", "choices", "layer_latency"]
+__all__ = [
+    "Choices",
+    "Costs",
+    "LatencyProfile",
+    "below_steps",
+    "choices",
+    "current_bytes",
+    "layer_latency",
+    "multiples",
+]
 
 Array = NDArray[np.float64]
 Rows = Mapping[str, tuple[int, ...]]
+Amount = TypeVar("Amount", float, Array)
 
 # A factorised layer stores its active rank beside the factors.
 _RANK_BYTES = 4
+# An entry of the permutation that the [I; U] form stores.
+_ORDER_BYTES = 4
 
 
 class LatencyProfile(Protocol):
@@ -30,46 +43,115 @@ class LatencyProfile(Protocol):
 
 
 @dataclass(frozen=True)
+class Costs(Generic[Amount]):
+    """What ranks cost: numbers of a model or a part of it, arrays of the choices of a layer.
+
+    Attributes:
+        error: in the unit of the sensitivity; errors of layers are taken to add up.
+        weights: in the layers considered.
+        macs: multiply-adds in these layers for a batch, for one row where rows are unknown.
+        bytes: of parameters and buffers.
+        ms: milliseconds for the batch; None where no times are known.
+    """
+
+    error: Amount
+    weights: Amount
+    macs: Amount
+    bytes: Amount
+    ms: Amount | None
+
+    def counted(self, budget: Budget | type[Budget]) -> Amount:
+        """What the budget counts."""
+        columns = {"weights": self.weights, "MACs": self.macs, "bytes": self.bytes, "ms": self.ms}
+        found = columns[budget.unit]
+        assert found is not None
+        return found
+
+    def of(self: Costs[float], budget: Budget, dense: Costs[float]) -> float:
+        """In the budget's own measure: a fraction, milliseconds, a speed-up, or bytes."""
+        return budget.value(self.counted(budget), dense.counted(budget))
+
+    def __add__(self: Costs[float], other: Costs[float]) -> Costs[float]:
+        """Of two parts together; None where the times of one are not known."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        sums: list[Any] = [None if a is None or b is None else a + b for a, b in pairs]
+        return Costs(*sums)
+
+    def each(self, take: Callable[[Any], Any]) -> Costs[Any]:
+        """`take` of every column that is known."""
+        found: list[Any] = [None if c is None else take(c) for c in vars(self).values()]
+        return Costs(*found)
+
+
+@dataclass(frozen=True)
 class Choices:
-    """The ranks a layer may run at, in rising order, "dense" last, and what each costs.
+    """The ranks a layer may run at, and what each costs.
 
     Attributes:
         layer: whose.
-        ranks: the choices.
-        weights: stored weights.
-        macs: multiply-adds for a batch, for one row where the rows are unknown.
-        bytes: stored bytes of weights and of the active rank.
-        ms: milliseconds for a batch; None without a profile or rows.
+        ranks: the choices, rising, "dense" last; a rank may come in several forms.
+        forms: what the layer is at each: "factors", "pivoted" ([I; U]) or "dense".
+        costs: of each choice.
     """
 
     layer: Layer
     ranks: tuple[int | str, ...]
-    weights: Array
-    macs: Array
-    bytes: Array
-    ms: Array | None
+    forms: tuple[str, ...]
+    costs: Costs[Array]
 
-    def keep(self, index: NDArray[np.int64]) -> Choices:
+    def keep(self, index: NDArray[np.int64] | Sequence[int]) -> Choices:
         """These choices alone."""
-        return Choices(
-            self.layer,
-            tuple(self.ranks[i] for i in index),
-            self.weights[index],
-            self.macs[index],
-            self.bytes[index],
-            None if self.ms is None else self.ms[index],
-        )
+        ranks, forms = zip(*((self.ranks[i], self.forms[i]) for i in index), strict=True)
+        return Choices(self.layer, ranks, forms, self.costs.each(lambda column: column[index]))
+
+    def at(self, j: int) -> Costs[float]:
+        """Of one choice."""
+        return self.costs.each(lambda column: float(column[j]))
 
 
 def choices(
     layer: Layer,
-    module: nn.Module,
+    ranks: Sequence[int | str],
+    forms: Sequence[str] | None = None,
     *,
-    multiple_of: int,
-    min_rank: int,
-    rows: tuple[int, ...],
-    latency: Callable[[Layer, int | str], float] | None,
+    itemsize: int,
+    rows: tuple[int, ...] = (),
+    error: Callable[[int | str], float] = lambda rank: 0.0,
+    ms: Sequence[float] | None = None,
 ) -> Choices:
+    """What a layer costs at each of these ranks.
+
+    Args:
+        layer: whose.
+        ranks: ints, or "dense".
+        forms: of each rank; None is "dense" and else "factors".
+        itemsize: bytes of a weight.
+        rows: of x in each call for a batch; empty where unknown.
+        error: at a rank.
+        ms: at each of the ranks.
+    """
+    if forms is None:
+        forms = ["dense" if isinstance(rank, str) else "factors" for rank in ranks]
+    # Beside the matrices, in bytes.
+    extra = {"factors": 0.0, "dense": 0.0, "pivoted": float(layer.N * _ORDER_BYTES)}
+    rank_bytes = {"factors": _RANK_BYTES, "dense": 0.0, "pivoted": 0.0}
+    macs = np.array([layer.weights(r, f) for r, f in zip(ranks, forms, strict=True)], float)
+    weights = macs + np.array([extra[form] for form in forms]) / itemsize
+    return Choices(
+        layer,
+        tuple(ranks),
+        tuple(forms),
+        Costs(
+            np.array([error(rank) for rank in ranks], float),
+            weights,
+            macs * (sum(rows) if rows else 1),
+            weights * itemsize + np.array([rank_bytes[form] for form in forms]),
+            None if ms is None else np.array(ms, float),
+        ),
+    )
+
+
+def multiples(layer: Layer, multiple_of: int, min_rank: int) -> list[int | str]:
     """Every multiple of `multiple_of` from min_rank to the largest rank that can pay, and "dense".
 
     Ranks whose factors would hold as many weights as the dense matrix are left out where the layer
@@ -86,14 +168,7 @@ def choices(
         found.insert(0, 0)
     if layer.can_be_dense:
         found.append("dense")
-    itemsize = module_dtype(module).itemsize
-    weights = np.array([layer.weights(rank) for rank in found], float)
-    stored = np.array([0 if rank == "dense" else _RANK_BYTES for rank in found], float)
-    ms = None if latency is None else np.array([latency(layer, rank) for rank in found])
-    return Choices(
-        layer, tuple(found), weights, weights * (sum(rows) if rows else 1),
-        weights * itemsize + stored, ms,
-    )  # fmt: skip
+    return found
 
 
 def current_bytes(module: nn.Module, layer: Layer) -> int:
@@ -102,13 +177,6 @@ def current_bytes(module: nn.Module, layer: Layer) -> int:
         factors = module.u.numel() + module.v.numel()
         return factors * module.u.element_size() + _RANK_BYTES
     return layer.dense_weights * module_dtype(module).itemsize
-
-
-def current_weights(module: nn.Module, layer: Layer) -> int:
-    """Weights that a layer stores now."""
-    if isinstance(module, LoDLayer):
-        return module.u.numel() + module.v.numel()
-    return layer.dense_weights
 
 
 def layer_latency(

@@ -5,39 +5,32 @@ Knows nothing of layers: arrays in, choices out. Costs and errors are additive r
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Solution", "exact", "greedy", "hull_path"]
+from maestro_kernels.search.descent import (
+    Front,
+    Options,
+    Solution,
+    climb,
+    finish,
+    fits,
+    relaxed,
+    slack,
+    total,
+    undominated,
+)
+
+__all__ = ["exact"]
 
 Array = NDArray[np.float64]
-Options = Sequence[tuple[Array, Array]]
 
 # Partial solutions kept per layer. 2^19 take 6 MB a layer; a model of 100 layers of few shapes
 # needs some thousands.
 _STATES = 1 << 19
 _FIRST_STATES = 1 << 11
-
-
-@dataclass(frozen=True)
-class Solution:
-    """One option of each layer.
-
-    Attributes:
-        choice: index of the option chosen, per layer.
-        cost: their total cost.
-        error: their total error.
-        gap: the optimum's error is at least error - gap; 0 where the solution is the optimum.
-    """
-
-    choice: tuple[int, ...]
-    cost: float
-    error: float
-    gap: float
 
 
 def exact(options: Options, limit: float, states: int = _STATES) -> Solution | None:
@@ -60,144 +53,23 @@ def exact(options: Options, limit: float, states: int = _STATES) -> Solution | N
     Source:
         Nemhauser and Ullmann, 1969, for states by dominance; Pisinger, 1995, for the bound.
     """
-    layers = [_undominated(costs, errors) for costs, errors in options]
-    if sum(layer.costs[0] for layer in layers) > limit + _slack(limit):
+    layers = [undominated(costs, errors) for costs, errors in options]
+    if not fits(sum(layer.costs[0] for layer in layers), limit):
         return None
-    best = _greedy(layers, limit)
-    bound, price = _relaxed(layers, limit)
+    best = climb(layers, limit)
+    bound, price = relaxed(layers, limit)
     for cap in (min(_FIRST_STATES, states), states):
         if best.error - bound <= 1e-12 * max(abs(best.error), abs(bound)):
-            return _finish(layers, options, best, 0.0)
+            return finish(layers, best, 0.0)
         found, thinned = _search(layers, limit, best, bound, price, cap)
         best = found if found.error < best.error else best
         if not thinned:
-            return _finish(layers, options, best, 0.0)
-    return _finish(layers, options, best, best.error - bound)
-
-
-def greedy(options: Options, limit: float) -> Solution | None:
-    """From the cheapest options up, always the step with the largest drop in error per cost.
-
-    Steps lead along the lower convex hull of each layer's options; one that does not fit ends its
-    layer, and what room is left then goes to any single better option that fits.
-    """
-    layers = [_undominated(costs, errors) for costs, errors in options]
-    if sum(layer.costs[0] for layer in layers) > limit + _slack(limit):
-        return None
-    best = _greedy(layers, limit)
-    return _finish(layers, options, best, max(best.error - _relaxed(layers, limit)[0], 0.0))
-
-
-def hull_path(options: Options) -> list[Solution]:
-    """The greedy steps from the cheapest to the best choice: each an optimum for its own cost."""
-    layers = [_undominated(costs, errors) for costs, errors in options]
-    choice = [0] * len(layers)
-    path = [_finish(layers, options, _total(layers, choice), 0.0)]
-    for _, i, j in _steps(layers):
-        choice[i] = j
-        path.append(_finish(layers, options, _total(layers, choice), 0.0))
-    return path
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Options of one layer that no other dominates: cost rises, error falls."""
-
-    costs: Array
-    errors: Array
-    index: NDArray[np.int64]
-
-
-def _slack(limit: float) -> float:
-    """Sums of many costs carry rounding errors."""
-    return 1e-9 * abs(limit)
-
-
-def _undominated(costs: Array, errors: Array) -> _Layer:
-    order = np.lexsort((errors, costs))
-    costs, errors = np.asarray(costs, float)[order], np.asarray(errors, float)[order]
-    keep = np.ones(len(order), bool)
-    keep[1:] = errors[1:] < np.minimum.accumulate(errors)[:-1]
-    return _Layer(costs[keep], errors[keep], order[keep])
-
-
-def _total(layers: Sequence[_Layer], choice: Sequence[int]) -> Solution:
-    cost = sum(float(layer.costs[j]) for layer, j in zip(layers, choice, strict=True))
-    error = sum(float(layer.errors[j]) for layer, j in zip(layers, choice, strict=True))
-    return Solution(tuple(choice), cost, error, 0.0)
-
-
-def _finish(layers: Sequence[_Layer], options: Options, s: Solution, gap: float) -> Solution:
-    """In the caller's own numbering of the options."""
-    choice = tuple(int(layer.index[j]) for layer, j in zip(layers, s.choice, strict=True))
-    return Solution(choice, s.cost, s.error, gap)
-
-
-def _hull(layer: _Layer) -> list[int]:
-    """Options on the lower convex hull of (cost, error), cheapest first."""
-    kept: list[int] = []
-    for j in range(len(layer.costs)):
-        while len(kept) >= 2 and _slope(layer, kept[-1], j) <= _slope(layer, kept[-2], kept[-1]):
-            kept.pop()
-        kept.append(j)
-    return kept
-
-
-def _slope(layer: _Layer, a: int, b: int) -> float:
-    """Error per cost on the way from option a to the dearer option b; negative."""
-    return float((layer.errors[b] - layer.errors[a]) / (layer.costs[b] - layer.costs[a]))
-
-
-def _steps(layers: Sequence[_Layer]) -> list[tuple[float, int, int]]:
-    """(slope, layer, option it leads to) of every hull step, steepest first."""
-    steps = []
-    for i, layer in enumerate(layers):
-        hull = _hull(layer)
-        steps += [(_slope(layer, a, b), i, b) for a, b in itertools.pairwise(hull)]
-    return sorted(steps)
-
-
-def _greedy(layers: Sequence[_Layer], limit: float) -> Solution:
-    choice = [0] * len(layers)
-    room = limit + _slack(limit) - sum(layer.costs[0] for layer in layers)
-    ended: set[int] = set()
-    for _, i, j in _steps(layers):
-        step = layers[i].costs[j] - layers[i].costs[choice[i]]
-        if i not in ended and step <= room:
-            choice[i] = j
-            room -= step
-        else:
-            ended.add(i)
-    while True:
-        drop, i, j = max(_upgrade(layer, i, choice[i], room) for i, layer in enumerate(layers))
-        if drop <= 0:
-            return _total(layers, choice)
-        room -= layers[i].costs[j] - layers[i].costs[choice[i]]
-        choice[i] = j
-
-
-def _upgrade(layer: _Layer, i: int, j: int, room: float) -> tuple[float, int, int]:
-    """The largest drop in error that a single change of this layer can pay for."""
-    last = int(np.searchsorted(layer.costs, layer.costs[j] + room, side="right")) - 1
-    last = max(last, j)
-    return float(layer.errors[j] - layer.errors[last]), i, last
-
-
-def _relaxed(layers: Sequence[_Layer], limit: float) -> tuple[float, float]:
-    """Lower bound on the error, and the price of cost at which the linear relaxation has it."""
-    cost = sum(float(layer.costs[0]) for layer in layers)
-    error = sum(float(layer.errors[0]) for layer in layers)
-    at = [0] * len(layers)
-    for slope, i, j in _steps(layers):
-        step = float(layers[i].costs[j] - layers[i].costs[at[i]])
-        if cost + step > limit + _slack(limit):
-            return error + slope * max(limit - cost, 0.0), -slope
-        cost, error, at[i] = cost + step, error + slope * step, j
-    return error, 0.0
+            return finish(layers, best, 0.0)
+    return finish(layers, best, best.error - bound)
 
 
 def _search(
-    layers: Sequence[_Layer], limit: float, best: Solution, bound: float, price: float, cap: int
+    layers: Sequence[Front], limit: float, best: Solution, bound: float, price: float, cap: int
 ) -> tuple[Solution, bool]:
     """The dynamic programme within the gap of `best`; says whether states had to be thinned."""
     gap = best.error - bound
@@ -219,23 +91,23 @@ def _search(
         near, costs, extra = narrowed[i]
         cheapest_left -= costs.min()
         dearest_left -= costs.max()
-        total = (cost[:, None] + costs).ravel()
+        spent = (cost[:, None] + costs).ravel()
         worse = (reduced[:, None] + extra).ravel()
         possible = (
             (worse <= allowance)
-            & (total + cheapest_left <= limit + _slack(limit))
-            & (total + dearest_left >= floor - _slack(limit))
+            & (spent + cheapest_left <= limit + slack(limit))
+            & (spent + dearest_left >= floor - slack(limit))
         )
         at = np.flatnonzero(possible)
-        at = at[_front(total[at], worse[at] - price * total[at])]
+        at = at[_front(spent[at], worse[at] - price * spent[at])]
         if len(at) > cap:
             thinned = True
-            at = at[_thin(total[at], worse[at], cap)]
+            at = at[_thin(spent[at], worse[at], cap)]
         trail.append((at // len(near), near[at % len(near)]))
-        cost, reduced = total[at], worse[at]
+        cost, reduced = spent[at], worse[at]
     if len(cost) == 0:
         return best, thinned
-    return _total(layers, _walk_back(order, trail, int(np.argmin(reduced - price * cost)))), thinned
+    return total(layers, _walk_back(order, trail, int(np.argmin(reduced - price * cost)))), thinned
 
 
 def _front(cost: Array, error: Array) -> NDArray[np.int64]:

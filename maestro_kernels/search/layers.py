@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,18 @@ from maestro_kernels.nn.conv import LoDConv2d
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, run_batch
 
-__all__ = ["Layer", "at_full_rank", "considered", "count_rows", "first_tensor"]
+__all__ = [
+    "Layer",
+    "Observed",
+    "at_full_rank",
+    "considered",
+    "count_rows",
+    "factorised_layer",
+    "first_tensor",
+    "module_dtype",
+    "observe",
+    "storage_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -56,11 +68,16 @@ class Layer:
         """Weights of the dense matrix, over all groups."""
         return self.groups * self.N * self.K
 
-    def weights(self, rank: int | str) -> int:
-        """Weights at a rank, or dense."""
-        if isinstance(rank, str):
+    def weights(self, rank: int | str, form: str = "factors") -> int:
+        """Entries of the matrices at a rank, which are multiply-adds per row of x too.
+
+        Args:
+            rank: or "dense".
+            form: "factors"; "dense"; "pivoted", [I; U] in place of u.
+        """
+        if isinstance(rank, str) or form == "dense":
             return self.dense_weights
-        return self.groups * rank * (self.N + self.K)
+        return self.groups * rank * (self.N + self.K - (rank if form == "pivoted" else 0))
 
 
 def considered(
@@ -88,10 +105,7 @@ def considered(
         if isinstance(module, LoDLayer):
             if not included(name, module) or excluded(name, module):
                 continue
-            # A dense layer has no activation of its own.
-            mergeable = getattr(module, "activation", None) is None
-            dense = mergeable and module.rank == module.max_rank
-            found[name] = Layer(name, c.kind, c.N, c.K, c.groups, module.max_rank, dense)
+            found[name] = factorised_layer(name, module, module.max_rank)
         elif c.reason is None:
             found[name] = Layer(name, c.kind, c.N, c.K, c.groups, c.full_rank, True)
     if not found:
@@ -101,8 +115,76 @@ def considered(
     return found
 
 
+def factorised_layer(name: str, module: LoDLayer, top: int) -> Layer:
+    """What a factorised layer is, whose ranks go up to `top`."""
+    kind = "lod_conv2d" if isinstance(module, LoDConv2d) else "lod_linear"
+    # A dense layer has no activation of its own.
+    mergeable = getattr(module, "activation", None) is None
+    N, K = module.matrix_shape
+    return Layer(name, kind, N, K, module.groups, top, mergeable and module.rank == top)
+
+
+@dataclass
+class Observed:
+    """What batches show of a layer.
+
+    Attributes:
+        rows: of x (output positions of a convolution), in each call for the first batch.
+        x: input of the first call for any batch; None where no batch reaches it, or it is not kept.
+    """
+
+    rows: tuple[int, ...] = ()
+    x: Tensor | None = None
+
+
+def observe(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], Any],
+    *,
+    keep_inputs: bool = False,
+) -> dict[str, Observed]:
+    """Watch layers during one forward pass over each batch, in eval mode without gradients.
+
+    Args:
+        model: run.
+        modules: the layers to watch, by name.
+        batches: the first one tells the rows.
+        run: run(model, batch).
+        keep_inputs: copy the first input of each layer.
+    """
+    seen = {name: Observed() for name in modules}
+    first = True
+
+    def watch(found: Observed) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+            if first:
+                size = y.shape[-3 if isinstance(module, nn.Conv2d | LoDConv2d) else -1]
+                found.rows += (y.numel() // size if size else 0,)
+            if keep_inputs and found.x is None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                found.x = x.detach().clone()
+
+        return note
+
+    handles = [
+        module.register_forward_hook(watch(seen[name]), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        with calibrating(model):
+            for batch in batches:
+                run(model, batch)
+                first = False
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
 def count_rows(
-    model: nn.Module, names: Mapping[str, Any], batch: Any, *, fn: str
+    model: nn.Module, names: Iterable[str], batch: Any, *, fn: str
 ) -> dict[str, tuple[int, ...]]:
     """Rows of x (output positions of a convolution) in each call of each layer for one batch.
 
@@ -110,29 +192,14 @@ def count_rows(
 
     Args:
         model: run once, in eval mode without gradients.
-        names: the layers to count, by name.
+        names: the layers to count.
         batch: a tensor, tuple or dict.
         fn: the public function that errors name.
     """
-    rows: dict[str, list[int]] = {name: [] for name in names}
     modules = dict(model.named_modules())
-
-    def watch(name: str) -> Any:
-        def count(module: nn.Module, args: Any, y: Tensor) -> None:
-            channels = 1 if isinstance(module, nn.Conv2d | LoDConv2d) else -1
-            size = y.shape[-3] if channels == 1 else y.shape[-1]
-            rows[name].append(y.numel() // size if size else 0)
-
-        return count
-
-    handles = [modules[name].register_forward_hook(watch(name)) for name in names]
-    try:
-        with calibrating(model):
-            run_batch(model, batch, fn=fn, argument="batch")
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: tuple(found) for name, found in rows.items()}
+    run = partial(run_batch, fn=fn, argument="batch")
+    seen = observe(model, {name: modules[name] for name in names}, [batch], run)
+    return {name: one.rows for name, one in seen.items()}
 
 
 @contextmanager

@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestro_kernels.search import knapsack
-from maestro_kernels.search.knapsack import Options
+from maestro_kernels.search.descent import Choice, Options, hull_path
 
 __all__ = ["Refinement", "refine"]
 
 Array = NDArray[np.float64]
-Choice = tuple[int, ...]
 
 # A smaller fall of the loss is not worth another choice.
 _WORTH = 1e-4
@@ -52,6 +51,7 @@ def refine(
     limit: float,
     loss: Callable[[Choice], float],
     passes: int,
+    fits: Callable[[Choice], bool] = lambda choice: True,
 ) -> tuple[Choice, Refinement]:
     """The best of `starts`, then swaps of cost between layers for as long as the loss falls.
 
@@ -70,8 +70,9 @@ def refine(
         options: (costs, errors) of each layer, as knapsack.exact takes them.
         starts: choices within the limit.
         limit: on the total cost.
-        loss: of a choice; lower is better.
+        loss: of a choice; lower is better, infinite where it is beyond hope.
         passes: most calls of loss.
+        fits: asked of a choice within the limit before it is measured.
     """
     meter = _Meter(loss, max(passes, len(set(starts))))
     found = [meter(start) for start in starts]
@@ -79,14 +80,16 @@ def refine(
     now, low = starts[best], found[best]
     fronts = [_front(costs, errors) for costs, errors in options]
     reach = _FIRST
-    while reach >= _LAST and meter.left > _SPARE:
+    while reach >= _LAST and meter.left > _SPARE and np.isfinite(low):
         curves = _probed(options, fronts, now, low, reach, meter)
         better = None
         for candidate in _candidates(options, curves, now, limit):
             if not meter.left:
                 break
+            if not fits(candidate):
+                continue
             value = meter(candidate)
-            if value < low * (1 - _WORTH):
+            if value < low - _WORTH * abs(low):
                 better, low = candidate, value
                 break
         if better is None:
@@ -135,8 +138,10 @@ class _Curve:
 
 
 def _front(costs: Array, errors: Array) -> list[int]:
-    """Options on the lower convex hull of (cost, error), cheapest first."""
-    return [solution.choice[0] for solution in knapsack.hull_path([(costs, errors)])]
+    """Options on the falling part of the lower convex hull of (cost, error), cheapest first."""
+    known = np.flatnonzero(np.isfinite(errors))
+    path = hull_path([(costs[known], errors[known])])
+    return [int(known[solution.choice[0]]) for solution in path]
 
 
 def _probed(
@@ -154,7 +159,8 @@ def _probed(
             down = fronts[i][0]
         if up is None and costs[fronts[i][-1]] > costs[here]:
             up = fronts[i][-1]
-        relative = np.asarray(errors, float) - errors[here]
+        known = np.where(np.isfinite(errors), errors, np.nan)
+        relative = known - known[here]
         near, far = np.full(len(costs), np.nan), relative.copy()
         near[here] = far[here] = 0.0
         measured: list[int | None] = []
@@ -164,6 +170,10 @@ def _probed(
                 continue
             change = meter((*now[:i], probe, *now[i + 1 :])) - low
             scale = change / relative[probe] if relative[probe] else 0.0
+            if not np.isfinite(scale):
+                far[side] = np.nan
+                measured.append(None)
+                continue
             far[side] = relative[side] * scale
             within = side & (np.abs(costs - costs[here]) <= abs(costs[probe] - costs[here]))
             near[within] = far[within]

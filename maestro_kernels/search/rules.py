@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestro_kernels.search.costs import Choices
-from maestro_kernels.search.knapsack import Options, Solution
+from maestro_kernels.search.descent import Options, Solution
 from maestro_kernels.search.sensitivities import LayerSensitivity
 
 __all__ = ["best_of", "by_threshold", "uniform"]
@@ -24,12 +24,11 @@ def uniform(layers: Sequence[Choices]) -> list[Index]:
 
     This is what `convert(rank=f)` does.
     """
-    numbers = [_numbers(c) / _break_even(c) for c in layers]
+    numbers = [_shares(c) for c in layers]
     fractions = np.unique(np.concatenate([n[n <= 1] for n in numbers]))
     chosen = []
-    for c, n in zip(layers, numbers, strict=True):
-        # The last entry of a layer that can be dense stands for dense.
-        low = len(n) - 1 if c.layer.can_be_dense else len(n)
+    for n in numbers:
+        low = int(np.isfinite(n).sum())
         index = np.searchsorted(n[:low], fractions * (1 + 1e-12), side="right") - 1
         chosen.append(np.append(np.clip(index, 0, max(low - 1, 0)), len(n) - 1))
     return chosen
@@ -77,8 +76,13 @@ def _numbers(c: Choices) -> NDArray[np.float64]:
     return np.array([np.inf if isinstance(rank, str) else rank for rank in c.ranks], float)
 
 
-def _break_even(c: Choices) -> float:
-    return c.layer.N * c.layer.K / (c.layer.N + c.layer.K)
+def _shares(c: Choices) -> NDArray[np.float64]:
+    """The weights of each choice in those of the dense layer; dense is above all of them.
+
+    Where forms change with the rank, one of fewer weights than a smaller rank counts as that one.
+    """
+    shares = np.maximum.accumulate(c.costs.weights / c.layer.dense_weights)
+    return np.where(np.isinf(_numbers(c)), np.inf, shares)
 
 
 def _scaled(values: NDArray[np.float64]) -> NDArray[np.float64]:

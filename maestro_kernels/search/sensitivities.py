@@ -218,7 +218,7 @@ def sensitivity(
         with ExitStack() as stack:
             trial, base = None, 0.0
             if method == "loss":
-                trial = stack.enter_context(Trial(model, layers, {}, measured, loss_fn, fn=_FN))
+                trial = stack.enter_context(Trial(model, layers, measured, loss_fn, fn=_FN))
                 base = trial.loss()
             for i, (name, layer) in enumerate(layers.items()):
                 moment = moments.pop(name, None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from maestro_kernels.nn.factorize import factorize
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating
 from maestro_kernels.search.layers import Layer
-from maestro_kernels.search.whole_model import LossFn, OutputError
+from maestro_kernels.search.whole_model import LossFn, MeanLoss
 
 __all__ = ["Trial", "factors_of", "matrices"]
 
@@ -30,27 +31,34 @@ class Trial:
     Args:
         model: its layers are changed in place and come back bit for bit.
         layers: those that may be put at a rank.
-        factors: of the dense layers among them; see `factors_of`.
         batches: tensors, tuples or dicts.
         loss_fn: (model, batch) -> scalar; None is the relative squared error of the first output
             against the model's as it is now.
         fn: the public function that errors name.
+        factors: of the dense layers among them; see `factors_of`.
+        modules: the layers by name, where that is not their name in the model.
+        mode: context in which the loss is measured: eval, or what else the model will run in.
+
+    Attributes:
+        mean: the loss of a model.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Mapping[str, Layer],
-        factors: Mapping[str, Factors],
         batches: Sequence[Any],
         loss_fn: LossFn | None,
         *,
         fn: str,
+        factors: Mapping[str, Factors] | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
+        mode: Callable[[nn.Module], AbstractContextManager[None]] = calibrating,
     ) -> None:
-        self._model, self._layers, self._factors, self._fn = model, layers, dict(factors), fn
-        self._modules = dict(model.named_modules())
-        self._batches = batches
-        self._loss_fn = OutputError(model, batches, fn=fn) if loss_fn is None else loss_fn
+        self._model, self._layers, self._factors = model, layers, dict(factors or {})
+        self._fn, self._mode = fn, mode
+        self._modules = dict(model.named_modules()) if modules is None else modules
+        self.mean = MeanLoss(model, batches, loss_fn, fn=fn)
         self._before: dict[str, Tensor | int] = {}
         self._now: dict[str, int | str] = {}
 
@@ -90,17 +98,20 @@ class Trial:
         else:
             self._now[name] = rank
 
+    def measure(self, ranks: Mapping[str, int | str] | None = None) -> float:
+        """Mean over the batches at these ranks; layers that are not named stay where they are."""
+        for name, rank in (ranks or {}).items():
+            self.put(name, rank)
+        with self._mode(self._model):
+            return self.mean(self._model)
+
     def loss(self, ranks: Mapping[str, int | str] | None = None) -> float:
-        """Mean over the batches at these ranks; layers that are not named stay where they are.
+        """As `measure`.
 
         Raises:
             ValueError: the loss is not finite.
         """
-        for name, rank in (ranks or {}).items():
-            self.put(name, rank)
-        with calibrating(self._model):
-            losses = [float(self._loss_fn(self._model, batch)) for batch in self._batches]
-        mean = sum(losses) / len(losses)
+        mean = self.measure(ranks)
         if not math.isfinite(mean):
             at = {name: rank for name, rank in self._now.items() if rank != "dense"}
             some = ", ".join(f"{name} at rank {rank}" for name, rank in list(at.items())[:3])

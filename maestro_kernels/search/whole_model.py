@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,13 +14,14 @@ from maestro_kernels.measure.heap import keeping_memory
 from maestro_kernels.measure.timing import Clock, CpuClock, CudaClock, interleave
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, check_batches, run_batch
-from maestro_kernels.search.layers import considered, count_rows, first_tensor
+from maestro_kernels.search.layers import first_tensor
 
 __all__ = [
     "LossFn",
+    "MeanLoss",
     "Measurement",
     "OutputError",
-    "measure_model",
+    "check_measured",
     "measure_models",
     "output_error",
     "present",
@@ -56,6 +58,65 @@ class OutputError:
             raise TypeError(f"{self._fn}: model: {error}") from None
 
 
+class MeanLoss:
+    """Mean over batches of loss_fn(model, batch).
+
+    Args:
+        model: None compares with its outputs as they are now.
+        batches: tensors, tuples or dicts; at least one.
+        loss_fn: (model, batch) -> scalar; None is `OutputError`.
+        fn: the public function that errors name.
+
+    Attributes:
+        run: run(model, batch), a pass that reaches every layer the loss depends on.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Any], loss_fn: LossFn | None, *, fn: str
+    ) -> None:
+        self._batches, self._fn = batches, fn
+        self._one: LossFn
+        self.run: LossFn
+        if loss_fn is None:
+            self._one = OutputError(model, batches, fn=fn)
+            self.run = partial(run_batch, fn=fn, argument="batches")
+        else:
+            self._one = self.run = loss_fn
+
+    def __call__(self, model: nn.Module) -> float:
+        """Of a model in the mode it is in.
+
+        Raises:
+            ValueError: the loss is no scalar.
+        """
+        return sum(self._scalar(self._one(model, batch)) for batch in self._batches) / len(
+            self._batches
+        )
+
+    def _scalar(self, loss: Any) -> float:
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(
+                f"{self._fn}: loss_fn: expected a scalar, got shape {tuple(loss.shape)}"
+            )
+        return float(loss)
+
+
+def check_measured(fn: str, batches: Any, loss_fn: Any) -> list[Any]:
+    """The batches that a loss is measured on, at least one.
+
+    Raises:
+        TypeError: batches is no iterable of batches, or loss_fn no function.
+        ValueError: there is no batch.
+    """
+    check_batches(fn, "batches", batches)
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"{fn}: loss_fn: expected a function, got {type(loss_fn).__name__}")
+    data = list(batches)
+    if not data:
+        raise ValueError(f"{fn}: batches: expected at least one batch, got none")
+    return data
+
+
 def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> float:
     """Mean over batches of ||f(batch) - f0(batch)||^2 / ||f0(batch)||^2.
 
@@ -68,13 +129,10 @@ def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Any])
         TypeError: batches is no iterable of batches, or an output holds no tensor.
         ValueError: there is no batch.
     """
-    check_batches("output_error", "batches", batches)
-    data = list(batches)
-    if not data:
-        raise ValueError("output_error: batches: expected at least one batch, got none")
-    error = OutputError(reference, data, fn="output_error")
+    data = check_measured("output_error", batches, None)
+    loss = MeanLoss(reference, data, None, fn="output_error")
     with calibrating(model):
-        return sum(error(model, batch) for batch in data) / len(data)
+        return loss(model)
 
 
 @dataclass(frozen=True)
@@ -85,67 +143,43 @@ class Measurement:
         ms: median milliseconds of a forward pass.
         p20: 20th percentile.
         p80: 80th percentile.
-        rows: rows of x in each call of each layer whose rank can be chosen.
-        ranks: what those layers ran at.
     """
 
     ms: float
     p20: float
     p80: float
-    rows: dict[str, tuple[int, ...]]
-    ranks: dict[str, int | str]
-
-
-def measure_model(model: nn.Module, batch: Any, *, seconds: float = 2.0) -> Measurement:
-    """Time a model's forward pass on one batch, in eval mode without gradients.
-
-    Args:
-        model: on the CPU or a GPU.
-        batch: a tensor (model(x)), tuple (model(*t)) or dict (model(**d)).
-        seconds: time to spend; at least six passes.
-
-    Raises:
-        TypeError: model is no module, or batch is none of those.
-        ValueError: no layer's rank can be chosen.
-    """
-    return measure_models({"model": model}, batch, seconds=seconds)["model"]
 
 
 def measure_models(
-    models: Mapping[str, nn.Module], batch: Any, *, seconds: float = 4.0
+    models: Mapping[str, nn.Module],
+    batch: Any,
+    *,
+    seconds: float = 4.0,
+    run: Callable[[nn.Module, Any], Any] | None = None,
 ) -> dict[str, Measurement]:
-    """Time several models on one batch in turns, so that a busy machine is busy for all of them.
+    """Time the forward passes of several models on one batch in turns, in eval mode.
 
-    Memory that a pass frees stays in the process meanwhile, as with MALLOC_TRIM_THRESHOLD_: what
-    giving it back costs depends on the process's history.
+    A busy machine is then busy for all of them. Memory that a pass frees stays in the process
+    meanwhile, as with MALLOC_TRIM_THRESHOLD_: what giving it back costs depends on the process's
+    history.
 
     Args:
-        models: name -> model.
-        batch: as `measure_model`.
+        models: name -> model, on the CPU or a GPU.
+        batch: a tensor (model(x)), tuple (model(*t)) or dict (model(**d)).
         seconds: for all models together; at least six passes each.
+        run: run(model, batch) in place of these calls.
+
+    Raises:
+        TypeError: batch is none of those.
     """
-    fn = "measure_model"
-    layers = {name: considered(model, fn=fn) for name, model in models.items()}
-    rows = {name: count_rows(model, layers[name], batch, fn=fn) for name, model in models.items()}
-
-    def call(model: nn.Module) -> Callable[[], object]:
-        return lambda: run_batch(model, batch, fn=fn, argument="batch")
-
+    call = partial(run_batch, fn="measure_models", argument="batch") if run is None else run
     with ExitStack() as stack:
         stack.enter_context(keeping_memory())
         for model in models.values():
             stack.enter_context(calibrating(model))
-        found = interleave(
-            {name: call(model) for name, model in models.items()},
-            seconds=seconds,
-            clock=_clock(models),
-        )
-    return {
-        name: Measurement(
-            s.p50 * 1e3, s.p20 * 1e3, s.p80 * 1e3, rows[name], present(models[name], layers[name])
-        )
-        for name, s in found.items()
-    }
+        calls = {name: partial(call, model, batch) for name, model in models.items()}
+        found = interleave(calls, seconds=seconds, clock=_clock(models))
+    return {n: Measurement(s.p50 * 1e3, s.p20 * 1e3, s.p80 * 1e3) for n, s in found.items()}
 
 
 def present(model: nn.Module, names: Iterable[str]) -> dict[str, int | str]:

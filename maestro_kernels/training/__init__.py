@@ -6,12 +6,8 @@ Source: Horvath et al., Maestro, ICML 2024 (arXiv 2308.14929).
 
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
 from maestro_kernels.training.checkpoint import load_checkpoint, resize_on_load, save_checkpoint
-from maestro_kernels.training.extraction import (
-    Extraction,
-    ExtractionPath,
-    extract,
-    extraction_report,
-)
+from maestro_kernels.training.extraction import Extraction, extraction_report
+from maestro_kernels.training.extractor import ExtractionPath, extract
 from maestro_kernels.training.freezing import SequentialFreezing, below_cliff, quantize_ranks
 from maestro_kernels.training.loop import Maestro, NonFiniteLoss, check_loss
 from maestro_kernels.training.penalties import (

@@ -1,6 +1,7 @@
 """The tables of docs/guide/search.md are what the committed rows say, and so are its claims."""
 
-import importlib.util
+import importlib
+import itertools
 import sys
 
 import pytest
@@ -18,14 +19,25 @@ MODELS = {
 
 
 @pytest.fixture(scope="module")
-def study():
-    path = ROOT / "examples" / "allocation_study.py"
-    spec = importlib.util.spec_from_file_location("allocation_study", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def examples():
+    """Imports a module of examples/, which may import others of them."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(ROOT / "examples"))
+    yield importlib.import_module
+    sys.path.remove(str(ROOT / "examples"))
+    for name in set(sys.modules) - before:
+        if (ROOT / "examples" / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def study(examples):
+    return examples("allocation_study")
+
+
+@pytest.fixture(scope="module")
+def quality(examples):
+    return examples("allocation_quality")
 
 
 @pytest.fixture(params=MODELS)
@@ -104,3 +116,47 @@ def test_the_table(study):
     lines = study.table(rows, ["q"]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert "| 1.5× | exact, loss | 10.0 | 8.0 | +25.0% | 2.00× | 25.0% | 0.5000 |" in lines[3]
+
+
+def test_the_page_shows_the_rows_of_the_comparison_at_equal_weights(quality):
+    rows = quality.read(ROOT / quality.ROWS)
+    page = (ROOT / "docs" / "guide" / "search.md").read_text(encoding="utf-8")
+    begin, end = quality.MARKS
+    assert page.partition(begin)[2].partition(end)[0].strip() == quality.block(rows)
+    for name in quality.MLPS:
+        found = {(row["seed"], row["fraction"]) for row in rows if row["model"] == name}
+        assert found == set(itertools.product(range(5), quality.FRACTIONS))
+
+
+def test_allocated_ranks_are_better_than_uniform_ones_at_equal_weights(quality):
+    rows = quality.read(ROOT / quality.ROWS)
+    assert max(row["allocated"] / row["uniform"] for row in rows) < 1
+
+
+def test_a_small_comparison_at_equal_weights(quality, monkeypatch):
+    sizes = (48, 96, 64, 32)
+    monkeypatch.setitem(quality.MLPS, "small", (sizes, nn.ReLU, (0.2, 0.6, 1.1)))
+    monkeypatch.setitem(quality.CASES, "small", lambda seed: quality.mlp("small", seed))
+    rows = quality.compare("small", 0)
+    assert [row["fraction"] for row in rows] == list(quality.FRACTIONS)
+    dense = sum(n * k for n, k in itertools.pairwise(sizes))
+    for row in rows:
+        assert row["allocated"] < row["uniform"]
+        for ranks in row["ranks"].values():
+            pairs = zip(ranks.values(), itertools.pairwise(sizes), strict=True)
+            used = sum(n * k if r == "dense" else r * (n + k) for r, (n, k) in pairs)
+            assert used <= row["fraction"] * dense
+    assert rows[0]["passes"] <= 16 + 4 * 3
+    assert "1 of 1 cases, worse in 0" in quality.verdict(rows[:1])
+    assert "| small | 1 |" in quality.table(rows)
+
+
+def test_planted_spectra_are_powers_of_the_index(quality):
+    model = nn.Sequential(nn.Linear(24, 40), nn.Conv2d(3, 8, 3)).requires_grad_(False)
+    norms = [float(layer.weight.norm()) for layer in model]
+    quality.plant(model, iter((0.5, 1.5)).__next__)
+    for layer, norm, exponent in zip(model, norms, (0.5, 1.5), strict=True):
+        values = torch.linalg.svdvals(layer.weight.flatten(1))
+        expected = torch.arange(1, len(values) + 1) ** -exponent
+        torch.testing.assert_close(values / values[0], expected, rtol=1e-4, atol=1e-5)
+        assert float(layer.weight.norm()) == pytest.approx(norm, rel=1e-5)

@@ -302,7 +302,12 @@ def test_a_profile_of_layers_is_anchored_by_the_model(model, sens, monkeypatch):
         def __init__(self, ms):
             self.ms = ms
 
-    monkeypatch.setattr(allocator, "measure_model", lambda model, batch: Timed(ms(DENSE) + 0.5))
+    def takes(total):
+        monkeypatch.setattr(
+            allocator, "measure_models", lambda models, batch, seconds: {"model": Timed(total)}
+        )
+
+    takes(ms(DENSE) + 0.5)
     found = search.allocate(
         model, search.Speedup(1.02), sens, Machine(), batch=BATCHES[0], multiple_of=4
     )
@@ -310,7 +315,7 @@ def test_a_profile_of_layers_is_anchored_by_the_model(model, sens, monkeypatch):
     assert found.predicted.ms == pytest.approx(ms(found) + 0.5)
     assert found.predicted.ms <= found.dense.ms / 1.02
     # Layers that take longer by themselves than the model does are scaled to fit into it.
-    monkeypatch.setattr(allocator, "measure_model", lambda model, batch: Timed(ms(DENSE) / 2))
+    takes(ms(DENSE) / 2)
     found = search.allocate(
         model, search.Speedup(1.2), sens, Machine(), batch=BATCHES[0], multiple_of=4
     )

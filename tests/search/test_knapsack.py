@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from maestro_kernels.search.knapsack import exact, greedy, hull_path
+from maestro_kernels.search.descent import descend, greedy, hull, hull_path
+from maestro_kernels.search.knapsack import exact
 
 
 def problem(seed, *, integers, layers=5, options=5):
@@ -111,6 +112,79 @@ def test_hull_path_is_optimal_at_its_own_costs():
         for point in path:
             assert value(options, point) == pytest.approx((point.cost, point.error))
             assert enumerated(options, point.cost * (1 + 1e-12)) == pytest.approx(point.error)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hull_is_what_no_line_between_two_options_undercuts(seed):
+    rng = np.random.default_rng(seed)
+    costs, errors = np.sort(rng.uniform(0, 9, 8)), rng.uniform(0, 1, 8)
+    found = hull(costs, errors)
+    assert (found[0], found[-1]) == (0, 7)
+    assert np.all(np.interp(costs, costs[found], errors[found]) <= errors + 1e-12)
+    slopes = np.diff(errors[found]) / np.diff(costs[found])
+    assert np.all(np.diff(slopes) > 0)
+
+
+def rising(seed):
+    """Options whose costs rise and whose errors fall, but not along a convex curve."""
+    rng = np.random.default_rng(seed)
+    return [
+        (np.cumsum(rng.uniform(1, 5, 6)), np.sort(rng.uniform(0, 1, 6))[::-1].copy())
+        for _ in range(3)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_descent_is_the_path_of_optima_walked_down(seed):
+    options = rising(seed)
+    at, walked = [5, 5, 5], [(5, 5, 5)]
+    for i, j in descend(options):
+        assert j < at[i]
+        at[i] = j
+        walked.append(tuple(at))
+    assert walked == [point.choice for point in reversed(hull_path(options))]
+
+    def total(choice):
+        return sum(float(errors[j]) for (_, errors), j in zip(options, choice, strict=True))
+
+    # The same errors, measured.
+    assert list(descend(options, total)) == list(descend(options))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_measured_descent_takes_the_best_step_there_is(seed):
+    """Where layers together lose more than the sum, waiting to measure again changes nothing."""
+    options = rising(seed)
+    weights = np.random.default_rng(seed).uniform(0.2, 5, 3)
+
+    def loss(choice):
+        parts = [w * e[j] for w, (_, e), j in zip(weights, options, choice, strict=True)]
+        return sum(parts) + 0.3 * sum(parts) ** 2
+
+    corners = [hull(costs, errors)[:-1] for costs, errors in options]
+    at = [5, 5, 5]
+    calls = []
+    for i, j in descend(options, lambda choice: calls.append(choice) or loss(choice)):
+        prices = {}
+        for k, left in enumerate(corners):
+            if left:
+                moved = (*at[:k], left[-1], *at[k + 1 :])
+                saved = options[k][0][at[k]] - options[k][0][left[-1]]
+                prices[k] = (loss(moved) - loss(tuple(at))) / saved
+        assert i == min(prices, key=prices.get)
+        assert j == corners[i].pop()
+        at[i] = j
+    assert at == [0, 0, 0]
+    assert len(calls) < 1 + 3 * sum(len(hull(*one)) - 1 for one in options)
+
+
+def test_a_descent_starts_where_the_error_falls():
+    """The dearest option need not be the best: what costs more and loses more goes first."""
+    options = [
+        (np.array([1.0, 2.0, 3.0]), np.array([1.0, 0.0, 0.5])),
+        (np.array([1.0, 2.0, 3.0]), np.array([0.2, 0.1, 0.0])),
+    ]
+    assert list(descend(options)) == [(0, 1), (1, 0), (0, 0)]
 
 
 def test_rounding_does_not_cost_a_solution():

@@ -75,6 +75,58 @@ def test_a_better_start_is_where_it_starts():
     assert record.loss == loss(better) < loss(worse)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_loss_below_zero_falls_too(seed):
+    options, loss = problem(seed)
+    limit = 0.5 * sum(costs[-1] for costs, _ in options)
+    start = knapsack.exact(options, limit).choice
+    _, record = refine(options, [start], limit, lambda choice: loss(choice) - 100, 200)
+    assert record.loss <= record.starts[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_choices_beyond_hope_are_left_alone(seed):
+    """Low ranks of one layer break the model: alone (its error is infinite), or with others."""
+    options, finite = problem(seed)
+    options = [(costs, errors.copy()) for costs, errors in options]
+    options[0][1][:3] = np.inf
+    limit = 0.5 * sum(costs[-1] for costs, _ in options)
+
+    def loss(choice):
+        broken = choice[0] < 3 or (choice[1] < 2 and choice[2] < 2)
+        return np.inf if broken else finite(choice)
+
+    start = (3, 2, 2, 0)
+    assert cost(options, start) <= limit
+    found, record = refine(options, [start], limit, loss, 200)
+    assert cost(options, found) <= limit
+    assert record.loss == loss(found) < loss(start)
+    # A layer whose own error is infinite where it stands may stay there.
+    options[1][1][2] = np.inf
+    found, record = refine(options, [start], limit, loss, 200)
+    assert found[1] == 2
+    assert record.loss == loss(found) < loss(start)
+    hopeless, record = refine(options, [(0, 0, 0, 0)], limit, loss, 200)
+    assert (hopeless, record.passes) == ((0, 0, 0, 0), 1)
+
+
+def test_what_cannot_be_had_is_not_measured():
+    options, loss = problem(2)
+    limit = 0.5 * sum(costs[-1] for costs, _ in options)
+    start = (1,) * len(options)
+    asked = []
+
+    def fits(choice):
+        asked.append(choice)
+        return False
+
+    found, record = refine(options, [start], limit, loss, 200, fits)
+    assert found == start
+    assert record.loss == loss(start)
+    assert all(cost(options, choice) <= limit * (1 + 1e-9) for choice in asked)
+    assert asked
+
+
 def net(seed=0):
     """Three layers whose spectra fall at different speeds, wide of each other in scale."""
     torch.manual_seed(seed)

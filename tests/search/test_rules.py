@@ -10,8 +10,8 @@ from torch import nn
 
 import maestro_kernels as mk
 from maestro_kernels.search import rules
-from maestro_kernels.search.costs import below_steps, choices
-from maestro_kernels.search.layers import Layer, considered
+from maestro_kernels.search.costs import below_steps, choices, multiples
+from maestro_kernels.search.layers import Layer, considered, count_rows, observe
 from maestro_kernels.search.sensitivities import LayerSensitivity
 
 SIZES = [(64, 64), (48, 200), (90, 30)]
@@ -21,10 +21,8 @@ def layer(name, N, K, *, dense=True, max_rank=None):
     return Layer(name, "linear", N, K, 1, max_rank or min(N, K), dense)
 
 
-def every_choice(one, multiple_of=1, min_rank=1, latency=None):
-    return choices(
-        one, nn.Linear(1, 1), multiple_of=multiple_of, min_rank=min_rank, rows=(), latency=latency
-    )
+def every_choice(one, multiple_of=1, min_rank=1):
+    return choices(one, multiples(one, multiple_of, min_rank), itemsize=4)
 
 
 @pytest.fixture
@@ -43,12 +41,13 @@ def as_ranks(layers, chosen):
 def test_choices_are_what_saves_weights_and_dense(layers):
     for c, (N, K) in zip(layers, SIZES, strict=True):
         assert c.ranks == (*range(1, math.ceil(N * K / (N + K))), "dense")
-        assert all(w == r * (N + K) for w, r in zip(c.weights, c.ranks[:-1], strict=False))
-        assert c.weights[-1] == N * K
-        assert np.all(np.diff(c.weights) > 0)
-        assert c.macs.tolist() == c.weights.tolist()
+        weights = c.costs.weights
+        assert all(w == r * (N + K) for w, r in zip(weights, c.ranks[:-1], strict=False))
+        assert weights[-1] == N * K
+        assert np.all(np.diff(weights) > 0)
+        assert c.costs.macs.tolist() == weights.tolist()
         # The dense layer stores no active rank.
-        assert c.bytes.tolist() == [*(4 * c.weights[:-1] + 4), 4 * N * K]
+        assert c.costs.bytes.tolist() == [*(4 * weights[:-1] + 4), 4 * N * K]
 
 
 @pytest.mark.parametrize(
@@ -141,3 +140,42 @@ def test_considered_layers():
     assert found["1"].max_rank == 6
     assert list(considered(model, exclude=["0", "3"], fn="f")) == ["1", "2"]
     assert torch.is_tensor(model[0].weight)
+
+
+def test_one_hook_sees_rows_of_the_first_batch_and_the_first_input():
+    model = nn.ModuleDict(
+        {"conv": nn.Conv2d(3, 4, 3), "line": nn.Linear(5, 2), "late": nn.Linear(4, 4)}
+    )
+    image, x, late = torch.randn(2, 3, 6, 7), torch.randn(3, 5), torch.randn(9, 4)
+
+    def run(model, batch):
+        model["line"](batch)
+        model["line"](input=2 * batch[:1])
+        if len(batch) == 3:
+            model["conv"](image)
+        else:
+            model["late"](late)
+
+    seen = observe(model, dict(model.items()), [x, torch.randn(4, 5)], run, keep_inputs=True)
+    assert {name: one.rows for name, one in seen.items()} == {
+        "conv": (2 * 4 * 5,), "line": (3, 1), "late": (),
+    }  # fmt: skip
+    assert torch.equal(seen["line"].x, x)
+    assert torch.equal(seen["late"].x, late)
+    x.zero_()
+    assert seen["line"].x.any()
+    rows = count_rows(nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 2)), ["1"], x, fn="f")
+    assert rows == {"1": (3,)}
+    seen = observe(model, {"line": model["line"]}, [x], run)
+    assert seen["line"].x is None
+
+
+def test_pivoted_forms_cost_what_they_store():
+    one = layer("a", 40, 24)
+    found = choices(one, [8, 8, 24], ["factors", "pivoted", "dense"], itemsize=2, rows=(3, 4))
+    assert found.costs.macs.tolist() == [7 * 8 * 64, 7 * 8 * 56, 7 * 40 * 24]
+    # An int32 for every output, beside the matrices of two bytes a weight.
+    assert found.costs.weights.tolist() == [8 * 64, 8 * 56 + 80, 40 * 24]
+    assert found.costs.bytes.tolist() == [2 * 8 * 64 + 4, 2 * 8 * 56 + 160, 2 * 40 * 24]
+    made = mk.nn.PivotedLinear.from_lod(mk.LoDLinear(24, 40, max_rank=8, bias=False))
+    assert sum(t.nbytes for t in [*made.parameters(), *made.buffers()]) == 4 * 8 * 56 + 160
