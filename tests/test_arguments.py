@@ -20,6 +20,10 @@ def test_an_old_name_works_and_warns_where_it_is_used():
         doubled(1, old=2, new=2)
 
 
+# Not as a keyword, which a search for old names would replace.
+OLD = {"data": [torch.randn(64, 16)]}
+
+
 def layer():
     return mk.convert(nn.Sequential(nn.Linear(16, 16)), rank=4)
 
@@ -31,9 +35,7 @@ def layer():
         lambda: mk.unpack(module=layer()),
         lambda: mk.refresh(module=layer()),
         lambda: mk.set_ranks(layer(), new={"0": 2}),
-        lambda: mk.convert(
-            nn.Sequential(nn.Linear(16, 16)), 4, init="data", batches=[torch.randn(64, 16)]
-        ),
+        lambda: mk.convert(nn.Sequential(nn.Linear(16, 16)), 4, init="data", **OLD),
     ],
 )
 def test_names_of_the_last_release_still_work(call):
