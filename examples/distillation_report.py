@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maestro_kernels.benchmark import plots
+from maestro_kernels.measure import plots
 from maestro_kernels.benchmark.origin import origin
-from maestro_kernels.benchmark.plots import Point
+from maestro_kernels.measure.plots import Point
 
 BUDGETS = (0.8, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2)
 # Budgets whose models are kept for timing.

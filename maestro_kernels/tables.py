@@ -19,6 +19,7 @@ import torch
 
 from maestro_kernels import hardware
 from maestro_kernels.files import check_file, config_folder, write_text
+from maestro_kernels.measure.noise import Times, beyond_noise
 
 __all__ = [
     "BASELINE",
@@ -40,12 +41,9 @@ BASELINE = "matmul: two matmuls"
 _REACH = 2.0
 # Two shapes are neighbours while N and K together differ by no more than this factor.
 _SHAPE_REACH = 4.0
-# Medians of one binary on a shared machine differ by this much between runs.
-_MARGIN = 0.05
 # What auto may lose against two matmuls in any one mode to gain in another.
 _TOLERATED = 0.02
 
-Times = tuple[float, float, float]
 Modes = dict[str, dict[str, Times]]
 
 
@@ -101,7 +99,7 @@ class Row:
             return False
         pairs = [(times[strategy], times[BASELINE]) for times in self.us.values()]
         loses = any(ours[1] > base[1] * (1 + _TOLERATED) for ours, base in pairs)
-        return not loses and any(_faster(ours, base) for ours, base in pairs)
+        return not loses and any(beyond_noise(base, ours) == "faster" for ours, base in pairs)
 
     @property
     def fastest_form(self) -> str | None:
@@ -194,12 +192,6 @@ def dtype_key(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     rounded = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return f"{name} rounded" if rounded else name
-
-
-def _faster(a: Times, b: Times) -> bool:
-    """Whether (p20, median, p80) a is below b: medians apart by more than 5 % and both spreads."""
-    spread = ((a[2] - a[0]) / a[1] + (b[2] - b[0]) / b[1]) / 2
-    return b[1] / a[1] > 1 + max(_MARGIN, spread) and a[2] < b[0]
 
 
 def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:

@@ -6,21 +6,14 @@ import pytest
 from maestro_kernels.benchmark.rows import (
     Row,
     append,
-    beyond_noise,
     compare,
     latest_run,
     load,
     with_speedups,
 )
-from maestro_kernels.benchmark.summary import (
-    DASH,
-    TIMES,
-    duration,
-    geometric_mean,
-    outcomes,
-    times,
-    verdict,
-)
+from maestro_kernels.benchmark.summary import outcomes, verdict
+from maestro_kernels.measure.noise import beyond_noise
+from maestro_kernels.measure.wording import DASH, TIMES, duration, geometric_mean, times
 
 
 def row(provider="ours", p50=100.0, spread=0.02, **changes):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import maestro_kernels as mk
-from maestro_kernels.benchmark import plots
-from maestro_kernels.benchmark.plots import Point
+from maestro_kernels.measure import plots
+from maestro_kernels.measure.plots import Point
 
 ROOT = Path(__file__).parents[1]
 

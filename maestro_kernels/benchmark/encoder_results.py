@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from maestro_kernels.benchmark.origin import origin
+from maestro_kernels.measure import report
+from maestro_kernels.measure.noise import beyond_noise
 
 __all__ = [
     "BATCHES",
@@ -28,8 +30,6 @@ BATCHES = ("batch 1", "batch 64")
 DEPLOYED = "grouped, prepacked"
 # Below this mean cosine a user of embeddings would notice; above it, hardly.
 USABLE_COSINE = 0.95
-# A latency ratio within this of 1 is called equal.
-NOISE = 0.05
 _SCHEMA = 2
 
 
@@ -134,9 +134,8 @@ def verdict(forms: Sequence[Form]) -> list[str]:
 
 
 def _pays(form: Form, dense: Form) -> bool:
-    faster = any(form.speed(batch, dense) > 1 + NOISE for batch in form.latency)
-    slower = any(form.speed(batch, dense) < 1 - NOISE for batch in form.latency)
-    return faster and not slower and form.cosine >= USABLE_COSINE
+    found = {beyond_noise(dense.latency[batch], times) for batch, times in form.latency.items()}
+    return "faster" in found and "slower" not in found and form.cosine >= USABLE_COSINE
 
 
 def _speeds(form: Form, over: Form) -> str:
@@ -276,9 +275,7 @@ def markdown(forms: Sequence[Form], stamp: Mapping[str, Any], *, short: bool = F
     notes = [str(note) for note in stamp.get("notes", ())]
     return "\n".join(
         [
-            f"| {' | '.join(headers)} |",
-            "|---|---|---|" + "--:|" * (len(headers) - 3),
-            *(f"| {' | '.join(row)} |" for row in body),
+            *report.markdown_table(headers, body, numeric=range(3, len(headers))),
             "",
             f"{origin(stamp)}; medians of whole forward passes in turns, times as fast at batch "
             "1 / 64. Repeat with `make bench`.",

@@ -26,6 +26,7 @@ from maestro_kernels.benchmark import encoder_results
 from maestro_kernels.benchmark.origin import origin
 from maestro_kernels.benchmark.readme import markdown_table
 from maestro_kernels.benchmark.rows import latest_run, load
+from maestro_kernels.measure import report
 
 __all__ = ["main", "published"]
 
@@ -53,15 +54,14 @@ def _search_cost(path: Path) -> str:
     """Cosine per search and budget, written by bench/search_cost.py."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
-    lines = [
-        "| ranks | seconds for all budgets | " + " | ".join(f"{b:.0%}" for b in budgets) + " |",
-        "|---|--:|" + "--:|" * len(budgets),
-    ]
+    headers = ("ranks", "seconds for all budgets", *(f"{b:.0%}" for b in budgets))
+    body = []
     for name in dict.fromkeys(row["search"] for row in rows):
         here = {row["budget"]: row for row in rows if row["search"] == name}
         cells = [f"{here[b]['cosine']:.4f}" if b in here else "" for b in budgets]
         seconds = next(iter(here.values()))["seconds"]
-        lines.append(f"| {name} | {seconds:.0f} | {' | '.join(cells)} |")
+        body.append((name, f"{seconds:.0f}", *cells))
+    lines = report.markdown_table(headers, body, numeric=range(1, len(headers)))
     made = dict.fromkeys(origin(row) for row in rows)
     return "\n".join([*lines, "", f"Mean cosine on 384 held-out sentences. {'; '.join(made)}."])
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from maestro_kernels.benchmark.cases import joined
 from maestro_kernels.benchmark.rows import Row
-from maestro_kernels.benchmark.summary import device_line, duration, outcomes, times, verdict
+from maestro_kernels.benchmark.summary import device_line, outcomes, verdict
+from maestro_kernels.measure import report
+from maestro_kernels.measure.wording import duration, times
 
 __all__ = ["markdown_table", "replace_block"]
 
@@ -38,11 +40,11 @@ def markdown_table(rows: Sequence[Row], *, cache: str = "cold") -> str:
             f"markdown_table: rows: expected every result of ours to be right, got "
             f"{wrong[0].provider}: {wrong[0].reason}"
         )
-    lines = [
-        "| layer | M | rank | dtype | dense | two matmuls | fastest other path | ours, as is | "
-        "ours | ours vs fastest other | low rank vs dense |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    headers = (
+        *("layer", "M", "rank", "dtype", "dense", "two matmuls", "fastest other path"),
+        *("ours, as is", "ours", "ours vs fastest other", "low rank vs dense"),
+    )
+    body = []
     for o in found:
         row = o.ours
         mode = "" if row.mode == "forward" else f", {row.mode}"
@@ -55,9 +57,10 @@ def markdown_table(rows: Sequence[Row], *, cache: str = "cold") -> str:
             *(other, duration(o.plain.p50_us), duration(row.p50_us)),
             *(times(o.ratio(o.best)), times(o.pays)),
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        body.append(cells)
     commit = str(first.versions.get("commit") or "unknown")[:10]
-    lines += [
+    lines = [
+        *report.markdown_table(headers, body, numeric=(1, 2, *range(4, len(headers)))),
         "",
         f"{device_line(first)}, {cache} caches, medians of interleaved samples, commit {commit}, "
         f"{first.run[:10]}. “Fastest other path” is the fastest way to run the same factors that "

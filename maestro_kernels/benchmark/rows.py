@@ -15,6 +15,7 @@ from typing import Any
 
 from maestro_kernels.benchmark.cases import joined
 from maestro_kernels.files import append_lines, check_file
+from maestro_kernels.measure.noise import Times, beyond_noise
 
 __all__ = [
     "SCHEMA",
@@ -32,7 +33,6 @@ __all__ = [
 SCHEMA = 1
 GATES = ("passed", "failed", "unavailable", "error")
 _LAYERS = ("N", "R", "rank")
-Times = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -288,10 +288,6 @@ class Comparison:
         return [c for c in ours if c.verdict in ("slower", "lost")]
 
 
-# Five percent is what repeated medians of one binary differ by on a shared machine.
-_MARGIN = 0.05
-
-
 def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
     """Say what got slower, beyond noise, between two runs on one device.
 
@@ -325,19 +321,3 @@ def _change(old: Row, new: Row, drift: float) -> Change:
         return Change(old, new, float("inf"), "lost")
     p20, p50, p80 = (time / drift for time in new.times)
     return Change(old, new, p50 / old.times[1], beyond_noise(old.times, (p20, p50, p80)))
-
-
-def beyond_noise(old: Times, new: Times) -> str:
-    """Whether (p20, p50, p80) of `new` is "slower" or "faster" than `old`, or the "same".
-
-    The medians must differ by more than 5 % and by more than the mean of the two spreads
-    (p80 - p20) / p50, and the intervals p20..p80 must not meet.
-    """
-    spread = (old[2] - old[0]) / old[1] + (new[2] - new[0]) / new[1]
-    margin = 1 + max(_MARGIN, spread / 2)
-    ratio = new[1] / old[1]
-    if ratio > margin and new[0] > old[2]:
-        return "slower"
-    if ratio < 1 / margin and new[2] < old[0]:
-        return "faster"
-    return "same"

@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from maestro_kernels.benchmark.summary import count
+from maestro_kernels.measure.wording import count
 
 __all__ = [
     "about",
