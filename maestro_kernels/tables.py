@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from maestro_kernels import hardware
 from maestro_kernels.files import check_file, config_folder, write_text
 from maestro_kernels.measure.noise import Times, beyond_noise
+from maestro_kernels.measure.records import checked
 
 __all__ = [
     "BASELINE",
@@ -285,9 +286,6 @@ def _record(row: Row) -> dict[str, Any]:
     return asdict(row) | {"us": us}
 
 
-_ROW_FIELDS = {f.name: str(f.type) for f in fields(Row)}
-
-
 def _parse(record: Any, where: str) -> Table:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         got = record.get("schema") if isinstance(record, dict) else type(record).__name__
@@ -308,33 +306,22 @@ def parse_row(record: Any, where: str) -> Row:
     Raises:
         ValueError: names `where`, the field, what was expected and what came.
     """
-    if not isinstance(record, dict) or record.keys() != _ROW_FIELDS.keys():
-        got = sorted(record) if isinstance(record, dict) else record
-        raise ValueError(f"{where}: expected the fields {sorted(_ROW_FIELDS)}, got {got!r}")
-    for name, kind in _ROW_FIELDS.items():
-        value = record[name]
-        if name == "us":
-            continue
-        if type(value).__name__ != kind or (kind == "int" and value < 1):
-            raise ValueError(f"{where}: {name}: expected {kind} (>= 1), got {value!r}")
-    return Row(**{**record, "us": _parse_modes(record["us"], f"{where}: us")})
-
-
-def _parse_modes(value: Any, where: str) -> Modes:
-    if not isinstance(value, dict) or not any(str(mode).startswith("forward ") for mode in value):
-        raise ValueError(f"{where}: expected times of a forward mode, got {value!r}")
-    return {mode: _parse_times(times, f"{where}: {mode}") for mode, times in value.items()}
-
-
-def _parse_times(value: Any, where: str) -> dict[str, Times]:
-    if not isinstance(value, dict) or BASELINE not in value:
-        raise ValueError(f"{where}: expected times of {BASELINE!r} and others, got {value!r}")
-    for name, times in value.items():
-        good = isinstance(times, list | tuple) and len(times) == 3
-        good = good and all(isinstance(t, int | float) and t > 0 for t in times)
-        if not good or not times[0] <= times[1] <= times[2] or ": " not in name:
+    row = checked(Row, record, where)
+    for name in ("layers", "M", "N", "K", "rank"):
+        if record[name] < 1:
+            raise ValueError(f"{where}: {name}: expected int (>= 1), got {record[name]!r}")
+    if not any(mode.startswith("forward ") for mode in row.us):
+        raise ValueError(f"{where}: us: expected times of a forward mode, got {record['us']!r}")
+    for mode, by_strategy in row.us.items():
+        if BASELINE not in by_strategy:
             raise ValueError(
-                f"{where}: expected 'backend: strategy' -> [p20, median, p80] in µs, "
-                f"got {name!r} -> {times!r}"
+                f"{where}: us: {mode}: expected times of {BASELINE!r} and others, "
+                f"got {by_strategy!r}"
             )
-    return {name: (t[0], t[1], t[2]) for name, t in value.items()}
+        for name, times in by_strategy.items():
+            if not 0 < times[0] <= times[1] <= times[2] or ": " not in name:
+                raise ValueError(
+                    f"{where}: us: {mode}: expected 'backend: strategy' -> [p20, median, p80] in "
+                    f"µs, got {name!r} -> {times!r}"
+                )
+    return row

@@ -171,7 +171,7 @@ def test_rows_and_tables(tmp_path):
     with pytest.raises(ValueError, match="expected a clean work tree"):
         results.markdown(loaded, {"versions": {"dirty": True}})
     (tmp_path / "old.jsonl").write_text('{"schema": 1}\n')
-    with pytest.raises(ValueError, match="schema 2"):
+    with pytest.raises(ValueError, match=r"old\.jsonl, line 1: schema: expected 2, got 1"):
         results.load(tmp_path / "old.jsonl")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from maestro_kernels.benchmark.origin import origin
-from maestro_kernels.measure import report
+from maestro_kernels.files import write_text
+from maestro_kernels.measure import records, report
 from maestro_kernels.measure.noise import beyond_noise
 
 __all__ = [
@@ -91,7 +91,7 @@ class Form:
 def save(path: Path, forms: Iterable[Form], stamp: Mapping[str, Any]) -> None:
     """One JSONL row per form, each with the stamp: machine, threads, versions and more."""
     about = {"schema": _SCHEMA, "job": "sentence encoder", **stamp}
-    path.write_text("".join(json.dumps({**about, **asdict(f)}) + "\n" for f in forms), "utf-8")
+    write_text(path, "".join(f"{records.line({**about, **asdict(f)})}\n" for f in forms))
 
 
 def load(path: Path) -> tuple[list[Form], dict[str, Any]]:
@@ -101,11 +101,14 @@ def load(path: Path) -> tuple[list[Form], dict[str, Any]]:
         ValueError: no such rows.
     """
     names = {f.name for f in fields(Form)}
-    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    if not records or any(r.get("schema") != _SCHEMA or not names <= r.keys() for r in records):
+    rows = records.located(path, schema=_SCHEMA)
+    if not rows:
         raise ValueError(f"load: path: expected rows of the main job, schema {_SCHEMA}, got {path}")
-    forms = [Form(**{k: v for k, v in r.items() if k in names}) for r in records]
-    return forms, {k: v for k, v in records[0].items() if k not in names}
+    forms = [
+        records.checked(Form, {k: v for k, v in row.items() if k in names}, where)
+        for where, row in rows
+    ]
+    return forms, {k: v for k, v in rows[0][1].items() if k not in names}
 
 
 def file_name(stamp: Mapping[str, Any], isa: str) -> str:

@@ -15,7 +15,6 @@ kinds are made from it from then on. "from -" stands for no rows yet: such a blo
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import sys
@@ -26,7 +25,7 @@ from maestro_kernels.benchmark import encoder_results
 from maestro_kernels.benchmark.origin import origin
 from maestro_kernels.benchmark.readme import markdown_table
 from maestro_kernels.benchmark.rows import latest_run, load
-from maestro_kernels.measure import report
+from maestro_kernels.measure import records, report
 
 __all__ = ["main", "published"]
 
@@ -52,7 +51,7 @@ def _encoder_short(path: Path) -> str:
 
 def _search_cost(path: Path) -> str:
     """Cosine per search and budget, written by bench/search_cost.py."""
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    rows = records.load(path)
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
     headers = ("ranks", "seconds for all budgets", *(f"{b:.0%}" for b in budgets))
     body = []

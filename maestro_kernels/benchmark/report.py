@@ -44,7 +44,7 @@ def terminal_table(rows: Sequence[Row]) -> Table:
         *["as is"] * packed,
         *("ours", "vs fastest", "vs dense"),
     )
-    lines = [
+    lines: list[list[str | Cell]] = [
         [
             *(o.ours.source, o.ours.shape, _kind(o.ours)),
             *(_time(o.dense), _time(o.two), _other(o), *[_time(o.plain)] * packed, _time(o.ours)),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from maestro_kernels.files import check_file, write_text
+from maestro_kernels.measure.records import checked
 from maestro_kernels.search import latency_model, staircase
 from maestro_kernels.search.measure import Point, point_from
 from maestro_kernels.search.strategies import AUTO, DENSE, DENSE_PACKED, PACKED, PREPACKED, TWO
@@ -316,9 +317,7 @@ class Profile:
             raise ValueError(f"{where}: schema: expected {SCHEMA}, got {record['schema']!r}")
         try:
             points = tuple(point_from(p) for p in record["points"])
-            shapes = tuple(
-                Shape(s["N"], s["K"], s["bias"], tuple(s["names"])) for s in record["shapes"]
-            )
+            shapes = tuple(checked(Shape, s, "shape") for s in record["shapes"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: expected points and shapes, got {error}") from None
         if not points:

@@ -13,8 +13,8 @@ import torch
 
 from maestro_kernels import hardware, tables, tuned
 from maestro_kernels.backends import native
+from maestro_kernels.measure.records import Journal
 from maestro_kernels.search import staircase
-from maestro_kernels.search.journal import Journal
 from maestro_kernels.search.latencies import Profile
 from maestro_kernels.search.measure import Point, Sweep, point_from
 from maestro_kernels.search.strategies import AUTO, DENSE, TWO

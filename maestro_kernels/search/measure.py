@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from maestro_kernels import hardware
 from maestro_kernels.benchmark.cases import Case, Layer
 from maestro_kernels.benchmark.providers import Inputs, Provider, Unavailable
 from maestro_kernels.benchmark.run import Options, Rings, checked, walk
+from maestro_kernels.measure import records
 from maestro_kernels.measure.timing import interleave, prepared
 from maestro_kernels.search.strategies import DENSE, TWO, for_profile
 from maestro_kernels.testing import make_inputs
@@ -55,11 +55,6 @@ class Point:
     p20: float
     p50: float
     p80: float
-
-    @property
-    def spread(self) -> float:
-        """Half the distance of the percentiles over the median: what noise can be."""
-        return (self.p80 - self.p20) / (2 * self.p50)
 
 
 @dataclass(frozen=True)
@@ -186,14 +181,7 @@ def point_from(record: dict[str, Any]) -> Point:
     Raises:
         ValueError: fields are missing or of another kind.
     """
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(Point)}
-    if record.keys() != kinds.keys():
-        raise ValueError(f"expected the fields {sorted(kinds)}, got {sorted(record)}")
-    for name, value in record.items():
-        kind = kinds[name]
-        fits = isinstance(value, int | float) if kind == "float" else type(value).__name__ == kind
-        if not fits or (kind == "float" and isinstance(value, bool)):
-            raise ValueError(f"{name}: expected {kinds[name]}, got {value!r}")
-    if not 0 < record["p20"] <= record["p50"] <= record["p80"]:
+    point = records.checked(Point, record, "point")
+    if not 0 < point.p20 <= point.p50 <= point.p80:
         raise ValueError(f"p50: expected 0 < p20 <= p50 <= p80, got {record}")
-    return Point(**record)
+    return point

@@ -16,8 +16,8 @@ from maestro_kernels.benchmark.cases import Case, Layer
 from maestro_kernels.benchmark.providers import Provider, Unavailable, make_case_inputs
 from maestro_kernels.benchmark.run import Options, Rings, checked, walk
 from maestro_kernels.measure.noise import Times
+from maestro_kernels.measure.records import Journal
 from maestro_kernels.measure.timing import interleave, prepared
-from maestro_kernels.search.journal import Journal
 from maestro_kernels.search.layer_profile import software
 from maestro_kernels.search.measure import ring_bytes
 from maestro_kernels.search.strategies import for_table
