@@ -12,15 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from maestro_kernels.measure.progress import bar
 from maestro_kernels.measure.wording import count
 
 __all__ = [
@@ -110,19 +103,7 @@ def progress(command: str) -> Iterator[Callable[[str, int, int], None]]:
 
         yield line
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_Console(stderr=True)) as bar:
-        task = bar.add_task(command, total=None)
-
-        def advance(text: str, done: int, total: int) -> None:
-            bar.update(task, description=text, completed=done, total=total)
-
+    with bar(command, _Console(stderr=True)) as advance:
         yield advance
 
 

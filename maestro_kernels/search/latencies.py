@@ -17,7 +17,15 @@ from maestro_kernels.files import check_file, write_text
 from maestro_kernels.measure.records import checked
 from maestro_kernels.search import latency_model, staircase
 from maestro_kernels.search.measure import Point, point_from
-from maestro_kernels.search.strategies import AUTO, DENSE, DENSE_PACKED, PACKED, PREPACKED, TWO
+from maestro_kernels.search.strategies import (
+    AUTO,
+    DENSE,
+    DENSE_PACKED,
+    PACKED,
+    PREPACKED,
+    TWO,
+    may_merge,
+)
 from maestro_kernels.search.targets import Shape
 
 __all__ = ["Errors", "Estimate", "Profile"]
@@ -341,10 +349,7 @@ class Profile:
 
 
 def _prepacked(points: Sequence[Point]) -> list[Point]:
-    """The fastest of what `prepack` chooses from: packed forms, factors as they are, merged.
-
-    The merged matrix is considered from half the break-even rank on, as `prepack` does.
-    """
+    """The fastest of what `prepack` chooses from: packed forms, factors as they are, merged."""
     merged, others = {}, defaultdict(list)
     for p in points:
         where = (p.N, p.K, p.M, p.bias, p.cache, p.launch)
@@ -356,7 +361,7 @@ def _prepacked(points: Sequence[Point]) -> list[Point]:
     for (where, rank), forms in others.items():
         if len(forms) < 2:
             continue
-        if where in merged and 2 * rank * (where[0] + where[1]) >= where[0] * where[1]:
+        if where in merged and may_merge(where[0], where[1], rank):
             forms.append(merged[where])
         best = min(forms, key=lambda p: p.p50)
         found.append(replace(best, rank=rank, strategy=PREPACKED))

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from maestro_kernels.files import check_file, write_text
+from maestro_kernels.measure.cost import break_even_rank
 from maestro_kernels.measure.heap import keeping_memory
 from maestro_kernels.measure.timing import rounds
 from maestro_kernels.nn.candidates import Selector
@@ -221,7 +222,7 @@ def _shell(model: nn.Module) -> nn.Module:
 def _timed_rank(layer: Layer, fraction: float, step: int) -> int:
     top = layer.max_rank
     if layer.can_be_dense:
-        top = min(top, layer.N * layer.K // (layer.N + layer.K))
+        top = min(top, int(break_even_rank(layer.N, layer.K)))
     rank = max(round(fraction * top / step) * step, step)
     return max(1, min(rank, layer.max_rank))
 

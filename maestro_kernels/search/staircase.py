@@ -12,6 +12,8 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from maestro_kernels.measure.cost import break_even_rank
+
 __all__ = [
     "Knot",
     "Step",
@@ -86,7 +88,7 @@ def _probe(rank: int, ranks: Container[int]) -> bool:
 
 def coarse_ranks(N: int, K: int, count: int = 6) -> list[int]:
     """A few ranks from 16 to a little above break-even, evenly spread in log scale, on the grid."""
-    top = min(N, K, math.ceil(1.15 * N * K / (N + K)))
+    top = min(N, K, math.ceil(1.15 * break_even_rank(N, K)))
     if top <= GRID:
         return sorted({max(1, top // 2), top})
     low = min(16, top)

@@ -15,6 +15,7 @@ from maestro_kernels import hardware, tables
 from maestro_kernels.benchmark.cases import Case, Layer
 from maestro_kernels.benchmark.providers import Provider, Unavailable, make_case_inputs
 from maestro_kernels.benchmark.run import Options, Rings, checked, walk
+from maestro_kernels.measure.cost import break_even_rank
 from maestro_kernels.measure.noise import Times
 from maestro_kernels.measure.records import Journal
 from maestro_kernels.measure.timing import interleave, prepared
@@ -99,7 +100,7 @@ def plan(
 
 def _ranks(Ns: Sequence[int], K: int, kind: str) -> list[int]:
     N = min(Ns)
-    found = [r for r in _RANKS if r * (N + K) < N * K]
+    found = [r for r in _RANKS if r < break_even_rank(N, K)]
     return sorted([*found, *(r - 1 for r in found[1::2])]) if kind == "cuda" else found
 
 
