@@ -6,7 +6,6 @@ A table is written by `maestro-kernels tune`; tuned.py finds the one in use and 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import re
@@ -19,8 +18,8 @@ import torch
 
 from maestro_kernels import hardware
 from maestro_kernels.files import check_file, config_folder, write_text
+from maestro_kernels.measure import records
 from maestro_kernels.measure.noise import Times, beyond_noise
-from maestro_kernels.measure.records import checked
 
 __all__ = [
     "BASELINE",
@@ -171,9 +170,7 @@ class Table:
     def to_json(self) -> str:
         """The file: one row a line, so that a difference can be read."""
         head = {"schema": SCHEMA, **{name: getattr(self, name) for name in _HEAD}}
-        lines = [json.dumps(_record(row), ensure_ascii=False) for row in self.rows]
-        text = json.dumps(head, ensure_ascii=False, indent=1)
-        return text[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+        return records.document(head, "rows", map(_record, self.rows))
 
 
 _HEAD = ("device", "versions", "created", "command")
@@ -243,9 +240,10 @@ def file_name(device: hardware.Device) -> str:
 
 def save(table: Table, path: str | Path) -> None:
     """Write a table: complete, or not at all."""
-    place, text = check_file("save", "path", path), table.to_json()
-    _parse(json.loads(text), f"save: {place.name}")
-    write_text(place, text)
+    place = check_file("save", "path", path)
+    for i, row in enumerate(table.rows):
+        parse_row(_record(row), f"save: {place.name}: row {i}")
+    write_text(place, table.to_json())
 
 
 def load(path: str | Path, device: hardware.Device | None = None) -> Table:
@@ -261,11 +259,13 @@ def load(path: str | Path, device: hardware.Device | None = None) -> Table:
     """
     path = Path(path)
     where = f"load: {path.name}"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: expected a JSON table, got {error}") from None
-    table = _parse(record, where)
+    fields = ("rows", *_HEAD)
+    record = records.load_document(path, fields, schema=SCHEMA, what="table", fn="load")
+    for name, kind in (("device", dict), ("versions", dict), ("rows", list)):
+        if not isinstance(record[name], kind):
+            raise ValueError(f"{where}: {name}: expected a {kind.__name__}, got {record[name]!r}")
+    rows = tuple(parse_row(r, f"{where}: row {i}") for i, r in enumerate(record["rows"]))
+    table = Table(rows=rows, **{name: record[name] for name in _HEAD})
     if device is not None and table.device != identity(device):
         ours, theirs = _described(identity(device)), _described(table.device)
         raise ValueError(f"{where}: device: expected {ours}, got {theirs}")
@@ -286,27 +286,13 @@ def _record(row: Row) -> dict[str, Any]:
     return asdict(row) | {"us": us}
 
 
-def _parse(record: Any, where: str) -> Table:
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        got = record.get("schema") if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where}: schema: expected {SCHEMA}, got {got!r}")
-    expected = {"schema", "rows", *_HEAD}
-    if record.keys() != expected:
-        raise ValueError(f"{where}: expected the fields {sorted(expected)}, got {sorted(record)}")
-    for name, kind in (("device", dict), ("versions", dict), ("rows", list)):
-        if not isinstance(record[name], kind):
-            raise ValueError(f"{where}: {name}: expected a {kind.__name__}, got {record[name]!r}")
-    rows = tuple(parse_row(r, f"{where}: row {i}") for i, r in enumerate(record["rows"]))
-    return Table(rows=rows, **{name: record[name] for name in _HEAD})
-
-
 def parse_row(record: Any, where: str) -> Row:
     """A row from its dictionary.
 
     Raises:
         ValueError: names `where`, the field, what was expected and what came.
     """
-    row = checked(Row, record, where)
+    row = records.checked(Row, record, where)
     for name in ("layers", "M", "N", "K", "rank"):
         if record[name] < 1:
             raise ValueError(f"{where}: {name}: expected int (>= 1), got {record[name]!r}")

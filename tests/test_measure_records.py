@@ -99,6 +99,25 @@ def test_another_line_that_is_no_record_is_named(text, message, tmp_path):
         records.load(path, schema=1 if "schema" in message else None, fn="train")
 
 
+def test_a_document_holds_a_record_a_line(tmp_path):
+    path = tmp_path / "table.json"
+    rows = [{"M": 1}, {"M": 2}]
+    path.write_text(records.document({"schema": 3, "name": "x"}, "rows", rows))
+    assert {'  {"M": 1},', '  {"M": 2}'} <= set(path.read_text().splitlines())
+    read = {"schema": 3, "what": "table", "fn": "load"}
+    assert records.load_document(path, ("name", "rows"), **read) == {"name": "x", "rows": rows}
+    for text, message in (
+        ("[", "table.json: expected a JSON table, got"),
+        ("[1]", "table.json: expected a JSON table, got list"),
+        ("[" * 100_000, "table.json: expected a JSON table, got"),
+        ('{"schema": 4}', "table.json: schema: expected 3, got 4"),
+        ('{"name": 1, "rows": 2}', r"expected the fields \['name', 'rows', 'schema'\] of a table"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"^load: {message}|{message}"):
+            records.load_document(path, ("name", "rows"), **read)
+
+
 def test_what_no_json_has_is_refused_before_the_file_is_touched(tmp_path):
     path = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match="JSON compliant"):

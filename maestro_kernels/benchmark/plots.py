@@ -1,12 +1,3 @@
 """Another name of `measure.plots`, kept for one release."""
 
-from maestro_kernels.measure.plots import (
-    Point,
-    Ratio,
-    line_plot,
-    ratio_plot,
-    roofline_plot,
-    standalone,
-)
-
-__all__ = ["Point", "Ratio", "line_plot", "ratio_plot", "roofline_plot", "standalone"]
+from maestro_kernels.measure.plots import *  # noqa: F403 (all of it)

@@ -176,16 +176,15 @@ def _command(args: argparse.Namespace) -> str:
 
 
 def _grid(table: Table) -> Any:
-    from rich.table import Table as Grid
+    from maestro_kernels.measure import report
 
-    grid = Grid(title="what auto runs now", title_justify="left", header_style="bold")
-    for name in ("rows · in→rank→out", "auto", "against two matmuls", "prepack"):
-        grid.add_column(name)
+    headers = ("rows · in→rank→out", "auto", "against two matmuls", "prepack")
+    lines = []
     for row in table.rows:
         best = _best(row)
         gain = f"{row.speedup(best):.2f}×" if best else ""
-        grid.add_row(str(row), best or tables.BASELINE, gain, row.fastest_form or "")
-    return grid
+        lines.append((str(row), best or tables.BASELINE, gain, row.fastest_form or ""))
+    return report.terminal_table("what auto runs now", headers, lines)
 
 
 def _best(row: Row) -> str | None:

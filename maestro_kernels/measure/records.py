@@ -21,7 +21,17 @@ from typing import Any, Generic, Literal, TypeVar
 
 from maestro_kernels.files import append_lines, cache_folder, locked_file, whole_lines, write_at
 
-__all__ = ["Journal", "Log", "append", "checked", "line", "load", "located"]
+__all__ = [
+    "Journal",
+    "Log",
+    "append",
+    "checked",
+    "document",
+    "line",
+    "load",
+    "load_document",
+    "located",
+]
 
 T = TypeVar("T")
 
@@ -92,6 +102,47 @@ def _parsed(content: bytes, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             got = type(record).__name__
             raise ValueError(f"{where}: expected a JSON object, got {got}")
         yield where, record
+
+
+def document(head: Mapping[str, Any], name: str, records: Iterable[Mapping[str, Any]]) -> str:
+    """One JSON object, its records under `name` one a line so that differences can be read."""
+    text = json.dumps(head, ensure_ascii=False, allow_nan=False, indent=1)
+    lines = ",\n  ".join(map(line, records))
+    return f'{text[:-2]},\n "{name}": [\n  {lines}\n ]\n}}\n'
+
+
+def load_document(
+    path: str | Path, fields: Iterable[str], *, schema: int, what: str, fn: str
+) -> dict[str, Any]:
+    """A file of one JSON object, with these fields and the schema that it names.
+
+    Args:
+        path: the file.
+        fields: all that it has beside "schema", which is left out of the result.
+        schema: what it has to be.
+        what: what errors call it.
+        fn: the public function that errors name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds something else; says what was expected and what came.
+    """
+    path = Path(path)
+    where, expected = f"{fn}: {path.name}", {"schema", *fields}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected a JSON {what}, got {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected a JSON {what}, got {type(found).__name__}")
+    if found.get("schema", schema) != schema:
+        raise ValueError(f"{where}: schema: expected {schema}, got {found['schema']!r}")
+    if found.keys() != expected:
+        raise ValueError(
+            f"{where}: expected the fields {sorted(expected)} of a {what}, got {sorted(found)}"
+        )
+    del found["schema"]
+    return found
 
 
 def checked(kind: type[T], record: Any, where: str) -> T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from maestro_kernels.files import check_file, write_text
-from maestro_kernels.measure.records import checked
+from maestro_kernels.measure import records
 from maestro_kernels.search import latency_model, staircase
 from maestro_kernels.search.measure import Point, point_from
 from maestro_kernels.search.strategies import (
@@ -300,9 +299,7 @@ class Profile:
             "dtype": self.dtype,
             "shapes": [asdict(shape) for shape in self.shapes],
         }
-        lines = [json.dumps(asdict(p)) for p in self.points]
-        text = json.dumps(head, ensure_ascii=False)[:-1]
-        write_text(place, text + ', "points": [\n' + ",\n".join(lines) + "\n]}\n")
+        write_text(place, records.document(head, "points", map(asdict, self.points)))
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -313,19 +310,13 @@ class Profile:
             ValueError: no profile of this schema; says what was expected and what came.
         """
         where = f"Profile.load: {Path(path).name}"
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{where}: expected a JSON profile, got {error}") from None
-        expected = {"schema", "device", "versions", "dtype", "shapes", "points"}
-        got = sorted(record) if isinstance(record, dict) else type(record).__name__
-        if not isinstance(record, dict) or record.keys() != expected:
-            raise ValueError(f"{where}: expected the fields {sorted(expected)}, got {got}")
-        if record["schema"] != SCHEMA:
-            raise ValueError(f"{where}: schema: expected {SCHEMA}, got {record['schema']!r}")
+        fields = ("device", "versions", "dtype", "shapes", "points")
+        record = records.load_document(
+            path, fields, schema=SCHEMA, what="profile", fn="Profile.load"
+        )
         try:
             points = tuple(point_from(p) for p in record["points"])
-            shapes = tuple(checked(Shape, s, "shape") for s in record["shapes"])
+            shapes = tuple(records.checked(Shape, s, "shape") for s in record["shapes"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: expected points and shapes, got {error}") from None
         if not points:
