@@ -17,7 +17,6 @@ import jinja2
 from markupsafe import Markup, escape
 
 from maestro_kernels.measure import plots
-from maestro_kernels.measure.wording import when
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +38,6 @@ __all__ = [
     "terminal_table",
     "verdict",
     "warning",
-    "when",
 ]
 
 # Text that is HTML already and is not escaped again.
