@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from bench import encoder_forms as forms
 from maestro_kernels import search
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark import encoder_forms as forms
 from maestro_kernels.benchmark.origin import stamp
 from maestro_kernels.measure import records
 

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 from test_benchmark_rows import failed, row
 
-from maestro_kernels.benchmark import publish, readme, report
+from bench import publish
+from maestro_kernels.benchmark import report
 from maestro_kernels.benchmark.rows import append, compare, with_speedups
 from maestro_kernels.measure import plots
 from maestro_kernels.measure import report as html
@@ -234,9 +235,9 @@ def test_a_run_is_published_under_its_own_name(tmp_path):
 
 def test_readme_table_refuses_wrong_results_and_missing_rows():
     with pytest.raises(ValueError, match="expected every result of ours to be right"):
-        readme.markdown_table([*run_rows(), failed("ours, native", cache="cold")])
+        publish.markdown_table([*run_rows(), failed("ours, native", cache="cold")])
     with pytest.raises(ValueError, match="expected cold rows of ours, got none"):
-        readme.markdown_table([r for r in run_rows() if r.cache == "warm"])
+        publish.markdown_table([r for r in run_rows() if r.cache == "warm"])
 
 
 def test_the_page_reads_as_people_write():

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import maestro_kernels as mk
+from bench import encoder_forms as forms
+from bench import encoder_results as results
+from bench.encoder_results import BATCHES, DEPLOYED, Form, verdict
+from bench.stages import Stages
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark import encoder_forms as forms
-from maestro_kernels.benchmark import encoder_results as results
 from maestro_kernels.benchmark.encoder import Encoder, Fidelity, fidelity
-from maestro_kernels.benchmark.encoder_results import BATCHES, DEPLOYED, Form, verdict
-from maestro_kernels.benchmark.stages import Stages
 
 ROOT = Path(__file__).resolve().parents[1]
 

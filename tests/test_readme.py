@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maestro_kernels.benchmark.publish import main
+from bench.publish import main
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from maestro_kernels.benchmark.encoder_results import BATCHES, Form, table
+from bench.encoder_results import BATCHES, Form, table
 from maestro_kernels.measure import plots, report
 
 if TYPE_CHECKING:
