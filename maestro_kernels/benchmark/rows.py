@@ -24,7 +24,6 @@ __all__ = [
     "Gate",
     "Row",
     "append",
-    "beyond_noise",
     "compare",
     "latest_run",
     "load",
