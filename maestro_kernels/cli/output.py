@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import importlib.util
+import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from maestro_kernels.measure.progress import bar
@@ -21,6 +24,7 @@ __all__ = [
     "count",
     "plots_can_be_drawn",
     "progress",
+    "repeats",
     "say",
     "show",
     "spell_in_any_locale",
@@ -66,6 +70,28 @@ def about(seconds: float) -> str:
     if seconds < 5400:
         return f"about {count(round(seconds / 60), 'minute')}"
     return f"about {count(round(seconds / 3600), 'hour')}"
+
+
+def repeats(args: argparse.Namespace, *options: str, targets: Sequence[str] = ()) -> str:
+    """The command that repeats a measurement; where its files went is nobody else's business.
+
+    Args:
+        args: as parsed; `args.command` is the sub-command.
+        options: names of those that matter, in order; those not given are left out.
+        targets: what stands before them.
+    """
+    words = ["maestro-kernels", args.command, *targets]
+    for name in options:
+        value = torch.get_num_threads() if name == "threads" else getattr(args, name)
+        if value and isinstance(value, list) and isinstance(value[0], int):
+            value = ",".join(map(str, value))
+        for one in value if isinstance(value, list) else [value]:
+            if one is None or one is False:
+                continue
+            words.append(f"--{name.replace('_', '-')}")
+            if one is not True:
+                words.append(f"{one:g}" if isinstance(one, float) else str(one))
+    return shlex.join(words)
 
 
 def user_error(error: BaseException) -> str:
