@@ -82,6 +82,16 @@ def test_element_ids_are_unique_and_resolve():
         assert (a or b) in ids
 
 
+def test_drawings_of_one_title_have_their_own_ids():
+    def ids(y):
+        series = {"a": [plots.Point(1, 2), plots.Point(4, y)]}
+        svg = plots.inline(plots.line_plot(series, title="T", xlabel="x", ylabel="y", log=False))
+        return set(re.findall(r'\bid="([^"]+)"', svg))
+
+    assert ids(3.0) == ids(3.0)
+    assert not ids(3.0) & ids(3.01)
+
+
 def test_page_is_the_same_for_the_same_rows():
     assert report.html_report(run_rows()) == report.html_report(run_rows())
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from maestro_kernels.measure.noise import MARGIN
 from maestro_kernels.measure.wording import TIMES
 
@@ -250,10 +252,7 @@ def add_line(
 
 
 def inline(figure: Figure) -> str:
-    """The drawing as an <svg> element that can stand in a page, without background.
-
-    Its ids are made of its title, so the drawings of one page need different ones.
-    """
+    """The drawing as an <svg> element that can stand in a page, without background."""
     text = _svg(figure, {}, transparent=True)
     return text[text.index("<svg") :]
 
@@ -267,17 +266,31 @@ def _svg(figure: Figure, metadata: dict[str, Any], **options: Any) -> str:
     """What matplotlib writes, the same in every run; text stays text."""
     import matplotlib
 
-    title = str(figure.get_label())
-    own = hashlib.sha256(title.encode()).hexdigest()[:8]
-    # Ticks and texts come into being when a figure is laid out.
-    figure.draw_without_rendering()
+    own = _identity(figure)
     for k, artist in enumerate(figure.findobj()):
         artist.set_gid(f"f{own}-{k}")
     metadata = {**dict.fromkeys(("Date", "Creator", "Format", "Type")), **metadata}
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": own}):
         figure.savefig(buffer, format="svg", metadata=metadata, **options)
     return buffer.getvalue()
+
+
+def _identity(figure: Figure) -> str:
+    """A name made of what is drawn: ids of elements must differ between drawings of one page."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Rectangle
+    from matplotlib.text import Text
+
+    # Ticks and their texts come into being when a figure is laid out.
+    figure.draw_without_rendering()
+    drawn = hashlib.sha256()
+    for artist in figure.findobj():
+        if isinstance(artist, Line2D):
+            drawn.update(np.asarray(artist.get_xydata()).tobytes())
+        elif isinstance(artist, Rectangle | Text):
+            drawn.update(str(artist).encode())
+    return drawn.hexdigest()[:8]
 
 
 def frame(title: str, xlabel: str, ylabel: str, height: float) -> tuple[Figure, Axes]:
