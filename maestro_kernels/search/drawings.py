@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from maestro_kernels.measure import plots
+from maestro_kernels.measure import plots, wording
 from maestro_kernels.measure.cost import Form, Size, count
 from maestro_kernels.measure.plots import CARD, INK, SERIES, SOFT, Point
 from maestro_kernels.search import staircase
@@ -41,8 +41,10 @@ def latency(profile: Profile, *, N: int, K: int, M: int, title: str = "") -> Fig
     """Latency over rank: every strategy, the dense layer, break-even, and ranks below a step."""
     dense = profile.latency(N=N, K=K, rank="dense", M=M)
     scale, unit = (1.0, "ms") if dense >= _MILLISECONDS else (1e3, "µs")
-    title = title or f"{M} {'row' if M == 1 else 'rows'} · {K}→rank→{N}"
+    rows = wording.count(M, "row")
+    title = title or f"{rows} · {K}→rank→{N}"
     figure, axes = plots.frame(title, "rank", f"{unit} per call", 4.0)
+    figure.set_label(f"Latency over rank, {K} to {N}, {rows}")
     for i, name in enumerate(shown(profile)):
         curve = profile.curve(N=N, K=K, M=M, strategy=name)
         if not curve:
