@@ -39,7 +39,7 @@ bench: $(READY) native
 	$(RUN) -m bench.sentence_encoder --out $(OUT)
 
 publish: $(READY)
-	$(RUN) -m maestro_kernels.benchmark.publish $(OUT)
+	$(RUN) -m bench.publish $(OUT)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet

@@ -10,17 +10,17 @@ second call goes on where the first ended. `make publish` puts the table into do
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from bench import encoder_forms as forms
 from maestro_kernels import search
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark import encoder_forms as forms
 from maestro_kernels.benchmark.origin import stamp
+from maestro_kernels.measure import records
 
 BUDGETS = (0.9, 0.8, 0.7, 0.5)
 NAMES = ("uniform", "the job's, not refined", "the job's", "at length")
@@ -58,8 +58,7 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, default=Path("bench/results/search-cost.jsonl"))
     parser.add_argument("--only", choices=NAMES, nargs="+", default=NAMES)
     args = parser.parse_args()
-    lines = args.rows.read_text("utf-8").splitlines() if args.rows.is_file() else []
-    have = {json.loads(line)["search"] for line in lines}
+    have = {row["search"] for row in records.load(args.rows)} if args.rows.is_file() else set()
     calibration, held_out = library.split(library.sentences(), 512, 384)
     encoder = library.load_encoder(library.BUNDLED)
     held_out = forms.by_length(encoder, held_out)
@@ -81,9 +80,7 @@ def main() -> int:
                 }
             )  # fmt: skip
             print(f"{name}, {budget:.0%}: cosine {close.cosine:.4f}, {seconds:.0f} s", flush=True)
-        args.rows.parent.mkdir(parents=True, exist_ok=True)
-        with args.rows.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        records.append(args.rows, rows)
     return 0
 
 

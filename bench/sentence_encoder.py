@@ -21,20 +21,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench import encoder_forms as forms
+from bench import encoder_page as page
+from bench import encoder_results as results
+from bench.encoder_results import DEPLOYED, Form
+from bench.stages import Stages
 from maestro_kernels import load_pretrained, summary
 from maestro_kernels.backends import native
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark import encoder_forms as forms
-from maestro_kernels.benchmark import encoder_page as page
-from maestro_kernels.benchmark import encoder_results as results
-from maestro_kernels.benchmark import html, report, rows
+from maestro_kernels.benchmark import report, rows
 from maestro_kernels.benchmark import run as kernels
 from maestro_kernels.benchmark.cases import suite
-from maestro_kernels.benchmark.encoder_results import DEPLOYED, Form
 from maestro_kernels.benchmark.origin import origin, stamp
-from maestro_kernels.benchmark.stages import Stages
 from maestro_kernels.benchmark.summary import verdict as kernel_verdict
 from maestro_kernels.cli import main as command_line
+from maestro_kernels.measure import report as html
 
 # What each part takes on two cores, in seconds.
 PLAN = {

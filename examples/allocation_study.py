@@ -22,8 +22,9 @@ from torch import nn
 
 import maestro_kernels as mk
 from maestro_kernels import search
-from maestro_kernels.benchmark import origin, plots
+from maestro_kernels.benchmark import origin
 from maestro_kernels.benchmark.readme import replace_block
+from maestro_kernels.measure import plots
 from maestro_kernels.search.whole_model import measure_models
 
 # Rule -> (method of allocate, method of sensitivity).

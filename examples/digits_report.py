@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maestro_kernels.benchmark import plots
 from maestro_kernels.benchmark.origin import origin
-from maestro_kernels.benchmark.plots import Point
+from maestro_kernels.measure import plots
+from maestro_kernels.measure.plots import Point
 
 Row = dict[str, Any]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maestro_kernels.benchmark import plots
 from maestro_kernels.benchmark.origin import origin
-from maestro_kernels.benchmark.plots import Point
+from maestro_kernels.files import write_text
+from maestro_kernels.measure import plots, records
+from maestro_kernels.measure.plots import Point
 
 BUDGETS = (0.8, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2)
 # Budgets whose models are kept for timing.
@@ -29,8 +29,7 @@ class Rows:
 
     def __init__(self, path: Path, stamp: Mapping[str, Any]) -> None:
         self.path, self.stamp = path, dict(stamp)
-        text = path.read_text("utf-8") if path.is_file() else ""
-        self.all: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        self.all = records.load(path) if path.is_file() else []
 
     def has(self, **key: Any) -> bool:
         """Whether there is such a row."""
@@ -40,9 +39,7 @@ class Rows:
         """Put a row in the place of an earlier one."""
         self.all = [row for row in self.all if not key.items() <= row.items()]
         self.all.append({**key, **figures, **self.stamp})
-        lines = [json.dumps(row) + "\n" for row in self.all]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(lines), encoding="utf-8")
+        write_text(self.path, "".join(f"{records.line(row)}\n" for row in self.all))
 
     def figures(self, field: str, **key: Any) -> list[Any]:
         """One field of all rows that fit, by seed where they have one."""

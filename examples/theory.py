@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import training
-from maestro_kernels.benchmark import plots
 from maestro_kernels.benchmark.origin import origin, stamp
-from maestro_kernels.benchmark.plots import Point
 from maestro_kernels.benchmark.readme import replace_block
+from maestro_kernels.measure import plots
+from maestro_kernels.measure.plots import Point
 
 
 @dataclass

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import training
-from maestro_kernels.benchmark import plots
 from maestro_kernels.benchmark.origin import origin, stamp
 from maestro_kernels.benchmark.readme import replace_block
+from maestro_kernels.measure import plots
 from maestro_kernels.measure.timing import interleave
 
 LAMBDA = 1e-6

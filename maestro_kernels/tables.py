@@ -6,12 +6,11 @@ A table is written by `maestro-kernels tune`; tuned.py finds the one in use and 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ import torch
 
 from maestro_kernels import hardware
 from maestro_kernels.files import check_file, config_folder, write_text
+from maestro_kernels.measure import records
+from maestro_kernels.measure.noise import Times, beyond_noise
 
 __all__ = [
     "BASELINE",
@@ -40,12 +41,9 @@ BASELINE = "matmul: two matmuls"
 _REACH = 2.0
 # Two shapes are neighbours while N and K together differ by no more than this factor.
 _SHAPE_REACH = 4.0
-# Medians of one binary on a shared machine differ by this much between runs.
-_MARGIN = 0.05
 # What auto may lose against two matmuls in any one mode to gain in another.
 _TOLERATED = 0.02
 
-Times = tuple[float, float, float]
 Modes = dict[str, dict[str, Times]]
 
 
@@ -101,7 +99,7 @@ class Row:
             return False
         pairs = [(times[strategy], times[BASELINE]) for times in self.us.values()]
         loses = any(ours[1] > base[1] * (1 + _TOLERATED) for ours, base in pairs)
-        return not loses and any(_faster(ours, base) for ours, base in pairs)
+        return not loses and any(beyond_noise(base, ours) == "faster" for ours, base in pairs)
 
     @property
     def fastest_form(self) -> str | None:
@@ -172,9 +170,7 @@ class Table:
     def to_json(self) -> str:
         """The file: one row a line, so that a difference can be read."""
         head = {"schema": SCHEMA, **{name: getattr(self, name) for name in _HEAD}}
-        lines = [json.dumps(_record(row), ensure_ascii=False) for row in self.rows]
-        text = json.dumps(head, ensure_ascii=False, indent=1)
-        return text[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+        return records.document(head, "rows", map(_record, self.rows))
 
 
 _HEAD = ("device", "versions", "created", "command")
@@ -194,12 +190,6 @@ def dtype_key(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     rounded = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return f"{name} rounded" if rounded else name
-
-
-def _faster(a: Times, b: Times) -> bool:
-    """Whether (p20, median, p80) a is below b: medians apart by more than 5 % and both spreads."""
-    spread = ((a[2] - a[0]) / a[1] + (b[2] - b[0]) / b[1]) / 2
-    return b[1] / a[1] > 1 + max(_MARGIN, spread) and a[2] < b[0]
 
 
 def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:
@@ -250,9 +240,10 @@ def file_name(device: hardware.Device) -> str:
 
 def save(table: Table, path: str | Path) -> None:
     """Write a table: complete, or not at all."""
-    place, text = check_file("save", "path", path), table.to_json()
-    _parse(json.loads(text), f"save: {place.name}")
-    write_text(place, text)
+    place = check_file("save", "path", path)
+    for i, row in enumerate(table.rows):
+        parse_row(_record(row), f"save: {place.name}: row {i}")
+    write_text(place, table.to_json())
 
 
 def load(path: str | Path, device: hardware.Device | None = None) -> Table:
@@ -268,11 +259,13 @@ def load(path: str | Path, device: hardware.Device | None = None) -> Table:
     """
     path = Path(path)
     where = f"load: {path.name}"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: expected a JSON table, got {error}") from None
-    table = _parse(record, where)
+    fields = ("rows", *_HEAD)
+    record = records.load_document(path, fields, schema=SCHEMA, what="table", fn="load")
+    for name, kind in (("device", dict), ("versions", dict), ("rows", list)):
+        if not isinstance(record[name], kind):
+            raise ValueError(f"{where}: {name}: expected a {kind.__name__}, got {record[name]!r}")
+    rows = tuple(parse_row(r, f"{where}: row {i}") for i, r in enumerate(record["rows"]))
+    table = Table(rows=rows, **{name: record[name] for name in _HEAD})
     if device is not None and table.device != identity(device):
         ours, theirs = _described(identity(device)), _described(table.device)
         raise ValueError(f"{where}: device: expected {ours}, got {theirs}")
@@ -293,56 +286,28 @@ def _record(row: Row) -> dict[str, Any]:
     return asdict(row) | {"us": us}
 
 
-_ROW_FIELDS = {f.name: str(f.type) for f in fields(Row)}
-
-
-def _parse(record: Any, where: str) -> Table:
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        got = record.get("schema") if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where}: schema: expected {SCHEMA}, got {got!r}")
-    expected = {"schema", "rows", *_HEAD}
-    if record.keys() != expected:
-        raise ValueError(f"{where}: expected the fields {sorted(expected)}, got {sorted(record)}")
-    for name, kind in (("device", dict), ("versions", dict), ("rows", list)):
-        if not isinstance(record[name], kind):
-            raise ValueError(f"{where}: {name}: expected a {kind.__name__}, got {record[name]!r}")
-    rows = tuple(parse_row(r, f"{where}: row {i}") for i, r in enumerate(record["rows"]))
-    return Table(rows=rows, **{name: record[name] for name in _HEAD})
-
-
 def parse_row(record: Any, where: str) -> Row:
     """A row from its dictionary.
 
     Raises:
         ValueError: names `where`, the field, what was expected and what came.
     """
-    if not isinstance(record, dict) or record.keys() != _ROW_FIELDS.keys():
-        got = sorted(record) if isinstance(record, dict) else record
-        raise ValueError(f"{where}: expected the fields {sorted(_ROW_FIELDS)}, got {got!r}")
-    for name, kind in _ROW_FIELDS.items():
-        value = record[name]
-        if name == "us":
-            continue
-        if type(value).__name__ != kind or (kind == "int" and value < 1):
-            raise ValueError(f"{where}: {name}: expected {kind} (>= 1), got {value!r}")
-    return Row(**{**record, "us": _parse_modes(record["us"], f"{where}: us")})
-
-
-def _parse_modes(value: Any, where: str) -> Modes:
-    if not isinstance(value, dict) or not any(str(mode).startswith("forward ") for mode in value):
-        raise ValueError(f"{where}: expected times of a forward mode, got {value!r}")
-    return {mode: _parse_times(times, f"{where}: {mode}") for mode, times in value.items()}
-
-
-def _parse_times(value: Any, where: str) -> dict[str, Times]:
-    if not isinstance(value, dict) or BASELINE not in value:
-        raise ValueError(f"{where}: expected times of {BASELINE!r} and others, got {value!r}")
-    for name, times in value.items():
-        good = isinstance(times, list | tuple) and len(times) == 3
-        good = good and all(isinstance(t, int | float) and t > 0 for t in times)
-        if not good or not times[0] <= times[1] <= times[2] or ": " not in name:
+    row = records.checked(Row, record, where)
+    for name in ("layers", "M", "N", "K", "rank"):
+        if record[name] < 1:
+            raise ValueError(f"{where}: {name}: expected int (>= 1), got {record[name]!r}")
+    if not any(mode.startswith("forward ") for mode in row.us):
+        raise ValueError(f"{where}: us: expected times of a forward mode, got {record['us']!r}")
+    for mode, by_strategy in row.us.items():
+        if BASELINE not in by_strategy:
             raise ValueError(
-                f"{where}: expected 'backend: strategy' -> [p20, median, p80] in µs, "
-                f"got {name!r} -> {times!r}"
+                f"{where}: us: {mode}: expected times of {BASELINE!r} and others, "
+                f"got {by_strategy!r}"
             )
-    return {name: (t[0], t[1], t[2]) for name, t in value.items()}
+        for name, times in by_strategy.items():
+            if not 0 < times[0] <= times[1] <= times[2] or ": " not in name:
+                raise ValueError(
+                    f"{where}: us: {mode}: expected 'backend: strategy' -> [p20, median, p80] in "
+                    f"µs, got {name!r} -> {times!r}"
+                )
+    return row

@@ -16,7 +16,7 @@ from file_faults import Faults
 import maestro_kernels as mk
 from maestro_kernels import files, hardware, tables
 from maestro_kernels.files import append_lines, replacing, write_text
-from maestro_kernels.search.journal import Journal
+from maestro_kernels.measure.records import Journal
 
 PARTIAL = ".maestro-0123456789abcdef.partial"
 

@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tools import tables
+
 __all__ = ["DEVICES", "Row", "disassembler", "main", "parse_ptxas", "report", "resident", "table"]
 
 SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -286,11 +288,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def table(rows: Sequence[Row]) -> str:
     """Rows for people: one line each, faults in words at its end."""
-    lines = [tuple(_COLUMNS), *(tuple(cell(r) for cell in _COLUMNS.values()) for r in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([text[0], rule, *text[1:]])
+    return tables.table(_COLUMNS, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

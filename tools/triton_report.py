@@ -49,6 +49,7 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 from maestro_kernels.backends.triton import interpreter
+from tools import tables
 from tools.ptx import count_instructions, unguarded_releases
 
 __all__ = [
@@ -279,11 +280,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def table(rows: Sequence[Row]) -> str:
     """Rows for people: one line each, faults in words at its end."""
-    lines = [tuple(_COLUMNS), *(tuple(cell(r) for cell in _COLUMNS.values()) for r in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([text[0], rule, *text[1:]])
+    return tables.table(_COLUMNS, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Measuring: cases from real models, providers, the timer, the roofline, rows and reports.
+"""Benchmarks: cases from real models, providers, rows, and what is said and shown of them.
 
 `maestro-kernels bench`, `pytest bench/` and the sentence-encoder job are thin users of this folder.
 """

@@ -7,25 +7,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from maestro_kernels.benchmark import html, plots
 from maestro_kernels.benchmark.cases import joined
-from maestro_kernels.benchmark.html import Cell, Html
 from maestro_kernels.benchmark.rows import Change, Comparison, Row
-from maestro_kernels.benchmark.summary import (
-    DASH,
-    Outcome,
-    device_line,
-    duration,
-    geometric_mean,
-    outcomes,
-    refusals,
-    times,
-    verdict,
-)
+from maestro_kernels.benchmark.summary import Outcome, device_line, outcomes, refusals, verdict
+from maestro_kernels.measure import plots, report
+from maestro_kernels.measure.report import Cell, Html
+from maestro_kernels.measure.wording import DASH, duration, geometric_mean, times, when
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["comparison_section", "comparison_table", "html_report", "sections", "terminal_table"]
 
@@ -45,47 +37,33 @@ _ORDER = (
 
 def terminal_table(rows: Sequence[Row]) -> Table:
     """One line per measurement: times of the best of each kind, and the ratios that count."""
-    table = Table(title="median time per call", title_justify="left", header_style="bold")
-    for name in ("layer", "rows · in→rank→out", "kind"):
-        table.add_column(name, overflow="fold")
     found = outcomes(rows)
     packed = any(o.ours is not o.plain for o in found)
-    for name in ("dense", "two matmuls", "fastest other", *["as is"] * packed):
-        table.add_column(name, justify="right", no_wrap=name != "fastest other")
-    for name in ("ours", "vs fastest", "vs dense"):
-        table.add_column(name, justify="right", no_wrap=True)
-    colours = {"faster": "green", "slower": "red"}
-    for o in found:
-        colour = colours.get(o.against(o.best) or "", "")
-        ratio = times(o.ratio(o.best))
-        table.add_row(
-            o.ours.source,
-            o.ours.shape,
-            _kind(o.ours),
-            duration(o.dense.p50_us if o.dense else None),
-            duration(o.two.p50_us if o.two else None),
-            _other(o),
-            *[duration(o.plain.p50_us)] * packed,
-            duration(o.ours.p50_us),
-            f"[{colour}]{ratio}[/]" if colour else ratio,
+    headers = (
+        *("layer", "rows · in→rank→out", "kind", "dense", "two matmuls", "fastest other"),
+        *["as is"] * packed,
+        *("ours", "vs fastest", "vs dense"),
+    )
+    lines: list[list[str | Cell]] = [
+        [
+            *(o.ours.source, o.ours.shape, _kind(o.ours)),
+            *(_time(o.dense), _time(o.two), _other(o), *[_time(o.plain)] * packed, _time(o.ours)),
+            Cell(times(o.ratio(o.best)), _TONES[o.against(o.best)]),
             times(o.ratio(o.dense)),
-        )
-    return table
+        ]
+        for o in found
+    ]
+    numeric = {i for i, name in enumerate(headers) if i > 2 and name != "fastest other"}
+    return report.terminal_table("median time per call", headers, lines, numeric=numeric)
 
 
 def comparison_table(comparison: Comparison) -> Table | str:
     """What changed since an earlier run, for the terminal."""
     title = "since the earlier run (ratios have the drift of their case taken out)"
-    if all(change.verdict == "same" for change in comparison.changes):
+    lines = _changes(comparison)
+    if not lines:
         return f"{title}: nothing changed beyond noise in {len(comparison.changes)} measurements"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("layer", "rows · in→rank→out", "kind", "provider", "before", "now", "time ratio"):
-        table.add_column(name)
-    for change in comparison.changes:
-        if change.verdict != "same":
-            cells = (*_where(change.new), change.new.provider, *_change_cells(change))
-            table.add_row(*(c.text if isinstance(c, Cell) else c for c in cells))
-    return table
+    return report.terminal_table(title, _CHANGE_HEADERS, lines, numeric=(4, 5, 6))
 
 
 def html_report(
@@ -108,10 +86,10 @@ def html_report(
         raise ValueError("html_report: rows: expected at least one row, got none")
     first = rows[0]
     commit = str(first.versions.get("commit") or "no commit")[:10]
-    subtitle = f"{device_line(first)} · {html.when(first.run)} · commit {commit}"
+    subtitle = f"{device_line(first)} · {when(first.run)} · commit {commit}"
     answer, *rest = sections(rows)
     blocks = [] if comparison is None else [comparison_section(comparison)]
-    return html.page(
+    return report.page(
         title,
         [answer, *blocks, *rest],
         subtitle=subtitle,
@@ -123,10 +101,10 @@ def html_report(
 def sections(rows: Sequence[Row]) -> list[Html]:
     """Everything about a run, to be put on a page of its own or below other findings."""
     found = outcomes(rows)
-    blocks: list[Html | None] = [html.verdict(verdict(rows)), _cards(found)]
+    blocks: list[Html | None] = [report.verdict(verdict(rows)), _cards(found)]
     if rows[0].versions.get("dirty"):
         blocks.append(
-            html.warning(
+            report.warning(
                 "The work tree held uncommitted changes when this was measured: good for "
                 "working, not for publishing."
             )
@@ -139,35 +117,49 @@ def sections(rows: Sequence[Row]) -> list[Html]:
 
 def comparison_section(comparison: Comparison) -> Html:
     """What got slower or faster since an earlier run."""
-    changed = [c for c in comparison.changes if c.verdict != "same"]
     worse = len(comparison.regressions)
     lead = (
         f"{len(comparison.changes)} measurements are in both runs; of ours {worse} got slower or "
         f"lost. What is not ours moved by {times(comparison.drift)} in the median; ratios have the "
         f"drift of their own case taken out. {comparison.unmatched} rows have no counterpart."
     )
-    if not changed:
-        return html.section(
-            "Since the earlier run", html.prose("Nothing changed beyond noise."), lead=lead
-        )
-    headers = ("layer", "rows · in→rank→out", "kind", "provider", "before", "now", "time ratio")
-    lines = [[*_where(c.new), c.new.provider, *_change_cells(c)] for c in changed]
-    return html.section(
-        "Since the earlier run", html.table(headers, lines, numeric=(4, 5, 6)), lead=lead
+    lines = _changes(comparison)
+    block = (
+        report.table(_CHANGE_HEADERS, lines, numeric=(4, 5, 6))
+        if lines
+        else report.prose("Nothing changed beyond noise.")
     )
+    return report.section("Since the earlier run", block, lead=lead)
 
 
-def _change_cells(change: Change) -> list[str | Cell]:
+_CHANGE_HEADERS = (
+    "layer",
+    "rows · in→rank→out",
+    "kind",
+    "provider",
+    "before",
+    "now",
+    "time ratio",
+)
+
+
+def _changes(comparison: Comparison) -> list[list[str | Cell]]:
+    """A line per measurement that changed beyond noise."""
+    return [_change(c) for c in comparison.changes if c.verdict != "same"]
+
+
+def _change(change: Change) -> list[str | Cell]:
     tone = "good" if change.verdict == "faster" else "bad"
     text = "lost" if change.verdict == "lost" else times(change.ratio)
-    return [duration(change.old.p50_us), duration(change.new.p50_us), Cell(text, tone)]
+    where = (*_where(change.new), change.new.provider)
+    return [*where, _time(change.old), _time(change.new), Cell(text, tone)]
 
 
 def _cards(found: Sequence[Outcome]) -> Html:
     best = geometric_mean([r for o in found if (r := o.ratio(o.best)) is not None])
     two = geometric_mean([r for o in found if (r := o.ratio(o.two)) is not None])
     dense = geometric_mean([r for o in found if (r := o.ratio(o.dense)) is not None])
-    return html.cards(
+    return report.cards(
         (
             (str(len(found)), "measurements of ours that passed the accuracy gate"),
             (times(two), "speed-up over two plain matmuls, geometric mean"),
@@ -190,7 +182,7 @@ def _ratio_section(found: Sequence[Outcome]) -> Html:
         ]
         parts = [lines[i : i + _LINES] for i in range(0, len(lines), _LINES)]
         return [
-            html.figure(
+            report.figure(
                 plots.ratio_plot(
                     part,
                     title=title if len(parts) == 1 else f"{title} ({k} of {len(parts)})",
@@ -203,9 +195,9 @@ def _ratio_section(found: Sequence[Outcome]) -> Html:
     best = drawings("Ours against the fastest other path", lambda o: o.ratio(o.best))
     dense = drawings("Ours against the fastest dense layer", lambda o: o.ratio(o.dense))
     pairs = [figure for pair in zip(best, dense, strict=True) for figure in pair]
-    return html.section(
+    return report.section(
         "Where it pays",
-        html.grid(*pairs),
+        report.grid(*pairs),
         lead="Right of the line ours is faster. The other path is whichever way to run the same "
         "factors was fastest in that case; packed weights are packed before the clock starts.",
     )
@@ -232,12 +224,12 @@ def _latency_section(rows: Sequence[Row]) -> Html | None:
         }
         title = f"{source}, rank {joined(rank)}, {dtype}, {mode}"
         drawing = plots.line_plot(series, title=title, xlabel="rows of x (M)", ylabel="µs per call")
-        figures.append(html.figure(drawing))
+        figures.append(report.figure(drawing))
     if not figures:
         return None
-    return html.section(
+    return report.section(
         "Time over batch size",
-        html.grid(*figures),
+        report.grid(*figures),
         lead=f"Median per call, {_main_cache(rows)} caches; the upright bars run from the 20th "
         f"to the 80th percentile. Both axes are logarithmic.",
     )
@@ -251,19 +243,16 @@ def _table_section(found: Sequence[Outcome]) -> Html:
     lines = [
         [
             *_where(o.ours),
-            duration(o.ours.p50_us),
+            _time(o.ours),
             *(Cell(times(o.ratio(r)), _TONES[o.against(r)]) for r in (o.two, o.best, o.dense)),
-            duration(o.plain.p50_us),
-            duration(o.two.p50_us if o.two else None),
-            _other(o),
-            duration(o.dense.p50_us if o.dense else None),
+            *(_time(o.plain), _time(o.two), _other(o), _time(o.dense)),
             _percent(o.ours.roofline),
         ]
         for o in found
     ]
-    return html.section(
+    return report.section(
         "Every measurement of ours",
-        html.table(headers, lines, numeric=range(3, 12)),
+        report.table(headers, lines, numeric=range(3, 12)),
         lead="Medians. Ours is after prepack for inference on a CPU; unpacked is a plain call on "
         "the factors as they are. A coloured ratio is a difference beyond noise: more than 5 %, "
         "more than both spreads, and intervals that do not meet. Roofline is the share of the "
@@ -292,13 +281,13 @@ def _roofline_section(rows: Sequence[Row]) -> Html | None:
                 bandwidth=device["bandwidth"],
                 cache_bandwidth=device.get("cache_bandwidth"),
             )
-            figures.append(html.figure(drawing))
+            figures.append(report.figure(drawing))
     if not figures:
         return None
     source = "measured by short probes" if device.get("source") == "measured" else "assumed"
-    return html.section(
+    return report.section(
         "Against the roofline",
-        html.grid(*figures),
+        report.grid(*figures),
         lead=f"One point per case. The ceilings are {source}: the best library matmul, and "
         f"reading from memory and from cache. Low rank sits left of dense because it does fewer "
         f"operations per byte.",
@@ -321,10 +310,10 @@ def _all_rows(rows: Sequence[Row]) -> Html:
             figures += [f"{row.tflops:.3f}", f"{row.gbs:.1f}", _percent(row.roofline)]
         note = Cell(row.reason or row.config, "wide" if row.reason else "")
         lines.append([*_where(row), row.provider, *figures, note])
-    folded = html.details(
-        f"Show all {len(rows)} rows", html.table(headers, lines, numeric=range(4, 11))
+    folded = report.details(
+        f"Show all {len(rows)} rows", report.table(headers, lines, numeric=range(4, 11))
     )
-    return html.section(
+    return report.section(
         "All providers",
         folded,
         lead="Samples are written as samples · calls per sample. TFLOP/s and GB/s count the "
@@ -344,9 +333,9 @@ def _refused(rows: Sequence[Row]) -> Html | None:
     ]
     if not lines:
         return None
-    return html.section(
+    return report.section(
         "What has no time, and why",
-        html.table(("provider", "gate", "rows", "reason"), lines, numeric=(2,)),
+        report.table(("provider", "gate", "rows", "reason"), lines, numeric=(2,)),
         lead="A provider that cannot run a case or fails the accuracy gate gets a row without a "
         "time, and counts for no comparison.",
     )
@@ -365,21 +354,17 @@ def _method(rows: Sequence[Row]) -> Html:
     )
     text += f" of up to {ring / 2**20:.0f} MiB" if ring else ""
     text += f" (the largest cache here has {largest / 2**20:.0f} MiB)." if largest else "."
-    facts = [
-        ("command", first.command),
-        ("device", device_line(first)),
-        ("started", html.when(first.run)),
-    ]
-    facts += [(name, str(v)) for name, v in first.versions.items() if v is not None]
-    device = {k: v for k, v in first.device.items() if v and k not in ("name", "kind")}
-    facts += [(f"device {name}", str(value)) for name, value in device.items()]
-    return html.section(
+    facts = {
+        "command": first.command,
+        "device": device_line(first),
+        "started": when(first.run),
+        **first.versions,
+        **{f"device {k}": v for k, v in first.device.items() if v and k not in ("name", "kind")},
+    }
+    return report.section(
         "How this was measured",
-        html.prose(text),
-        html.details(
-            "Machine and versions",
-            html.table(("what", "value"), [(k, Cell(v, "wide")) for k, v in facts]),
-        ),
+        report.prose(text),
+        report.facts("Machine and versions", facts),
     )
 
 
@@ -408,11 +393,15 @@ def _kind(row: Row) -> str:
     return f"{row.dtype} {row.cache}{launch}{train}"
 
 
+def _time(row: Row | None) -> str:
+    return duration(row.p50_us if row else None)
+
+
 def _other(outcome: Outcome) -> str:
     if outcome.best is None:
         return DASH
     name = outcome.best.provider.split()[-1].removesuffix("matmuls") or "plain"
-    return f"{duration(outcome.best.p50_us)} ({name})"
+    return f"{_time(outcome.best)} ({name})"
 
 
 def _percent(share: float | None) -> str:

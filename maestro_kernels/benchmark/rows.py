@@ -5,24 +5,25 @@ Everything shown in a table, a plot or the README is computed from these rows an
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from maestro_kernels.benchmark.cases import joined
-from maestro_kernels.files import append_lines, check_file
+from maestro_kernels.files import check_file
+from maestro_kernels.measure import records
+from maestro_kernels.measure.noise import Times, beyond_noise
 
 __all__ = [
     "SCHEMA",
     "Change",
     "Comparison",
+    "Gate",
     "Row",
     "append",
-    "beyond_noise",
     "compare",
     "latest_run",
     "load",
@@ -30,9 +31,8 @@ __all__ = [
 ]
 
 SCHEMA = 1
-GATES = ("passed", "failed", "unavailable", "error")
+Gate = Literal["passed", "failed", "unavailable", "error"]
 _LAYERS = ("N", "R", "rank")
-Times = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Row:
     launch: str
     provider: str
     family: str
-    gate: str
+    gate: Gate
     reason: str = ""
     p20_us: float | None = None
     p50_us: float | None = None
@@ -134,10 +134,13 @@ class Row:
 
     def to_json(self) -> str:
         """One line of JSON."""
+        return records.line(self._record())
+
+    def _record(self) -> dict[str, Any]:
         record = asdict(self)
         for name in _LAYERS:
             record[name] = record[name][0] if len(record[name]) == 1 else list(record[name])
-        return json.dumps(record, ensure_ascii=False)
+        return record
 
 
 def append(path: str | Path, rows: Iterable[Row]) -> None:
@@ -145,73 +148,35 @@ def append(path: str | Path, rows: Iterable[Row]) -> None:
 
     Several processes may add to one file.
     """
-    append_lines(check_file("append", "path", path), [row.to_json() for row in rows])
+    records.append(check_file("append", "path", path), [row._record() for row in rows])
 
 
 def load(path: str | Path) -> list[Row]:
-    """Read and check every row of a file.
+    """Read and check every row of a file; a last line that was cut off is left out.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a line is not a row of this schema; names the line and the field.
     """
-    rows = []
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                rows.append(_parse(line, f"load: {Path(path).name}, line {number}"))
-    return rows
+    return [_parse(record, where) for where, record in records.located(path, schema=SCHEMA)]
 
 
-def _parse(line: str, where: str) -> Row:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: expected a JSON object, got {line[:40]!r} ({error.msg})"
-        ) from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    if record.get("schema") != SCHEMA:
-        raise ValueError(f"{where}: schema: expected {SCHEMA}, got {record.get('schema')!r}")
+def _parse(record: dict[str, Any], where: str) -> Row:
     for name in _LAYERS:
         value = record.get(name)
-        record[name] = tuple(value) if isinstance(value, list) else (value,)
-    known = {f.name for f in fields(Row)}
-    if record.keys() != known:
-        missing, unknown = sorted(known - record.keys()), sorted(record.keys() - known)
-        raise ValueError(
-            f"{where}: expected the fields of schema {SCHEMA}, got missing {missing}, "
-            f"unknown {unknown}"
-        )
+        if value == []:
+            raise ValueError(f"{where}: {name}: expected tuple of at least one, got {value!r}")
+        record[name] = value if isinstance(value, list) else [value]
+    row = records.checked(Row, record, where)
     for name, value in record.items():
-        if not _fits(name, value):
-            raise ValueError(f"{where}: {name}: expected {_EXPECTED[name]}, got {value!r}")
-    if (record["gate"] == "passed") != (record["p50_us"] is not None):
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{where}: {name}: expected float >= 0, got {value!r}")
+    if (row.gate == "passed") != (row.p50_us is not None):
         raise ValueError(
             f"{where}: p50_us: expected a time exactly when gate is passed, got "
-            f"{record['p50_us']!r} with gate {record['gate']!r}"
+            f"{row.p50_us!r} with gate {row.gate!r}"
         )
-    return Row(**record)
-
-
-# Annotations are strings here; each names one of the kinds that _fits knows.
-_EXPECTED = {f.name: str(f.type) for f in fields(Row)}
-
-
-def _fits(name: str, value: Any) -> bool:
-    kind = _EXPECTED[name]
-    if name == "gate":
-        return value in GATES
-    if kind.endswith("| None") and value is None:
-        return True
-    if kind.startswith("float"):
-        return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-    if kind.startswith("tuple"):
-        return len(value) > 0 and all(type(entry) is int for entry in value)
-    if kind.startswith("dict"):
-        return isinstance(value, dict)
-    return type(value).__name__ == kind.removesuffix(" | None")
+    return row
 
 
 def latest_run(rows: Sequence[Row]) -> list[Row]:
@@ -288,10 +253,6 @@ class Comparison:
         return [c for c in ours if c.verdict in ("slower", "lost")]
 
 
-# Five percent is what repeated medians of one binary differ by on a shared machine.
-_MARGIN = 0.05
-
-
 def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
     """Say what got slower, beyond noise, between two runs on one device.
 
@@ -325,19 +286,3 @@ def _change(old: Row, new: Row, drift: float) -> Change:
         return Change(old, new, float("inf"), "lost")
     p20, p50, p80 = (time / drift for time in new.times)
     return Change(old, new, p50 / old.times[1], beyond_noise(old.times, (p20, p50, p80)))
-
-
-def beyond_noise(old: Times, new: Times) -> str:
-    """Whether (p20, p50, p80) of `new` is "slower" or "faster" than `old`, or the "same".
-
-    The medians must differ by more than 5 % and by more than the mean of the two spreads
-    (p80 - p20) / p50, and the intervals p20..p80 must not meet.
-    """
-    spread = (old[2] - old[0]) / old[1] + (new[2] - new[0]) / new[1]
-    margin = 1 + max(_MARGIN, spread / 2)
-    ratio = new[1] / old[1]
-    if ratio > margin and new[0] > old[2]:
-        return "slower"
-    if ratio < 1 / margin and new[2] < old[0]:
-        return "faster"
-    return "same"

@@ -25,7 +25,7 @@ from maestro_kernels.benchmark.providers import (
     make_case_inputs,
     two_forward,
 )
-from maestro_kernels.benchmark.rows import Row, with_speedups
+from maestro_kernels.benchmark.rows import Gate, Row, with_speedups
 from maestro_kernels.measure.timing import (
     Clock,
     CpuClock,
@@ -270,10 +270,10 @@ def checked(case: Case, provider: Provider, inputs: Inputs) -> tuple[Bound, str 
 
 def _admit(
     case: Case, providers: Sequence[Provider], rings: Rings, references: _References
-) -> tuple[dict[str, list[Bound]], dict[str, tuple[str, str]]]:
+) -> tuple[dict[str, list[Bound]], dict[str, tuple[Gate, str]]]:
     """Bind and gate the providers: (name -> calls), (name -> (gate, reason))."""
     bounds: dict[str, list[Bound]] = {}
-    refused: dict[str, tuple[str, str]] = {}
+    refused: dict[str, tuple[Gate, str]] = {}
     for provider in providers:
         try:
             bound = provider.bound(case, rings[provider.family])
@@ -295,10 +295,12 @@ def _admit(
 
 def _time(
     bounds: dict[str, list[Bound]], cold: bool, clock: Clock, seconds: float
-) -> tuple[dict[str, Stats], dict[str, tuple[str, str]]]:
+) -> tuple[dict[str, Stats], dict[str, tuple[Gate, str]]]:
     """Time what the clock can time: (name -> stats), (name -> (gate, reason))."""
     calls, reasons = prepared(clock, {name: walk(ring) for name, ring in bounds.items()})
-    unfit = {n: ("unavailable", f"cannot be captured: {why}") for n, why in reasons.items()}
+    unfit: dict[str, tuple[Gate, str]] = {
+        name: ("unavailable", f"cannot be captured: {why}") for name, why in reasons.items()
+    }
     if not calls:
         return {}, unfit
     return interleave(calls, seconds=seconds, prime=not cold, clock=clock), unfit

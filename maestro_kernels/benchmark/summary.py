@@ -4,49 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from maestro_kernels.benchmark.cases import joined
-from maestro_kernels.benchmark.rows import Row, beyond_noise
+from maestro_kernels.benchmark.rows import Row
+from maestro_kernels.measure.noise import beyond_noise
+from maestro_kernels.measure.wording import count, geometric_mean, times
 
-__all__ = [
-    "Outcome",
-    "count",
-    "device_line",
-    "duration",
-    "geometric_mean",
-    "outcomes",
-    "refusals",
-    "times",
-    "verdict",
-]
-
-TIMES = "\N{MULTIPLICATION SIGN}"
-DASH = "\N{EN DASH}"
-
-
-def duration(microseconds: float | None) -> str:
-    """Three significant digits with a unit, or a dash."""
-    if microseconds is None:
-        return DASH
-    scale, unit = (1, "µs") if microseconds < 1e3 else (1e3, "ms")
-    value = microseconds / scale
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-
-
-def times(ratio: float | None) -> str:
-    """A ratio with a multiplication sign, or a dash."""
-    if ratio is None:
-        return DASH
-    return f"{ratio:.{1 if ratio >= 9.95 else 2}f}{TIMES}"
-
-
-def geometric_mean(values: Iterable[float]) -> float | None:
-    """The mean that treats 2 and 1/2 alike; None for no values."""
-    logs = [math.log(v) for v in values]
-    return math.exp(sum(logs) / len(logs)) if logs else None
+__all__ = ["Outcome", "device_line", "outcomes", "refusals", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -113,11 +80,6 @@ def refusals(rows: Sequence[Row]) -> list[tuple[str, str, str, int]]:
     """(provider, gate, reason, measurements) of what has no time, most frequent first."""
     counts = Counter((r.provider, r.gate, r.reason) for r in rows if r.gate != "passed")
     return [(*key, n) for key, n in counts.most_common()]
-
-
-def count(number: int, noun: str) -> str:
-    """A number with its noun: 1 thread, 2 threads."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def device_line(row: Row) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from maestro_kernels.cli import options
-from maestro_kernels.cli.output import about, count, plots_can_be_drawn, progress, say, show
+from maestro_kernels.cli.output import (
+    about,
+    count,
+    plots_can_be_drawn,
+    progress,
+    repeats,
+    say,
+    show,
+)
 from maestro_kernels.files import write_text
 
 if TYPE_CHECKING:
@@ -66,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     cases = _cases(args)
     # Read before anything is measured: a damaged file must not cost a run.
     earlier = rows.latest_run(rows.load(args.compare)) if args.compare else None
-    how = Options(args.device, args.seconds, compiled=not args.no_compile, command=_command(args))
+    which = "shape" if args.shape else "suite"
+    command = repeats(args, which, "dtype", "mode", "device", "seconds", "threads", "no_compile")
+    how = Options(args.device, args.seconds, compiled=not args.no_compile, command=command)
     draws = plots_can_be_drawn("bench")
     say("bench", _plan(cases, how))
     measured = _measure(cases, how)
@@ -101,22 +110,6 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         for text in args.shape
         for dtype in args.dtype or ["float32"]
     ]
-
-
-def _command(args: argparse.Namespace) -> str:
-    """What repeats the measurement; where its files went is nobody else's business."""
-    words = ["maestro-kernels", "bench"]
-    for shape in args.shape or ():
-        words += ["--shape", shape]
-    if not args.shape:
-        words += ["--suite", args.suite]
-    for dtype in args.dtype or ():
-        words += ["--dtype", dtype]
-    if args.mode:
-        words += ["--mode", args.mode]
-    words += ["--device", args.device, "--seconds", f"{args.seconds:g}"]
-    words += ["--threads", str(torch.get_num_threads())]
-    return shlex.join([*words, *(["--no-compile"] if args.no_compile else [])])
 
 
 def _plan(cases: list[Case], how: Options) -> str:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import importlib.util
+import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from maestro_kernels.benchmark.summary import count
+from maestro_kernels.measure.progress import bar
+from maestro_kernels.measure.wording import count
 
 __all__ = [
     "about",
     "count",
     "plots_can_be_drawn",
     "progress",
+    "repeats",
     "say",
     "show",
     "spell_in_any_locale",
@@ -75,6 +72,28 @@ def about(seconds: float) -> str:
     return f"about {count(round(seconds / 3600), 'hour')}"
 
 
+def repeats(args: argparse.Namespace, *options: str, targets: Sequence[str] = ()) -> str:
+    """The command that repeats a measurement; where its files went is nobody else's business.
+
+    Args:
+        args: as parsed; `args.command` is the sub-command.
+        options: names of those that matter, in order; those not given are left out.
+        targets: what stands before them.
+    """
+    words = ["maestro-kernels", args.command, *targets]
+    for name in options:
+        value = torch.get_num_threads() if name == "threads" else getattr(args, name)
+        if value and isinstance(value, list) and isinstance(value[0], int):
+            value = ",".join(map(str, value))
+        for one in value if isinstance(value, list) else [value]:
+            if one is None or one is False:
+                continue
+            words.append(f"--{name.replace('_', '-')}")
+            if one is not True:
+                words.append(f"{one:g}" if isinstance(one, float) else str(one))
+    return shlex.join(words)
+
+
 def user_error(error: BaseException) -> str:
     """What the user's own code raised, and where: "raised KeyError('x') in mine.py, line 4"."""
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -110,19 +129,7 @@ def progress(command: str) -> Iterator[Callable[[str, int, int], None]]:
 
         yield line
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_Console(stderr=True)) as bar:
-        task = bar.add_task(command, total=None)
-
-        def advance(text: str, done: int, total: int) -> None:
-            bar.update(task, description=text, completed=done, total=total)
-
+    with bar(command, _Console(stderr=True)) as advance:
         yield advance
 
 

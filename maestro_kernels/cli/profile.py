@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import re
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from maestro_kernels.cli.output import (
     count,
     plots_can_be_drawn,
     progress,
+    repeats,
     say,
     show,
     user_error,
@@ -121,7 +121,11 @@ def run(args: argparse.Namespace) -> int:
     found.save(args.out / "profile.json")
     pngs = []
     if draws:
-        page = report.page(found, device=device, front=front, command=_command(args))
+        # Folders are named without where they lie.
+        targets = [Path(t).name if Path(t).exists() else t for t in args.target]
+        names = ("rows", "ranks", "dtype", "strategy", "device", "threads")
+        command = repeats(args, *names, targets=targets)
+        page = report.page(found, device=device, front=front, command=command)
         write_text(args.out / "report.html", page)
         pngs = report.save_pngs(found, args.out, device=device, front=front)
     if args.json:
@@ -258,14 +262,3 @@ def _front(target: Any, profile: Profile, M: int, speedup: float) -> Front | Non
         if points:
             curves[method] = curve_points(points)
     return Front(curves, chosen)
-
-
-def _command(args: argparse.Namespace) -> str:
-    """What repeats the measurement; folders are named without where they lie."""
-    targets = [Path(t).name if Path(t).exists() else t for t in args.target]
-    words = ["maestro-kernels", "profile", *targets, "--rows", ",".join(map(str, args.rows))]
-    words += ["--ranks", ",".join(map(str, args.ranks))] if args.ranks else []
-    words += ["--dtype", args.dtype] if args.dtype else []
-    words += ["--strategy", args.strategy] if args.strategy else []
-    words += ["--device", args.device, "--threads", str(torch.get_num_threads())]
-    return shlex.join(words)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 
 from maestro_kernels import dispatch, hardware, tables
 from maestro_kernels.cli import options
-from maestro_kernels.cli.output import about, count, progress, say, show
+from maestro_kernels.cli.output import about, count, progress, repeats, say, show
 
 if TYPE_CHECKING:
     from maestro_kernels.tables import Row, Table
@@ -91,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = sum(len(plan.cases) for plan in plans)
     say("tune", _announcement(args, wanted))
     parts: list[Table] = []
-    command, begin = _command(args), time.monotonic()
+    names = ("device", "dtype", "shape", "group", "rows", "quick", "threads", "seconds")
+    command, begin = repeats(args, *names), time.monotonic()
     for plan in plans:
         with progress("tune") as advance:
             parts.append(
@@ -163,29 +163,16 @@ def _announcement(args: argparse.Namespace, cases: int) -> str:
     )
 
 
-def _command(args: argparse.Namespace) -> str:
-    """What repeats the measurement; where its file went is nobody else's business."""
-    words = ["maestro-kernels", "tune", "--device", args.device]
-    for option in ("dtype", "shape", "group"):
-        for value in getattr(args, option) or ():
-            words += [f"--{option}", value]
-    words += ["--rows", ",".join(map(str, args.rows))] if args.rows else []
-    words += ["--quick"] if args.quick else []
-    words += ["--threads", str(torch.get_num_threads()), "--seconds", f"{args.seconds:g}"]
-    return shlex.join(words)
-
-
 def _grid(table: Table) -> Any:
-    from rich.table import Table as Grid
+    from maestro_kernels.measure import report
 
-    grid = Grid(title="what auto runs now", title_justify="left", header_style="bold")
-    for name in ("rows · in→rank→out", "auto", "against two matmuls", "prepack"):
-        grid.add_column(name)
+    headers = ("rows · in→rank→out", "auto", "against two matmuls", "prepack")
+    lines = []
     for row in table.rows:
         best = _best(row)
         gain = f"{row.speedup(best):.2f}×" if best else ""
-        grid.add_row(str(row), best or tables.BASELINE, gain, row.fastest_form or "")
-    return grid
+        lines.append((str(row), best or tables.BASELINE, gain, row.fastest_form or ""))
+    return report.terminal_table("what auto runs now", headers, lines)
 
 
 def _best(row: Row) -> str | None:

@@ -1,1 +1,4 @@
-"""Timing, memory and the cost of a call: by which kernels are chosen, and benchmarks measure."""
+"""One of each: timing, memory, cost of a call, noise, records, pages and plots.
+
+Kernels are chosen, and benchmarks measured, by what is here; it knows no layer and no kernel.
+"""

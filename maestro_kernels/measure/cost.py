@@ -17,7 +17,17 @@ from maestro_kernels.hardware import Device
 if TYPE_CHECKING:
     from maestro_kernels.problem import LoDProblem
 
-__all__ = ["Cost", "Form", "Mode", "Size", "Step", "break_even_rank", "count"]
+__all__ = [
+    "Cost",
+    "Form",
+    "Mode",
+    "Size",
+    "Step",
+    "backward_flop",
+    "break_even_rank",
+    "count",
+    "forward_flop",
+]
 
 Form = Literal["dense", "two matmuls", "fused"]
 Mode = Literal["forward", "backward", "training"]
@@ -86,7 +96,22 @@ class Cost:
 
 def break_even_rank(N: int, K: int) -> float:
     """Rank above which two factors cost more than the dense weight: NK / (N + K)."""
-    return N * K / (N + K)
+    return N * K / (N + K) if N + K else 0.0
+
+
+def forward_flop(M: int, N: int, K: int, rank: int) -> int:
+    """FLOP of the two products of a low-rank layer, 2 M r (K + N)."""
+    return 2 * M * rank * (K + N)
+
+
+def backward_flop(
+    M: int, N: int, K: int, rank: int, *, dx: bool = True, du: bool = True, dv: bool = True
+) -> int:
+    """FLOP of the products that give these gradients; dx and dv share dH = dy @ u[:, :r].
+
+    2 M r (N [dH] + K [dx] + N [du] + K [dv])
+    """
+    return 2 * M * rank * (N * ((dx or dv) + du) + K * (dx + dv))
 
 
 def count(
@@ -157,7 +182,7 @@ def _fused_forward(layers: Sequence[Size], shared_x: bool, save_h: bool) -> list
     elements = _x_elements(layers, shared_x)
     for s in layers:
         elements += s.rank * (s.K + s.N) + s.M * s.N + _bias(s) + (s.M * s.rank if save_h else 0)
-    return [Step(sum(2 * s.M * s.rank * (s.K + s.N) for s in layers), elements)]
+    return [Step(sum(forward_flop(s.M, s.N, s.K, s.rank) for s in layers), elements)]
 
 
 def _bias_gradient(s: Size) -> list[Step]:
@@ -190,7 +215,8 @@ def _fused_backward(layers: Sequence[Size], shared_x: bool) -> list[Step]:
     # dx of a shared input is one output, whatever the number of layers.
     per_launch = sum(s.M * s.N + s.rank * (s.K + s.N) for s in layers)
     hidden = sum(s.M * s.rank for s in layers)
-    flops = sum(2 * s.M * s.rank * (s.K + s.N) for s in layers)
+    # Half of the products make dH and dx, the other half du and dv.
+    flops = sum(backward_flop(s.M, s.N, s.K, s.rank) for s in layers) // 2
     sums = sum(s.M * s.N for s in layers if s.bias)
     bias = sum(_bias(s) for s in layers)
     return [

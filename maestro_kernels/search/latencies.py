@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -14,9 +13,18 @@ from typing import Any
 import numpy as np
 
 from maestro_kernels.files import check_file, write_text
+from maestro_kernels.measure import records
 from maestro_kernels.search import latency_model, staircase
 from maestro_kernels.search.measure import Point, point_from
-from maestro_kernels.search.strategies import AUTO, DENSE, DENSE_PACKED, PACKED, PREPACKED, TWO
+from maestro_kernels.search.strategies import (
+    AUTO,
+    DENSE,
+    DENSE_PACKED,
+    PACKED,
+    PREPACKED,
+    TWO,
+    may_merge,
+)
 from maestro_kernels.search.targets import Shape
 
 __all__ = ["Errors", "Estimate", "Profile"]
@@ -291,9 +299,7 @@ class Profile:
             "dtype": self.dtype,
             "shapes": [asdict(shape) for shape in self.shapes],
         }
-        lines = [json.dumps(asdict(p)) for p in self.points]
-        text = json.dumps(head, ensure_ascii=False)[:-1]
-        write_text(place, text + ', "points": [\n' + ",\n".join(lines) + "\n]}\n")
+        write_text(place, records.document(head, "points", map(asdict, self.points)))
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -304,21 +310,13 @@ class Profile:
             ValueError: no profile of this schema; says what was expected and what came.
         """
         where = f"Profile.load: {Path(path).name}"
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{where}: expected a JSON profile, got {error}") from None
-        expected = {"schema", "device", "versions", "dtype", "shapes", "points"}
-        got = sorted(record) if isinstance(record, dict) else type(record).__name__
-        if not isinstance(record, dict) or record.keys() != expected:
-            raise ValueError(f"{where}: expected the fields {sorted(expected)}, got {got}")
-        if record["schema"] != SCHEMA:
-            raise ValueError(f"{where}: schema: expected {SCHEMA}, got {record['schema']!r}")
+        fields = ("device", "versions", "dtype", "shapes", "points")
+        record = records.load_document(
+            path, fields, schema=SCHEMA, what="profile", fn="Profile.load"
+        )
         try:
             points = tuple(point_from(p) for p in record["points"])
-            shapes = tuple(
-                Shape(s["N"], s["K"], s["bias"], tuple(s["names"])) for s in record["shapes"]
-            )
+            shapes = tuple(records.checked(Shape, s, "shape") for s in record["shapes"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: expected points and shapes, got {error}") from None
         if not points:
@@ -342,10 +340,7 @@ class Profile:
 
 
 def _prepacked(points: Sequence[Point]) -> list[Point]:
-    """The fastest of what `prepack` chooses from: packed forms, factors as they are, merged.
-
-    The merged matrix is considered from half the break-even rank on, as `prepack` does.
-    """
+    """The fastest of what `prepack` chooses from: packed forms, factors as they are, merged."""
     merged, others = {}, defaultdict(list)
     for p in points:
         where = (p.N, p.K, p.M, p.bias, p.cache, p.launch)
@@ -357,7 +352,7 @@ def _prepacked(points: Sequence[Point]) -> list[Point]:
     for (where, rank), forms in others.items():
         if len(forms) < 2:
             continue
-        if where in merged and 2 * rank * (where[0] + where[1]) >= where[0] * where[1]:
+        if where in merged and may_merge(where[0], where[1], rank):
             forms.append(merged[where])
         best = min(forms, key=lambda p: p.p50)
         found.append(replace(best, rank=rank, strategy=PREPACKED))

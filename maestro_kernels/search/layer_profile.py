@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,21 +11,21 @@ import torch
 
 from maestro_kernels import hardware, tables, tuned
 from maestro_kernels.backends import native
+from maestro_kernels.measure.progress import Advance, progress_bar
+from maestro_kernels.measure.records import Journal
 from maestro_kernels.search import staircase
-from maestro_kernels.search.journal import Journal
 from maestro_kernels.search.latencies import Profile
 from maestro_kernels.search.measure import Point, Sweep, point_from
 from maestro_kernels.search.strategies import AUTO, DENSE, TWO
 from maestro_kernels.search.targets import default_device, default_dtype, shapes_of
 
-__all__ = ["Profile", "profile"]
+__all__ = ["Advance", "Profile", "profile", "progress_bar"]
 
 # Rounds of refinement after the coarse ranks; each adds at most four ranks where the curve bends.
 _ROUNDS = 2
 # A round whose dense layer is this much slower or faster than before was disturbed.
 _DISTURBED = 1.4
 _TRIES = 3
-Advance = Callable[[str, int, int], None]
 
 
 def profile(
@@ -208,30 +206,3 @@ def _undisturbed(sweep: Sweep, ranks: Sequence[int], known: list[Point]) -> list
         if p.rank or not first:
             scaled.append(replace(p, p20=p.p20 * drift, p50=p.p50 * drift, p80=p.p80 * drift))
     return scaled
-
-
-@contextmanager
-def progress_bar(wanted: bool | Advance | None, title: str) -> Iterator[Advance]:
-    """A function of (text, done, total) that moves a bar, or does nothing, or is the caller's."""
-    if callable(wanted):
-        yield wanted
-        return
-    if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda text, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=1)
-
-        def advance(text: str, done: int, total: int) -> None:
-            bar.update(task, description=text, completed=done, total=total)
-
-        yield advance

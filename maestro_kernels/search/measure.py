@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,12 @@ from maestro_kernels import hardware
 from maestro_kernels.benchmark.cases import Case, Layer
 from maestro_kernels.benchmark.providers import Inputs, Provider, Unavailable
 from maestro_kernels.benchmark.run import Options, Rings, checked, walk
-from maestro_kernels.measure.timing import interleave, prepared
+from maestro_kernels.measure import records
+from maestro_kernels.measure.timing import Stats, interleave, prepared
 from maestro_kernels.search.strategies import DENSE, TWO, for_profile
 from maestro_kernels.testing import make_inputs
 
-__all__ = ["Point", "Sweep", "point_from", "ring_bytes"]
+__all__ = ["Point", "Sweep", "passing", "point_from", "ring_bytes", "timed"]
 
 # Walking through this many times the private caches leaves nothing in them.
 _CACHES = 4
@@ -55,11 +55,6 @@ class Point:
     p20: float
     p50: float
     p80: float
-
-    @property
-    def spread(self) -> float:
-        """Half the distance of the percentiles over the median: what noise can be."""
-        return (self.p80 - self.p20) / (2 * self.p50)
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,9 @@ class Sweep:
             for rank in (0, *ranks):
                 case = self.case(max(rank, 1))
                 inputs[rank] = self._inputs(rank)
-                admitted[rank] = self._admit(case, providers(case), inputs[rank], rank)
+                # What follows from the rank is timed at every rank, dense layers once.
+                chosen = [p for p in providers(case) if (p.family == "dense") == (rank == 0)]
+                admitted[rank] = passing(case, chosen, inputs[rank], yardstick=(DENSE, TWO))
             points: list[Point] = []
             for cache in ("warm", "cold"):
                 ring = ring_bytes(self.device) if cache == "cold" else 0
@@ -131,47 +128,65 @@ class Sweep:
             return Inputs(x, (u,), (v,), (b,), (), (rank,))
         return Inputs(x, (), (), (b,), (), (1,), dense=(v,))
 
-    def _admit(
-        self, case: Case, providers: Sequence[Provider], inputs: Inputs, rank: int
-    ) -> list[Provider]:
-        """The providers of a rank that run and pass the accuracy gate.
-
-        Dense and two matmuls are the gate's own yardstick.
-        """
-        admitted = []
-        for provider in providers:
-            if (provider.family == "dense") != (rank == 0):
-                continue
-            if provider.name in (DENSE, TWO):
-                admitted.append(provider)
-                continue
-            try:
-                _, problem = checked(case, provider, inputs)
-            except (Unavailable, RuntimeError):
-                continue
-            if problem is None:
-                admitted.append(provider)
-        return admitted
-
     def _time(self, calls: dict[str, Callable[[], object]], cache: str) -> list[Point]:
         points = []
-        for launch, clock in Options(device=str(self.device)).launches.items():
-            timer = clock()
-            fit, _ = prepared(timer, calls)
-            stats = interleave(
-                fit,
-                seconds=self.seconds * len(fit),
-                min_rounds=5,
-                max_rounds=40,
-                prime=cache == "warm",
-                clock=timer,
-            )
+        for launch, stats in timed(calls, self.device, cache, self.seconds, rounds=(5, 40)):
             for name, s in stats.items():
                 rank, _, strategy = name.partition(" ")
                 times = (1e3 * s.p20, 1e3 * s.p50, 1e3 * s.p80)
                 where = (self.N, self.K, self.M, self.bias, int(rank), strategy, cache, launch)
                 points.append(Point(*where, *times))
         return points
+
+
+def passing(
+    case: Case, providers: Sequence[Provider], inputs: Inputs, yardstick: Sequence[str] = ()
+) -> list[Provider]:
+    """The providers that run and pass the accuracy gate, or are what it measures by."""
+    found = []
+    for provider in providers:
+        if provider.name not in yardstick:
+            try:
+                _, problem = checked(case, provider, inputs)
+            except (Unavailable, RuntimeError):
+                continue
+            if problem is not None:
+                continue
+        found.append(provider)
+    return found
+
+
+def timed(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    cache: str,
+    seconds: float,
+    *,
+    rounds: tuple[int, int],
+) -> Iterator[tuple[str, dict[str, Stats]]]:
+    """(launch mode, what its clock can time, in turns) for every launch mode of a device.
+
+    Args:
+        calls: by name.
+        device: where they run.
+        cache: "warm" or "cold".
+        seconds: of samples per call.
+        rounds: fewest and most samples.
+    """
+    for launch, clock in Options(device=str(device)).launches.items():
+        timer = clock()
+        fit, _ = prepared(timer, calls)
+        yield (
+            launch,
+            interleave(
+                fit,
+                seconds=seconds * len(fit),
+                min_rounds=rounds[0],
+                max_rounds=rounds[1],
+                prime=cache == "warm",
+                clock=timer,
+            ),
+        )
 
 
 def ring_bytes(device: torch.device) -> int:
@@ -186,14 +201,7 @@ def point_from(record: dict[str, Any]) -> Point:
     Raises:
         ValueError: fields are missing or of another kind.
     """
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(Point)}
-    if record.keys() != kinds.keys():
-        raise ValueError(f"expected the fields {sorted(kinds)}, got {sorted(record)}")
-    for name, value in record.items():
-        kind = kinds[name]
-        fits = isinstance(value, int | float) if kind == "float" else type(value).__name__ == kind
-        if not fits or (kind == "float" and isinstance(value, bool)):
-            raise ValueError(f"{name}: expected {kinds[name]}, got {value!r}")
-    if not 0 < record["p20"] <= record["p50"] <= record["p80"]:
+    point = records.checked(Point, record, "point")
+    if not 0 < point.p20 <= point.p50 <= point.p80:
         raise ValueError(f"p50: expected 0 < p20 <= p50 <= p80, got {record}")
-    return Point(**record)
+    return point

@@ -6,7 +6,6 @@ timed where it stands, in copies of the model whose layers run at one of a few r
 
 from __future__ import annotations
 
-import bisect
 import copy
 import json
 import statistics
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_int
 from maestro_kernels.files import check_file, write_text
+from maestro_kernels.measure import records
+from maestro_kernels.measure.cost import break_even_rank
 from maestro_kernels.measure.heap import keeping_memory
 from maestro_kernels.measure.timing import rounds
 from maestro_kernels.nn.candidates import Selector
@@ -28,6 +29,7 @@ from maestro_kernels.nn.conversion import convert, dense_form
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, run_batch
 from maestro_kernels.search.layers import Layer, considered, count_rows
+from maestro_kernels.search.staircase import on_lines
 
 __all__ = ["ModelProfile", "profile_model"]
 
@@ -76,7 +78,7 @@ class ModelProfile:
                     f"ModelProfile.layer: rank: expected one of {list(known)}, got {rank!r}"
                 )
             return known[rank]
-        return _line({r: ms for r, ms in known.items() if not isinstance(r, str)}, rank)
+        return on_lines({r: ms for r, ms in known.items() if not isinstance(r, str)}, rank)
 
     def model(self, ranks: Mapping[str, int | str]) -> float:
         """Milliseconds of the whole model at these ranks; other layers stay as they were.
@@ -101,29 +103,15 @@ class ModelProfile:
         Raises:
             ValueError: the file is no model profile of this schema.
         """
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        fields = {"total", "rest", "rows", "layers", "ranks"}
-        if not isinstance(record, dict) or {*record} != {*fields, "schema"}:
-            raise ValueError(f"ModelProfile.load: expected a model profile, got {Path(path).name}")
-        if record.pop("schema") != _SCHEMA:
-            raise ValueError(f"ModelProfile.load: expected schema {_SCHEMA} in {Path(path).name}")
+        fields = ("total", "rest", "rows", "layers", "ranks")
+        record = records.load_document(
+            path, fields, schema=_SCHEMA, what="model profile", fn="ModelProfile.load"
+        )
         record["rows"] = {name: tuple(rows) for name, rows in record["rows"].items()}
         record["layers"] = {
             name: dict(map(tuple, known)) for name, known in record["layers"].items()
         }
         return cls(**record)
-
-
-def _line(points: Mapping[int, float], rank: int) -> float:
-    ranks = sorted(points)
-    if rank <= ranks[0] or len(ranks) == 1:
-        return points[ranks[0]]
-    i = min(bisect.bisect_left(ranks, rank), len(ranks) - 1)
-    a, b = ranks[i - 1], ranks[i]
-    slope = (points[b] - points[a]) / (b - a)
-    if rank > b:
-        slope = max(slope, 0.0)
-    return points[a] + slope * (rank - a)
 
 
 def profile_model(
@@ -222,7 +210,7 @@ def _shell(model: nn.Module) -> nn.Module:
 def _timed_rank(layer: Layer, fraction: float, step: int) -> int:
     top = layer.max_rank
     if layer.can_be_dense:
-        top = min(top, layer.N * layer.K // (layer.N + layer.K))
+        top = min(top, int(break_even_rank(layer.N, layer.K)))
     rank = max(round(fraction * top / step) * step, step)
     return max(1, min(rank, layer.max_rank))
 

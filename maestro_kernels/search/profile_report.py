@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maestro_kernels.benchmark import html, plots
-from maestro_kernels.benchmark.html import Cell, Html
-from maestro_kernels.benchmark.summary import DASH, count, duration, geometric_mean, times
 from maestro_kernels.files import replacing
+from maestro_kernels.measure import plots, report
+from maestro_kernels.measure.cost import break_even_rank
+from maestro_kernels.measure.report import Cell, Html
+from maestro_kernels.measure.wording import DASH, count, duration, geometric_mean, times
 from maestro_kernels.search import drawings
 from maestro_kernels.search.latencies import Profile, break_even_text
 from maestro_kernels.search.strategies import DENSE, DENSE_PACKED, PREPACKED, TWO
 from maestro_kernels.search.targets import Shape
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.table import Table
 
     from maestro_kernels.hardware import Device
@@ -73,7 +73,7 @@ def _headline(profile: Profile, cells: list[tuple[Shape, int]]) -> str:
 
 def _gain(profile: Profile, s: Shape, M: int) -> float:
     """How many times as fast as dense at the rank whose factors hold half of the weights."""
-    half = round(s.N * s.K / (s.N + s.K) / 2) or 1
+    half = round(break_even_rank(s.N, s.K) / 2) or 1
     dense = profile.latency(N=s.N, K=s.K, rank="dense", M=M)
     return dense / profile.latency(N=s.N, K=s.K, rank=half, M=M)
 
@@ -86,7 +86,7 @@ def _sentence(profile: Profile, shape: Shape, M: int) -> str:
     N, K = shape.N, shape.K
     limit = profile.break_even(N=N, K=K, M=M)
     assert limit is not None
-    ideal = N * K / (N + K)
+    ideal = break_even_rank(N, K)
     where = _place(shape, M)
     if math.isinf(limit):
         return f"{where}: faster than dense at all ranks measured."
@@ -100,30 +100,24 @@ def _sentence(profile: Profile, shape: Shape, M: int) -> str:
 
 def terminal_table(profile: Profile) -> Table:
     """Every size: dense, break-even, and the fastest strategy at a few ranks."""
-    from rich.table import Table
-
     device = profile.device
     title = f"{device['name']}, {count(device['num_cores'], 'core')}, {profile.dtype}, cold caches"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("rows · in→r→out", "layers", "rank"):
-        table.add_column(name)
-    for name in ("dense", "two matmuls", _main_label(profile), "vs dense", "fastest", ""):
-        table.add_column(name, justify="right" if name not in ("fastest", "") else "left")
+    headers = ("rows · in→r→out", "layers", *_headers(profile))
+    lines: list[list[str | Cell]] = []
     for shape in profile.shapes:
         for M in profile.batch_sizes:
-            for i, cells in enumerate(_rows(profile, shape, M)):
-                where = f"{M} · {shape.K}→r→{shape.N}" if i == 0 else ""
-                layers = str(len(shape.names) or "") if i == 0 else ""
-                table.add_row(where, layers, *(_rich(c) for c in cells))
-            table.add_section()
-    return table
+            where = [f"{M} · {shape.K}→r→{shape.N}", str(len(shape.names) or "")]
+            for cells in _rows(profile, shape, M):
+                lines.append([*where, *cells])
+                where = ["", ""]
+            lines.append([])
+    return report.terminal_table(title, headers, lines, numeric=range(3, 7))
 
 
-def _rich(cell: str | Cell) -> str:
-    if isinstance(cell, str):
-        return cell
-    colour = {"good": "green", "bad": "red", "muted": "dim"}.get(cell.tone)
-    return f"[{colour}]{cell.text}[/]" if colour and cell.text else cell.text
+def _headers(profile: Profile) -> tuple[str, ...]:
+    """Of what `_rows` gives."""
+    times_of = ("dense", "two matmuls", _main_label(profile))
+    return ("rank", *times_of, "vs dense", "fastest", "remark")
 
 
 def _main_label(profile: Profile) -> str:
@@ -179,18 +173,17 @@ def page(
     """
     d = profile.device
     subtitle = f"{d['name']} ({d['arch']}), {count(d['num_cores'], 'core')}, {profile.dtype}"
-    blocks = [html.verdict(sentences(profile)), _cards(profile), _latency(profile)]
+    blocks = [report.verdict(sentences(profile)), _cards(profile), _latency(profile)]
     if front is not None:
         blocks.append(_accuracy(front))
     if device is not None and dict(device.peak_flops).get(profile.dtype):
         rooflines = [
-            html.figure(_svg(drawings.roofline(profile, device, cache=c), f"Roofline, {c} caches"))
-            for c in ("cold", "warm")
+            report.figure(drawings.roofline(profile, device, cache=c)) for c in ("cold", "warm")
         ]
         blocks.append(
-            html.section(
+            report.section(
                 "Against the roofline",
-                html.grid(*rooflines),
+                report.grid(*rooflines),
                 lead="One point per rank, size and rows. The ceilings are short probes: the best "
                 "library matmul, and reading from memory and from cache. Operations and bytes are "
                 "those of the function, each operand once.",
@@ -198,11 +191,7 @@ def page(
         )
     blocks += [_table(profile), _method(profile, command)]
     footer = f"Written by {command or 'maestro_kernels.search.layer_profile'}."
-    return html.page(title, blocks, subtitle=subtitle, footer=footer)
-
-
-def _svg(figure: Figure, label: str) -> Html:
-    return plots.svg(figure, label)
+    return report.page(title, blocks, subtitle=subtitle, footer=footer)
 
 
 def _cards(profile: Profile) -> Html:
@@ -211,11 +200,11 @@ def _cards(profile: Profile) -> Html:
         for M in profile.batch_sizes:
             limit = profile.break_even(N=s.N, K=s.K, M=M)
             if limit is not None and math.isfinite(limit):
-                limits.append(limit * (s.N + s.K) / (s.N * s.K))
+                limits.append(limit / break_even_rank(s.N, s.K))
             ratios.append(_gain(profile, s, M))
     mean = times(geometric_mean(ratios))
     share = f"{sum(limits) / len(limits):.0%}" if limits else DASH
-    return html.cards(
+    return report.cards(
         (
             (str(len(profile.points)), "times measured"),
             (str(len(profile.shapes)), "layer size" + "s" * (len(profile.shapes) != 1)),
@@ -235,13 +224,12 @@ def _latency(profile: Profile) -> Html:
             drawing = drawings.latency(profile, N=shape.N, K=shape.K, M=M)
             limit = break_even_text(profile.break_even(N=shape.N, K=shape.K, M=M))
             layers = f"{len(shape.names)} layers of the model. " if shape.names else ""
-            label = f"Latency over rank, {shape.K} to {shape.N}, {M} rows"
-            figures.append(html.figure(_svg(drawing, label), f"{layers}Break-even: {limit}."))
+            figures.append(report.figure(drawing, f"{layers}Break-even: {limit}."))
     more = len(profile.shapes) - _DRAWN
     rest = f" {more} more sizes are in the table." if more > 0 else ""
-    return html.section(
+    return report.section(
         "Latency over rank",
-        html.grid(*figures),
+        report.grid(*figures),
         lead="Medians with cold caches, as in a model whose other layers ran in between; upright "
         "bars run from the 20th to the 80th percentile. Left of the dashed line low rank is "
         "faster than the dense layer. A rank is worth choosing if no larger one is as fast; a "
@@ -252,10 +240,8 @@ def _latency(profile: Profile) -> Html:
 
 def _accuracy(front: Front) -> Html:
     chosen = front.chosen
-    drawn = [html.figure(_svg(drawings.pareto(front), "Accuracy against latency"))]
-    for first in range(0, len(chosen.layers), 40):
-        chart = drawings.rank_chart(chosen, first=first)
-        drawn.append(html.figure(_svg(chart, "Rank of each layer")))
+    charts = [drawings.rank_chart(chosen, first=k) for k in range(0, len(chosen.layers), 40)]
+    drawn = map(report.figure, (drawings.pareto(front), *charts))
     lines = [
         [
             c.layer.name or "(model)",
@@ -268,12 +254,12 @@ def _accuracy(front: Front) -> Html:
         for c in chosen.layers
     ]
     headers = ("layer", "rank", "of", "ms at rank", "ms dense", "error")
-    return html.section(
+    return report.section(
         "Accuracy against latency",
-        html.prose(chosen.summary()),
-        html.grid(*drawn),
-        html.details(
-            f"Show all {len(lines)} layers", html.table(headers, lines, numeric=range(1, 6))
+        report.prose(chosen.summary()),
+        report.grid(*drawn),
+        report.details(
+            f"Show all {len(lines)} layers", report.table(headers, lines, numeric=range(1, 6))
         ),
         lead=f"Error is the sum over layers of the {chosen.unit}; time is the sum of the layers' "
         "own times. Every point of the front is an allocation of ranks that nothing beats.",
@@ -281,16 +267,15 @@ def _accuracy(front: Front) -> Html:
 
 
 def _table(profile: Profile) -> Html:
-    times_of = ("dense", "two matmuls", _main_label(profile))
-    headers = ("rows · in→r→out", "rank", *times_of, "vs dense", "fastest", "remark")
+    headers = ("rows · in→r→out", *_headers(profile))
     lines: list[list[str | Cell]] = []
     for shape in profile.shapes:
         for M in profile.batch_sizes:
             where = f"{M} · {shape.K}→r→{shape.N}"
             lines += [[where, *cells] for cells in _rows(profile, shape, M)]
-    return html.section(
+    return report.section(
         "Every rank measured",
-        html.table(headers, lines, numeric=range(1, 6)),
+        report.table(headers, lines, numeric=range(1, 6)),
         lead="A dash in the last column: a larger rank is as fast, or dense is.",
     )
 
@@ -304,46 +289,34 @@ def _method(profile: Profile, command: str) -> Html:
         "against float64. The dense layer is part of every round; a round in which it took "
         "much longer was measured again."
     )
-    facts = [("command", command)] if command else []
-    facts += [(k, str(v)) for k, v in profile.device.items()]
-    facts += [(k, str(v)) for k, v in profile.versions.items() if v is not None]
-    return html.section(
+    facts = {"command": command or None, **profile.device, **profile.versions}
+    return report.section(
         "How this was measured",
-        html.prose(text),
-        html.details(
-            "Machine and versions",
-            html.table(("what", "value"), [(k, Cell(v, "wide")) for k, v in facts]),
-        ),
+        report.prose(text),
+        report.facts("Machine and versions", facts),
     )
 
 
 def save_pngs(
     profile: Profile, folder: Path, *, device: Device | None = None, front: Front | None = None
 ) -> list[Path]:
-    """Write the drawings of the page as PNG files, in its light colours; gives their paths."""
-    palette = plots.light()
-    made: list[tuple[str, Callable[[], Figure]]] = []
-
-    def draw(function: Callable[..., Figure], *args: Any, **kwargs: Any) -> Callable[[], Figure]:
-        return lambda: function(*args, **kwargs, palette=palette)
-
-    for s in profile.shapes[:_DRAWN]:
-        for M in profile.batch_sizes:
-            size: dict[str, Any] = {"N": s.N, "K": s.K, "M": M}
-            name = f"latency-{s.K}-{s.N}-rows-{M}"
-            made.append((name, draw(drawings.latency, profile, **size)))
+    """Write the drawings of the page as PNG files; gives their paths."""
+    made = {
+        f"latency-{s.K}-{s.N}-rows-{M}": drawings.latency(profile, N=s.N, K=s.K, M=M)
+        for s in profile.shapes[:_DRAWN]
+        for M in profile.batch_sizes
+    }
     if device is not None and dict(device.peak_flops).get(profile.dtype):
         for cache in ("cold", "warm"):
-            name = f"roofline-{cache}"
-            made.append((name, draw(drawings.roofline, profile, device, cache=cache)))
+            made[f"roofline-{cache}"] = drawings.roofline(profile, device, cache=cache)
     if front is not None:
-        made.append(("pareto", draw(drawings.pareto, front)))
-        made.append(("ranks", draw(drawings.rank_chart, front.chosen)))
+        made["pareto"] = drawings.pareto(front)
+        made["ranks"] = drawings.rank_chart(front.chosen)
     paths = []
-    for name, figure in made:
+    for name, figure in made.items():
         paths.append(folder / f"{name}.png")
         with replacing(paths[-1]) as file:
-            figure().savefig(file, format="png", dpi=160, facecolor=palette.card)
+            figure.savefig(file, format="png", dpi=160, facecolor=plots.CARD)
     return paths
 
 

@@ -12,6 +12,8 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from maestro_kernels.measure.cost import break_even_rank
+
 __all__ = [
     "Knot",
     "Step",
@@ -22,6 +24,7 @@ __all__ = [
     "interpolate",
     "left_out",
     "odd_penalty",
+    "on_lines",
     "preferred",
     "refine",
     "steps",
@@ -86,7 +89,7 @@ def _probe(rank: int, ranks: Container[int]) -> bool:
 
 def coarse_ranks(N: int, K: int, count: int = 6) -> list[int]:
     """A few ranks from 16 to a little above break-even, evenly spread in log scale, on the grid."""
-    top = min(N, K, math.ceil(1.15 * N * K / (N + K)))
+    top = min(N, K, math.ceil(1.15 * break_even_rank(N, K)))
     if top <= GRID:
         return sorted({max(1, top // 2), top})
     low = min(16, top)
@@ -195,19 +198,24 @@ def break_even(curve: Curve, dense: float) -> float | None:
 
 
 def interpolate(curve: Curve, rank: int) -> float:
+    """Time at a rank of a curve, as `on_lines`."""
+    return on_lines({r: knot.ms for r, knot in curve.items()}, rank)
+
+
+def on_lines(points: Mapping[int, float], rank: int) -> float:
     """Time at a rank on straight lines between the measured ones, constant below the first.
 
     Above the last the line goes on.
     """
-    ranks = sorted(curve)
+    ranks = sorted(points)
     if rank <= ranks[0] or len(ranks) == 1:
-        return curve[ranks[0]].ms
+        return points[ranks[0]]
     i = min(bisect.bisect_left(ranks, rank), len(ranks) - 1)
     a, b = ranks[i - 1], ranks[i]
-    slope = (curve[b].ms - curve[a].ms) / (b - a)
+    slope = (points[b] - points[a]) / (b - a)
     if rank > b:
         slope = max(slope, 0.0)
-    return curve[a].ms + slope * (rank - a)
+    return points[a] + slope * (rank - a)
 
 
 def left_out(curve: Curve) -> list[float]:

@@ -6,21 +6,21 @@ import datetime
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from maestro_kernels import hardware, tables
 from maestro_kernels.benchmark.cases import Case, Layer
-from maestro_kernels.benchmark.providers import Provider, Unavailable, make_case_inputs
-from maestro_kernels.benchmark.run import Options, Rings, checked, walk
-from maestro_kernels.measure.timing import interleave, prepared
-from maestro_kernels.search.journal import Journal
+from maestro_kernels.benchmark.providers import Provider, make_case_inputs
+from maestro_kernels.benchmark.run import Rings, walk
+from maestro_kernels.measure.cost import break_even_rank
+from maestro_kernels.measure.records import Journal
 from maestro_kernels.search.layer_profile import software
-from maestro_kernels.search.measure import ring_bytes
+from maestro_kernels.search.measure import passing, ring_bytes, timed
 from maestro_kernels.search.strategies import for_table
-from maestro_kernels.tables import BASELINE, Modes, Row, Table, Times
+from maestro_kernels.tables import BASELINE, Modes, Row, Table
 
 __all__ = ["GROUPS", "SHAPES", "Plan", "plan", "tune"]
 
@@ -98,7 +98,7 @@ def plan(
 
 def _ranks(Ns: Sequence[int], K: int, kind: str) -> list[int]:
     N = min(Ns)
-    found = [r for r in _RANKS if r * (N + K) < N * K]
+    found = [r for r in _RANKS if r < break_even_rank(N, K)]
     return sorted([*found, *(r - 1 for r in found[1::2])]) if kind == "cuda" else found
 
 
@@ -169,35 +169,13 @@ def measure(
         kind = Case(case.source, case.M, case.layers, case.dtype, mode)  # type: ignore[arg-type]
         with torch.set_grad_enabled(mode == "training"):
             inputs = make_case_inputs(kind, device)
-            chosen = [p for p in providers(kind) if _admitted(kind, p, inputs)]
+            chosen = passing(kind, providers(kind), inputs)
             for cache in ("cold", "warm") if mode == "forward" else ("cold",):
                 rings = Rings(inputs, ring_bytes(device) if cache == "cold" else 0)
                 calls = {p.name: walk(p.bound(kind, rings[p.family])) for p in chosen}
-                for launch, times in _timed(calls, device, cache, seconds):
-                    if BASELINE in times:
-                        modes[f"{mode} {cache} {launch}"] = times
+                for launch, stats in timed(calls, device, cache, seconds, rounds=(6, 60)):
+                    if BASELINE in stats:
+                        modes[f"{mode} {cache} {launch}"] = {
+                            n: (1e6 * s.p20, 1e6 * s.p50, 1e6 * s.p80) for n, s in stats.items()
+                        }
     return modes
-
-
-def _admitted(case: Case, provider: Provider, inputs: object) -> bool:
-    try:
-        return checked(case, provider, inputs)[1] is None  # type: ignore[arg-type]
-    except (Unavailable, RuntimeError):
-        return False
-
-
-def _timed(
-    calls: dict[str, Callable[[], object]], device: torch.device, cache: str, seconds: float
-) -> Iterator[tuple[str, dict[str, Times]]]:
-    for launch, clock in Options(device=str(device)).launches.items():
-        timer = clock()
-        fit, _ = prepared(timer, calls)
-        stats = interleave(
-            fit,
-            seconds=seconds * len(fit),
-            min_rounds=6,
-            max_rounds=60,
-            prime=cache == "warm",
-            clock=timer,
-        )
-        yield launch, {n: (1e6 * s.p20, 1e6 * s.p50, 1e6 * s.p80) for n, s in stats.items()}

@@ -10,12 +10,12 @@ from places import ROOT
 from torch import nn
 
 import maestro_kernels as mk
+from bench import encoder_forms as forms
+from bench import encoder_results as results
+from bench.encoder_results import BATCHES, DEPLOYED, Form, verdict
+from bench.stages import Stages
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark import encoder_forms as forms
-from maestro_kernels.benchmark import encoder_results as results
 from maestro_kernels.benchmark.encoder import Encoder, Fidelity, fidelity
-from maestro_kernels.benchmark.encoder_results import BATCHES, DEPLOYED, Form, verdict
-from maestro_kernels.benchmark.stages import Stages
 
 
 def test_sentences_are_english_prose():
@@ -169,7 +169,7 @@ def test_rows_and_tables(tmp_path):
     with pytest.raises(ValueError, match="expected a clean work tree"):
         results.markdown(loaded, {"versions": {"dirty": True}})
     (tmp_path / "old.jsonl").write_text('{"schema": 1}\n')
-    with pytest.raises(ValueError, match="schema 2"):
+    with pytest.raises(ValueError, match=r"old\.jsonl, line 1: schema: expected 2, got 1"):
         results.load(tmp_path / "old.jsonl")
 
 

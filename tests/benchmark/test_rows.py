@@ -6,21 +6,14 @@ from benchmark_support import failed, row
 
 from maestro_kernels.benchmark.rows import (
     append,
-    beyond_noise,
     compare,
     latest_run,
     load,
     with_speedups,
 )
-from maestro_kernels.benchmark.summary import (
-    DASH,
-    TIMES,
-    duration,
-    geometric_mean,
-    outcomes,
-    times,
-    verdict,
-)
+from maestro_kernels.benchmark.summary import outcomes, verdict
+from maestro_kernels.measure.noise import beyond_noise
+from maestro_kernels.measure.wording import DASH, TIMES, duration, geometric_mean, times
 
 
 def test_rows_survive_a_round_trip_and_files_only_grow(tmp_path):

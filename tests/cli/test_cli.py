@@ -1,12 +1,14 @@
 """The command line itself: help, info, exit codes. The commands' work is tested beside it."""
 
+import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from maestro_kernels.backends import native
-from maestro_kernels.cli import main, parser
+from maestro_kernels.cli import main, output, parser
 
 
 def commands():
@@ -54,3 +56,15 @@ def test_info_names_the_instruction_set_of_each_dtype(capsys):
     assert record["library"]["cuda_error"] == native.cuda_error()
     cuda = native.cuda_error()
     assert ("with CUDA kernels" if cuda is None else f"no CUDA kernels: {cuda}") in text
+
+
+def test_what_repeats_a_measurement_names_all_that_matters_and_no_folder():
+    given = {
+        "command": "x", "shape": ["1,2", "3,4"], "rows": [1, 64], "mode": None, "quick": True,
+        "no_compile": False, "dtype": "float32", "seconds": 2.0, "out": Path("/secret"),
+    }  # fmt: skip
+    names = ("shape", "rows", "mode", "quick", "no_compile", "dtype", "seconds", "threads")
+    assert output.repeats(argparse.Namespace(**given), *names, targets=["a b"]) == (
+        "maestro-kernels x 'a b' --shape 1,2 --shape 3,4 --rows 1,64 --quick --dtype float32 "
+        f"--seconds 2 --threads {torch.get_num_threads()}"
+    )

@@ -5,7 +5,7 @@ import re
 import pytest
 from places import ROOT
 
-from maestro_kernels.benchmark.publish import main
+from bench.publish import main
 
 
 def test_every_table_is_generated_from_the_rows_it_names():

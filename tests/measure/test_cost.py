@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from maestro_kernels.hardware import H100, Device
-from maestro_kernels.measure.cost import Size, break_even_rank, count
+from maestro_kernels.measure.cost import (
+    Size,
+    backward_flop,
+    break_even_rank,
+    count,
+    forward_flop,
+)
 from maestro_kernels.problem import describe
 
 
@@ -16,6 +22,23 @@ def test_forward_counts_by_hand():
     assert (dense.flops, dense.bytes) == (2 * 2 * 3 * 5, 4 * (10 + 15 + 6))
     assert [(s.flops, s.elements) for s in two.steps] == [(80, 10 + 20 + 8), (48, 8 + 12 + 6)]
     assert [(s.flops, s.elements) for s in fused.steps] == [(128, 10 + 20 + 12 + 6)]
+
+
+def test_flop_of_a_call_and_of_the_gradients_that_are_asked_for():
+    M, N, K, r = 2, 3, 5, 4
+    assert forward_flop(M, N, K, r) == 2 * M * r * (K + N)
+    one = 2 * M * r
+    for (dx, du, dv), products in {
+        (True, True, True): 2 * (N + K),
+        (True, False, False): N + K,
+        (False, True, False): N,
+        (False, False, True): N + K,
+        (True, False, True): N + 2 * K,
+        (False, False, False): 0,
+    }.items():
+        assert backward_flop(M, N, K, r, dx=dx, du=du, dv=dv) == one * products
+    fused = count("fused", [Size(M, N, K, r)], 4, "backward")
+    assert fused.flops == backward_flop(M, N, K, r)
 
 
 def test_bias_counts_once_per_layer():

@@ -16,9 +16,9 @@ from torch import nn
 import maestro_kernels as mk
 from maestro_kernels import dispatch, search
 from maestro_kernels.backends import native
+from maestro_kernels.measure.records import Journal
 from maestro_kernels.search import latency_model, layer_profile, staircase
 from maestro_kernels.search import measure as measuring
-from maestro_kernels.search.journal import Journal
 from maestro_kernels.search.measure import Sweep, point_from
 from maestro_kernels.search.staircase import Knot
 from maestro_kernels.search.targets import shapes_of

@@ -254,9 +254,9 @@ def test_saved_and_loaded(clock, tmp_path):
     assert again == found
     assert again.model(RANKS[2]) == found.model(RANKS[2])
     (tmp_path / "other.json").write_text('{"schema": 1}')
-    with pytest.raises(ValueError, match=r"expected a model profile, got other\.json"):
+    with pytest.raises(ValueError, match=r"other\.json: expected the fields .* of a model profile"):
         search.ModelProfile.load(tmp_path / "other.json")
     text = (tmp_path / "profile.json").read_text().replace('"schema": 1', '"schema": 2')
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(ValueError, match=r"expected schema 1 in other\.json"):
+    with pytest.raises(ValueError, match=r"other\.json: schema: expected 1, got 2"):
         search.ModelProfile.load(tmp_path / "other.json")

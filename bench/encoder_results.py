@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from maestro_kernels.benchmark.origin import origin
+from maestro_kernels.files import write_text
+from maestro_kernels.measure import records, report
+from maestro_kernels.measure.noise import beyond_noise
 
 __all__ = [
     "BATCHES",
@@ -28,8 +30,6 @@ BATCHES = ("batch 1", "batch 64")
 DEPLOYED = "grouped, prepacked"
 # Below this mean cosine a user of embeddings would notice; above it, hardly.
 USABLE_COSINE = 0.95
-# A latency ratio within this of 1 is called equal.
-NOISE = 0.05
 _SCHEMA = 2
 
 
@@ -91,7 +91,7 @@ class Form:
 def save(path: Path, forms: Iterable[Form], stamp: Mapping[str, Any]) -> None:
     """One JSONL row per form, each with the stamp: machine, threads, versions and more."""
     about = {"schema": _SCHEMA, "job": "sentence encoder", **stamp}
-    path.write_text("".join(json.dumps({**about, **asdict(f)}) + "\n" for f in forms), "utf-8")
+    write_text(path, "".join(f"{records.line({**about, **asdict(f)})}\n" for f in forms))
 
 
 def load(path: Path) -> tuple[list[Form], dict[str, Any]]:
@@ -101,11 +101,14 @@ def load(path: Path) -> tuple[list[Form], dict[str, Any]]:
         ValueError: no such rows.
     """
     names = {f.name for f in fields(Form)}
-    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    if not records or any(r.get("schema") != _SCHEMA or not names <= r.keys() for r in records):
+    rows = records.located(path, schema=_SCHEMA)
+    if not rows:
         raise ValueError(f"load: path: expected rows of the main job, schema {_SCHEMA}, got {path}")
-    forms = [Form(**{k: v for k, v in r.items() if k in names}) for r in records]
-    return forms, {k: v for k, v in records[0].items() if k not in names}
+    forms = [
+        records.checked(Form, {k: v for k, v in row.items() if k in names}, where)
+        for where, row in rows
+    ]
+    return forms, {k: v for k, v in rows[0][1].items() if k not in names}
 
 
 def file_name(stamp: Mapping[str, Any], isa: str) -> str:
@@ -134,9 +137,8 @@ def verdict(forms: Sequence[Form]) -> list[str]:
 
 
 def _pays(form: Form, dense: Form) -> bool:
-    faster = any(form.speed(batch, dense) > 1 + NOISE for batch in form.latency)
-    slower = any(form.speed(batch, dense) < 1 - NOISE for batch in form.latency)
-    return faster and not slower and form.cosine >= USABLE_COSINE
+    found = {beyond_noise(dense.latency[batch], times) for batch, times in form.latency.items()}
+    return "faster" in found and "slower" not in found and form.cosine >= USABLE_COSINE
 
 
 def _speeds(form: Form, over: Form) -> str:
@@ -276,9 +278,7 @@ def markdown(forms: Sequence[Form], stamp: Mapping[str, Any], *, short: bool = F
     notes = [str(note) for note in stamp.get("notes", ())]
     return "\n".join(
         [
-            f"| {' | '.join(headers)} |",
-            "|---|---|---|" + "--:|" * (len(headers) - 3),
-            *(f"| {' | '.join(row)} |" for row in body),
+            *report.markdown_table(headers, body, numeric=range(3, len(headers))),
             "",
             f"{origin(stamp)}; medians of whole forward passes in turns, times as fast at batch "
             "1 / 64. Repeat with `make bench`.",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from maestro_kernels.benchmark import html, plots
-from maestro_kernels.benchmark.encoder_results import BATCHES, Form, table
+from bench.encoder_results import BATCHES, Form, table
+from maestro_kernels.measure import plots, report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["sections"]
 
 
 def sections(
     forms: Sequence[Form], answer: Sequence[str], notes: Sequence[str], counts: tuple[int, int]
-) -> list[html.Html]:
+) -> list[report.Html]:
     """Verdict, cosine over latency, fidelity over size, and the table; of whatever forms there are.
 
     Args:
@@ -21,7 +25,7 @@ def sections(
         notes: what else a reader should know.
         counts: calibration and held-out sentences.
     """
-    found = [html.verdict([*answer, *notes])]
+    found = [report.verdict([*answer, *notes])]
     if not forms:
         return found
     timed = [f for f in forms if f.latency and f.run != "two matmuls"]
@@ -29,10 +33,10 @@ def sections(
     drawings += [_over_size(forms)] if any(f.ranks != "dense" for f in forms) else []
     headers, body = table(forms)
     found.append(
-        html.section(
+        report.section(
             "How close and how fast",
-            html.grid(*(html.figure(drawing) for drawing in drawings)),
-            html.table(headers, body, numeric=range(3, len(headers))),
+            report.grid(*(report.figure(drawing) for drawing in drawings)),
+            report.table(headers, body, numeric=range(3, len(headers))),
             lead=(
                 f"all-MiniLM-L6-v2, {counts[1]} held-out sentences of Python's documentation; "
                 f"{counts[0]} others calibrate. No fine-tuning. Interleaved runs of whole forward "
@@ -52,7 +56,7 @@ def _series(forms: Sequence[Form]) -> dict[str, list[Form]]:
     return dict(sorted(groups.items(), key=lambda item: not item[0].startswith("searched")))
 
 
-def _over_latency(timed: Sequence[Form], batch: str) -> html.Html:
+def _over_latency(timed: Sequence[Form], batch: str) -> Figure:
     series = {
         name: [plots.Point(f.ms(batch), f.cosine) for f in sorted(group, key=lambda f: f.ms(batch))]
         for name, group in _series(timed).items()
@@ -66,7 +70,7 @@ def _over_latency(timed: Sequence[Form], batch: str) -> html.Html:
     )
 
 
-def _over_size(forms: Sequence[Form]) -> html.Html:
+def _over_size(forms: Sequence[Form]) -> Figure:
     kept = [f for f in forms if f.ranks != "dense" and f.dtype == "float32" and f.ours]
     series: dict[str, list[plots.Point]] = {}
     for f in sorted(kept, key=lambda f: (f.ranks != "searched", f.init, f.budget)):

@@ -1,6 +1,6 @@
 """The tables of the documentation that come from benchmark rows: `make publish`.
 
-    python -m maestro_kernels.benchmark.publish [OUT] [--check] [--root .]
+    python -m bench.publish [OUT] [--check] [--root .]
 
 A block names the row file it is made from:
 
@@ -15,19 +15,21 @@ kinds are made from it from then on. "from -" stands for no rows yet: such a blo
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from maestro_kernels.benchmark import encoder_results
+from bench import encoder_results
+from maestro_kernels.benchmark.cases import joined
 from maestro_kernels.benchmark.origin import origin
-from maestro_kernels.benchmark.readme import markdown_table
-from maestro_kernels.benchmark.rows import latest_run, load
+from maestro_kernels.benchmark.rows import Row, latest_run, load
+from maestro_kernels.benchmark.summary import device_line, outcomes, verdict
+from maestro_kernels.measure import records, report
+from maestro_kernels.measure.wording import duration, times
 
-__all__ = ["main", "published"]
+__all__ = ["main", "markdown_table", "published"]
 
 _BLOCK = re.compile(
     r"<!-- (?P<kind>[a-z-]+):begin, from (?P<rows>\S+), written by make publish -->\n"
@@ -41,6 +43,66 @@ def _kernels(path: Path) -> str:
     return markdown_table(latest_run(load(path)))
 
 
+def markdown_table(rows: Sequence[Row], *, cache: str = "cold") -> str:
+    """One line per case in one cache state, the machine named, the verdict below.
+
+    Args:
+        rows: rows of one run.
+        cache: "cold" (weights come from further away than the private caches) or "warm".
+
+    Raises:
+        ValueError: nothing to publish: no such rows, rows of a dirty work tree, or rows in which
+            a result of ours was wrong.
+    """
+    chosen = [row for row in rows if row.cache == cache and row.launch == "eager"]
+    found = outcomes(chosen)
+    if not found:
+        raise ValueError(f"markdown_table: rows: expected {cache} rows of ours, got none")
+    first = found[0].ours
+    if first.versions.get("dirty"):
+        raise ValueError(
+            "markdown_table: rows: expected a clean work tree, got rows measured with "
+            "uncommitted changes"
+        )
+    wrong = [r for r in chosen if r.family == "ours" and r.gate in ("failed", "error")]
+    if wrong:
+        raise ValueError(
+            f"markdown_table: rows: expected every result of ours to be right, got "
+            f"{wrong[0].provider}: {wrong[0].reason}"
+        )
+    headers = (
+        *("layer", "M", "rank", "dtype", "dense", "two matmuls", "fastest other path"),
+        *("ours, as is", "ours", "ours vs fastest other", "low rank vs dense"),
+    )
+    body = []
+    for o in found:
+        row = o.ours
+        mode = "" if row.mode == "forward" else f", {row.mode}"
+        name = o.best.provider.split(", ")[-1] if o.best else ""
+        other = f"{duration(o.best.p50_us)} ({name})" if o.best else ""
+        cells = (
+            *(row.source, str(row.M), joined(row.rank), row.dtype + mode),
+            duration(o.dense.p50_us if o.dense else None),
+            duration(o.two.p50_us if o.two else None),
+            *(other, duration(o.plain.p50_us), duration(row.p50_us)),
+            *(times(o.ratio(o.best)), times(o.pays)),
+        )
+        body.append(cells)
+    commit = str(first.versions.get("commit") or "unknown")[:10]
+    lines = [
+        *report.markdown_table(headers, body, numeric=(1, 2, *range(4, len(headers)))),
+        "",
+        f"{device_line(first)}, {cache} caches, medians of interleaved samples, commit {commit}, "
+        f"{first.run[:10]}. “Fastest other path” is the fastest way to run the same factors that "
+        f"is not ours; packed means oneDNN weights reordered before the clock starts. “Ours” is "
+        f"after `mk.prepack` for inference on a CPU, “as is” a plain call. Repeat with "
+        f"`{first.command}`.",
+        "",
+        *(f"- {sentence}" for sentence in verdict(chosen)),
+    ]
+    return "\n".join(lines)
+
+
 def _encoder(path: Path) -> str:
     return encoder_results.markdown(*encoder_results.load(path))
 
@@ -51,17 +113,16 @@ def _encoder_short(path: Path) -> str:
 
 def _search_cost(path: Path) -> str:
     """Cosine per search and budget, written by bench/search_cost.py."""
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    rows = records.load(path)
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
-    lines = [
-        "| ranks | seconds for all budgets | " + " | ".join(f"{b:.0%}" for b in budgets) + " |",
-        "|---|--:|" + "--:|" * len(budgets),
-    ]
+    headers = ("ranks", "seconds for all budgets", *(f"{b:.0%}" for b in budgets))
+    body = []
     for name in dict.fromkeys(row["search"] for row in rows):
         here = {row["budget"]: row for row in rows if row["search"] == name}
         cells = [f"{here[b]['cosine']:.4f}" if b in here else "" for b in budgets]
         seconds = next(iter(here.values()))["seconds"]
-        lines.append(f"| {name} | {seconds:.0f} | {' | '.join(cells)} |")
+        body.append((name, f"{seconds:.0f}", *cells))
+    lines = report.markdown_table(headers, body, numeric=range(1, len(headers)))
     made = dict.fromkeys(origin(row) for row in rows)
     return "\n".join([*lines, "", f"Mean cosine on 384 held-out sentences. {'; '.join(made)}."])
 
@@ -126,7 +187,7 @@ def _collected(out: Path, root: Path) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check all blocks; 1 when one differs, 2 for wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m maestro_kernels.benchmark.publish")
+    parser = argparse.ArgumentParser(prog="python -m bench.publish")
     parser.add_argument("out", type=Path, nargs="?", help="folder that make bench wrote")
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
     parser.add_argument("--root", type=Path, default=Path(), help="of the repository")

@@ -1,0 +1,62 @@
+"""How far a long measurement is: a function of (text, done, total), and the bar behind it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Advance", "bar", "progress_bar"]
+
+Advance = Callable[[str, int, int], None]
+
+
+@contextmanager
+def progress_bar(wanted: bool | Advance | None, title: str) -> Iterator[Advance]:
+    """A function of (text, done, total) that moves a bar, or does nothing, or is the caller's.
+
+    Args:
+        wanted: the caller's own, or whether to show a bar; None does so on a terminal.
+        title: what stands beside the bar before the first text.
+    """
+    if callable(wanted):
+        yield wanted
+    elif sys.stderr.isatty() if wanted is None else wanted:
+        from rich.console import Console
+
+        with bar(title, Console(stderr=True)) as advance:
+            yield advance
+    else:
+        yield lambda text, done, total: None
+
+
+@contextmanager
+def bar(title: str, console: Console) -> Iterator[Advance]:
+    """A function of (text, done, total) that moves a bar with the time spent and left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as shown:
+        task = shown.add_task(title, total=None)
+
+        def advance(text: str, done: int, total: int) -> None:
+            shown.update(task, description=text, completed=done, total=total)
+
+        yield advance
