@@ -407,7 +407,7 @@ def test_the_verdict_says_what_happened_and_what_did_not():
     assert "No layer lost rank" in verdict(rows_of({"l0": 64, "l1": 64}, {}))[1]
     assert verdict(rows[:1]) == ["No epoch was finished."]
     page = html_report(rows_of({"l0": 64, "l1": 8}, {"f1 <score>": None}))
-    assert "f1 &lt;score&gt; None" in page
+    assert "f1 &lt;score&gt; not finite" in page
 
 
 def test_long_names_fit_a_legend_and_stay_apart():

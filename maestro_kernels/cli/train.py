@@ -17,23 +17,14 @@ def register(commands: Any) -> None:
     command = commands.add_parser(
         "train",
         help="train with sampled ranks and shrinking layers; metrics, plots, one HTML page",
-        description=(
-            "Train a task with LoD (Maestro): rank sampling, group lasso and progressive "
-            "shrinking. CONFIG names a module:function of yours, in its folder or installed, that "
-            "returns a training.Task. A killed run goes on with --resume and ends with the same "
-            "bits."
-        ),
+        description="Train with LoD (Maestro): rank sampling, group lasso, progressive shrinking. "
+        "CONFIG names a module:function, in its folder or installed, that returns a training.Task. "
+        "A killed run goes on with --resume and ends with the same bits.",
         epilog="example: maestro-kernels train examples/digits.toml --out runs/digits",
     )
-    command.add_argument(
-        "config", type=options.text_file, metavar="CONFIG", help="a .toml or .json file"
-    )
-    command.add_argument(
-        "--out",
-        type=options.new_folder,
-        metavar="DIR",
-        help="folder of the run; default: reports/train/CONFIG",
-    )
+    command.add_argument("config", type=options.text_file, metavar="CONFIG", help=".toml or .json")
+    out = "folder of the run; default: reports/train/CONFIG"
+    command.add_argument("--out", type=options.new_folder, metavar="DIR", help=out)
     command.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in DIR, if there is one"
     )

@@ -24,14 +24,13 @@ def verdict(rows: Rows) -> list[str]:
         return ["No epoch was finished."]
     last, layers, planned = epochs[-1], rows[0]["layers"], rows[0]["config"]["train"]["epochs"]
     share = f"{last['weights'] / last['dense_weights']:.0%} of the dense weights are left"
-    figures = ", ".join(f"{name} {value}" for name, value in last["metrics"].items())
+    figures = ", ".join(f"{k} {_figure(value)}" for k, value in last["metrics"].items())
     tested = f", with test {figures}" if figures else ""
     lines = [f"After {last['epoch']} of {planned} epochs {share}{tested}."]
     kept = {name: rank / layers[name]["rank"] for name, rank in last["ranks"].items()}
-    least, lost = min(kept, key=kept.__getitem__), sum(share < 1 for share in kept.values())
+    least, lost = min(kept, key=kept.__getitem__), sum(part < 1 for part in kept.values())
     if not lost:
-        lines.append("No layer lost rank: the penalty is too weak for the threshold, or off.")
-        return lines
+        return [*lines, "No layer lost rank: the penalty is too weak for the threshold, or off."]
     most = f"{least!r}, from {layers[least]['rank']} to {last['ranks'][least]}"
     return [*lines, f"{lost} of {len(kept)} factorised layers lost rank; most of all {most}."]
 
@@ -80,3 +79,7 @@ def _short(name: str) -> str:
     """What fits a legend of two columns: enc.lay.0.att.self.query."""
     *parents, last = name.split(".")
     return name if len(name) <= 24 else ".".join([*(part[:3] for part in parents), last])
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

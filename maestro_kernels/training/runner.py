@@ -149,7 +149,7 @@ class Run:
             few = islice(self._batches(self.task.train), count)
             recalibrate_batchnorm(self.model, few, run=self.task.loss)
         at.last = self._epoch_row()
-        self._write(**at.last)
+        self._write(event="epoch", **at.last)
         at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
         self._save()
 
@@ -181,7 +181,6 @@ class Run:
         layers = lod_layers(self.model)
         weights, dense_weights = deployed_weights(self.model)
         return {
-            "event": "epoch",
             "epoch": self.at.epoch + 1,
             "step": self.at.step,
             "train_loss": self.at.loss_sum / self.at.batch,
