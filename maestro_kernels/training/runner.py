@@ -101,17 +101,10 @@ class Run:
             self.saved_step = self.at.step
             return self.saved_step
         self.metrics.write_bytes(b"")
-        self._write(
-            event="start",
-            config=self.table,
-            samples=len(self.task.train),  # type: ignore[arg-type]
-            layers={
-                layer.name: {"N": layer.N, "K": layer.K, "rank": layer.rank}
-                for layer in summary(self.model).layers
-            },
-            device=self.device,
-            versions=hardware.versions(),
-        )
+        layers = {y.name: {"N": y.N, "K": y.K, "rank": y.rank} for y in summary(self.model).layers}
+        about = {"device": self.device, "versions": hardware.versions(), "layers": layers}
+        samples = len(self.task.train)  # type: ignore[arg-type]
+        self._write(event="start", config=self.table, samples=samples, **about)
         self._save()
         return None
 

@@ -11,18 +11,17 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
 from tools.mutants.faults import FAULTS, Fault
+from tools.mutants.forked import ROOT, pytest_run
 
-ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("maestro_kernels", "csrc", "tests", "tools", "bench", "examples", "docs")
 TIMEOUT = 300.0
 # Not an assertion about what the fault does, but a fault that could never run.
@@ -57,23 +56,6 @@ def mutated(fault: Fault, root: Path) -> str:
     return text.replace(fault.old, fault.new)
 
 
-def pytest_run(root: Path, tests: Iterable[str], *options: str) -> tuple[int, str]:
-    """(exit status, output) of these tests in a copy; status -1 after the time limit."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=line", "-p", "no:cacheprovider"]
-    try:
-        done = subprocess.run(
-            [*command, *options, *tests],
-            cwd=root, env=environment, capture_output=True, text=True, check=False,
-            timeout=None if "--durations=10" in options else TIMEOUT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return -1, ""
-    return done.returncode, done.stdout + done.stderr
-
-
 def verdict(status: int, output: str) -> tuple[bool, str]:
     """(whether the fault was caught, how it showed)."""
     if status == 0:
@@ -99,7 +81,7 @@ def tried(fault: Fault, copies: SimpleQueue[Path]) -> tuple[bool, str, float]:
         whole = file.read_bytes()
         file.write_text(broken, encoding="utf-8")
         try:
-            caught, how = verdict(*pytest_run(root, [fault.test]))
+            caught, how = verdict(*pytest_run(root, [fault.test], TIMEOUT))
         finally:
             file.write_bytes(whole)
         return caught, how, time.monotonic() - started
@@ -122,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for fault in faults:
             print(f"{fault.name}: {fault.harm}\n    {fault.file}\n    {fault.test}")
         return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
@@ -129,9 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (Path(folder) / str(k)).mkdir()
             copies.put(copy_of_checkout(Path(folder) / str(k)))
         whole = copies.get()
-        status, output = pytest_run(
-            whole, sorted({fault.test for fault in faults}), "--durations=10"
-        )
+        status, output = pytest_run(whole, sorted({fault.test for fault in faults}))
         copies.put(whole)
         if status != 0:
             print(f"{output}\nthe tests must pass before a fault is planted", file=sys.stderr)
