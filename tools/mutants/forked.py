@@ -37,7 +37,7 @@ def _child(root: str, log: str, tests: list[str]) -> None:
     sys.dont_write_bytecode = True
     # The copy, and nothing of the checkout that this file lies in.
     sys.path[:] = [root, *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
-    options = ["-q", "-rfEs", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options = ["-q", "-x", "-rfEs", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
     import pytest
 
     status = int(pytest.main([*options, *tests]))
