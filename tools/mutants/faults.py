@@ -420,7 +420,7 @@ FAULTS = (
         f"{_MK}/nn/serialization.py",
         "if tensors.exists() and saved_file.read_header(tensors) is None:",
         "if False:",
-        "tests/test_serialization.py::test_saving_replaces_only_its_own_files",
+        "tests/test_messages.py::test_the_error_says_what_is_wrong[save: weights of the user's]",
         "save_pretrained destroys another model's weights",
     ),
     Fault(
