@@ -20,7 +20,7 @@ CLANG_FORMAT = $(dir $(RUN))clang-format
 NATIVE := maestro_kernels/_native.so
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.[ch]*' -o -name CMakeLists.txt)
 
-.PHONY: help bench publish docs test test-all old-cuda native lint format aot-report native-report existing-environment clean
+.PHONY: help bench publish docs test test-all mutants old-cuda native lint format aot-report native-report existing-environment clean
 
 help:
 	@echo "make bench       factorise a real sentence encoder, measure it, write $(OUT)/report.html"
@@ -28,6 +28,7 @@ help:
 	@echo "make docs        a site of the documentation in out/site, with a page of the API"
 	@echo "make test        run the tests"
 	@echo "make test-all    the exhaustive tests too, and every machine of docs/dev/machines.md (an hour and more)"
+	@echo "make mutants     plant faults in a copy, each must be caught by its own test (minutes)"
 	@echo "make old-cuda    read the CUDA host sources with the headers of CUDA 12.0 to 12.4 (network)"
 	@echo "make native      build the compiled kernels only (CPU, and CUDA where nvcc is found)"
 	@echo "make lint        ruff, ruff format, mypy, clang-format"
@@ -54,6 +55,9 @@ test: $(READY) native
 test-all: $(READY) native old-cuda
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "exhaustive or not exhaustive"
 	$(RUN) tests/support/machines docs/dev/machines.tsv
+
+mutants: $(READY) native
+	$(RUN) -m tools.mutants
 
 old-cuda: $(READY)
 	$(RUN) tests/support/old_cuda.py

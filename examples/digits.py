@@ -22,13 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from digits_report import SVD, Row, draw, markdown
+from digits_task import make as digits
 from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import training
 from maestro_kernels.benchmark.origin import stamp
 from maestro_kernels.benchmark.readme import replace_block
-from maestro_kernels.training.tasks import digits
 
 # Methods that train factors: the sampler, and whether the hierarchical lasso acts.
 METHODS = {

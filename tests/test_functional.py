@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import maestro_kernels as mk
+from maestro_kernels.backends import matmul, reference
 from maestro_kernels.backends.reference import lod_linear_ref
 from maestro_kernels.testing import assert_accurate, make_inputs
 
@@ -98,6 +99,17 @@ def test_only_the_gradients_asked_for_are_computed(wanted):
         leaf.requires_grad_(flag)
     mk.lod_linear(*leaves, rank=9, activation="relu").sum().backward()
     assert [leaf.grad is not None for leaf in leaves] == flags
+
+
+@pytest.mark.parametrize("backend", [matmul, reference])
+@pytest.mark.parametrize("wanted", range(16))
+def test_what_nobody_asks_for_is_none(backend, wanted):
+    x, u, v, bias = make_inputs(M, N, K, R)
+    needs = tuple(bool(wanted >> i & 1) for i in range(4))
+    call = {"needs": needs, "strategy": "two matmuls"}
+    with torch.no_grad():
+        found = backend.backward(x.new_ones(M, N), x, u, v, bias, None, None, 9, "silu", **call)
+    assert tuple(grad is not None for grad in found) == needs
 
 
 def test_only_the_products_needed_are_computed():

@@ -297,5 +297,6 @@ def test_small_calls_need_no_table_and_large_factors_are_not_small():
     if native.load_error() is None:
         assert plan(M=1, N=64, K=64, rank=16, R=16).backend == "native"
         assert plan(M=2, N=1024, K=1024, rank=16, R=16).backend == "matmul"
+        assert plan(M=512, N=64, K=64, rank=16, R=16).backend == "matmul"
     assert dispatch.select(LoDProblem(64, 512, 512, 64, 64, torch.float32, torch.device("cpu"))
                            ).backend == "matmul"  # fmt: skip

@@ -26,7 +26,7 @@ from maestro_kernels.training.samplers import (
     SinglePairSampler,
 )
 from maestro_kernels.training.shrinking import shrink
-from maestro_kernels.training.tasks import Task
+from maestro_kernels.training.task import Task
 
 __all__ = [
     "Extraction",

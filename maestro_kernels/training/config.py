@@ -1,267 +1,111 @@
 """What `maestro-kernels train` reads: a TOML or JSON file, checked whole before anything runs.
 
-Every key has a default here and nowhere else; a key or a value that does not fit is an error that
-names it.
+Every key has its default here and nowhere else; docs/guide/train-command.md says what each means.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
-import math
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal
 
-__all__ = ["ConvertSection", "MaestroSection", "TrainConfig", "TrainSection", "load_config"]
+try:
+    import pydantic
+    from pydantic import Field
 
-_FN = "load_config"
-
-
-@dataclass(frozen=True)
-class ConvertSection:
-    """`[convert]`: which layers are factorised, always from full rank; see `convert`.
-
-    Attributes:
-        init: "svd" or "random".
-        include: patterns of layer names; empty means every layer.
-        exclude: patterns of layer names that stay dense.
-    """
-
-    init: str = "svd"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TrainSection:
-    """`[train]`: the ordinary part of training.
-
-    Attributes:
-        epochs: passes over the data.
-        batch_size: samples per step; the last batch of an epoch may be smaller.
-        optimizer: "sgd", "adam" or "adamw".
-        lr: learning rate at the start.
-        momentum: of "sgd".
-        weight_decay: of the optimizer.
-        schedule: "steps" (a tenth at 50 % and 75 % of the epochs), "cosine" or "constant".
-        seed: of the weights, the order of the data and the sampler.
-        checkpoint_steps: a checkpoint every so many steps besides the one after every epoch; 0 for
-            none.
-        log_steps: a row of metrics every so many steps.
-    """
-
-    epochs: int = 60
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    lr: float = 0.03
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: str = "steps"
-    seed: int = 0
-    checkpoint_steps: int = 0
-    log_steps: int = 10
-
-
-@dataclass(frozen=True)
-class MaestroSection:
-    """`[maestro]`: rank sampling, penalty and shrinking; see `training.Maestro`.
-
-    Attributes:
-        sampler: "single", "independent", "fixed" or "full".
-        fraction: of the rank that "fixed" runs at.
-        penalty: "hierarchical", "group" or "funnel".
-        lam: weight of the penalty.
-        threshold: components whose importance is below it are dropped.
-        shrink_every: epochs between shrinking; 0 for never.
-        multiple_of: ranks stored are rounded up to this multiple; fast kernels want 8.
-        freeze_period: epochs after which the frozen factor changes; 0 trains both.
-        recalibrate_batches: training batches that BatchNorm statistics are averaged over after
-            every epoch, at full rank; 0 keeps what training gathered.
-    """
-
-    sampler: str = "single"
-    fraction: float = 0.5
-    penalty: str = "hierarchical"
-    lam: float = 1e-3
-    threshold: float = 1e-5
-    shrink_every: int = 1
-    multiple_of: int = 1
-    freeze_period: int = 0
-    recalibrate_batches: int = 50
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run.
-
-    Attributes:
-        task: a built-in task ("digits") or "module:function" that returns a `training.Task`.
-        options: keyword arguments of the task's function.
-        convert: see ConvertSection.
-        train: see TrainSection.
-        maestro: see MaestroSection.
-    """
-
-    task: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    convert: ConvertSection = field(default_factory=ConvertSection)
-    train: TrainSection = field(default_factory=TrainSection)
-    maestro: MaestroSection = field(default_factory=MaestroSection)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a JSON file would hold them."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> TrainConfig:
-        """The configuration that a parsed file describes.
-
-        Raises:
-            TypeError: a value of the wrong type.
-            ValueError: an unknown key, a missing task, or a value out of range.
-        """
-        if not isinstance(table, Mapping):
-            raise TypeError(f"{_FN}: file: expected a table of keys, got {type(table).__name__}")
-        _check_keys(table, [f.name for f in fields(cls)], "")
-        task = table.get("task")
-        if not isinstance(task, str) or not task:
-            raise ValueError(
-                f"{_FN}: task: expected the name of a built-in task or 'module:function', "
-                f"got {task!r}"
-            )
-        options = table.get("options", {})
-        if not isinstance(options, Mapping):
-            raise TypeError(f"{_FN}: options: expected a table, got {type(options).__name__}")
-        config = cls(
-            task,
-            dict(options),
-            _section(ConvertSection, table, "convert"),
-            _section(TrainSection, table, "train"),
-            _section(MaestroSection, table, "maestro"),
-        )
-        _check_values(config)
-        return config
-
-
-def load_config(path: str | Path) -> TrainConfig:
-    """Read a configuration from a `.toml` or `.json` file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        TypeError: a value of the wrong type.
-        ValueError: the file is neither, does not parse, or a key or value does not fit.
-        NotImplementedError: TOML on a Python without a TOML reader (before 3.11, no `tomli`).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{_FN}: path: expected a configuration file, got no file '{path}'")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        try:
-            return TrainConfig.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{_FN}: {path.name}: expected JSON, got {error}") from None
-    if path.suffix == ".toml":
-        toml = _toml_reader()
-        try:
-            table = toml.loads(text)
-        except toml.TOMLDecodeError as error:
-            raise ValueError(f"{_FN}: {path.name}: expected TOML, got {error}") from None
-        return TrainConfig.from_dict(table)
-    raise ValueError(f"{_FN}: path: expected a .toml or .json file, got {path.name!r}")
-
-
-def _toml_reader() -> Any:
-    for name in ("tomllib", "tomli"):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+except ModuleNotFoundError as error:
     raise NotImplementedError(
-        f"{_FN}: path: expected a .json file on a Python without tomllib (it comes with 3.11; "
-        "`pip install tomli` adds it), got .toml"
+        f"train: expected the package {error.name}, got none; pip install 'maestro-kernels[train]'"
+    ) from None
+
+__all__ = ["TrainConfig", "load_config"]
+
+
+class _Table(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False
     )
 
 
-def _check_keys(table: Mapping[str, Any], known: list[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" (did you mean {where}{near[0]}?)" if near else ""
-            raise ValueError(
-                f"{_FN}: {where}{key}: expected one of {', '.join(known)}, got an unknown key{hint}"
-            )
+class ConvertTable(_Table):
+    """`[convert]`: which layers are factorised, always from full rank; see `convert`."""
+
+    init: Literal["svd", "random"] = "svd"
+    include: list[str] = []
+    exclude: list[str] = []
 
 
-def _section(cls: Any, table: Mapping[str, Any], name: str) -> Any:
-    values = table.get(name, {})
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{_FN}: {name}: expected a table, got {type(values).__name__}")
-    _check_keys(values, [f.name for f in fields(cls)], f"{name}.")
-    hints = get_type_hints(cls)
-    return cls(**{k: _typed(f"{name}.{k}", hints[k], v) for k, v in values.items()})
+class TrainTable(_Table):
+    """`[train]`: the ordinary part of training."""
+
+    epochs: pydantic.PositiveInt = 60
+    batch_size: pydantic.PositiveInt = 64
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: pydantic.PositiveFloat = 0.03
+    momentum: float = Field(default=0.9, ge=0, le=1)
+    weight_decay: pydantic.NonNegativeFloat = 0.0
+    schedule: Literal["steps", "cosine", "constant"] = "steps"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    checkpoint_steps: pydantic.NonNegativeInt = 0
+    log_steps: pydantic.PositiveInt = 10
 
 
-def _typed(where: str, hint: Any, value: Any) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, float, str):
-        if isinstance(value, hint) and not isinstance(value, bool):
-            return value
-        raise TypeError(
-            f"{_FN}: {where}: expected {hint.__name__}, got {type(value).__name__} {value!r}"
-        )
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    raise TypeError(f"{_FN}: {where}: expected a list of strings, got {value!r}")
+class MaestroTable(_Table):
+    """`[maestro]`: rank sampling, penalty and shrinking; see `training.Maestro`."""
+
+    sampler: Literal["single", "independent", "fixed", "full"] = "single"
+    fraction: float = Field(default=0.5, gt=0, le=1)
+    penalty: Literal["hierarchical", "group", "funnel"] = "hierarchical"
+    lam: pydantic.NonNegativeFloat = 1e-3
+    threshold: pydantic.NonNegativeFloat = 1e-5
+    shrink_every: pydantic.NonNegativeInt = 1
+    multiple_of: pydantic.PositiveInt = 1
+    freeze_period: pydantic.NonNegativeInt = 0
+    recalibrate_batches: pydantic.NonNegativeInt = 50
 
 
-_CHOICES = {
-    "convert.init": ("svd", "random"),
-    "train.optimizer": ("sgd", "adam", "adamw"),
-    "train.schedule": ("steps", "cosine", "constant"),
-    "maestro.sampler": ("single", "independent", "fixed", "full"),
-    "maestro.penalty": ("hierarchical", "group", "funnel"),
-}
-# Key -> (lowest value, whether it may be reached, highest value).
-_RANGES = {
-    "train.epochs": (1, True, math.inf),
-    "train.batch_size": (1, True, math.inf),
-    "train.lr": (0, False, math.inf),
-    "train.momentum": (0, True, 1),
-    "train.weight_decay": (0, True, math.inf),
-    "train.seed": (0, True, 2**63 - 1),
-    "train.checkpoint_steps": (0, True, math.inf),
-    "train.log_steps": (1, True, math.inf),
-    "maestro.fraction": (0, False, 1),
-    "maestro.lam": (0, True, math.inf),
-    "maestro.threshold": (0, True, math.inf),
-    "maestro.shrink_every": (0, True, math.inf),
-    "maestro.multiple_of": (1, True, math.inf),
-    "maestro.freeze_period": (0, True, math.inf),
-    "maestro.recalibrate_batches": (0, True, math.inf),
-}
+class TrainConfig(_Table):
+    """One training run; `task` is "module:function", which returns a `training.Task`."""
+
+    task: str
+    options: dict[str, Any] = {}
+    convert: ConvertTable = ConvertTable()
+    train: TrainTable = TrainTable()
+    maestro: MaestroTable = MaestroTable()
 
 
-def _check_values(config: TrainConfig) -> None:
-    def value(where: str) -> Any:
-        section, name = where.split(".")
-        return getattr(getattr(config, section), name)
+def load_config(path: Path) -> TrainConfig:
+    """Read a `.toml` or `.json` file; a ValueError names every key that does not fit."""
+    readers = {".toml": tomllib.loads, ".json": json.loads}
+    if path.suffix not in readers:
+        raise ValueError(f"load_config: path: expected a .toml or .json file, got {path.name!r}")
+    try:
+        return TrainConfig.model_validate(readers[path.suffix](path.read_text(encoding="utf-8")))
+    except pydantic.ValidationError as error:
+        raise ValueError(f"load_config: {'; '.join(map(_line, error.errors()))}") from None
+    except ValueError as error:
+        kind = path.suffix[1:].upper()
+        raise ValueError(f"load_config: {path.name}: expected {kind}, got {error}") from None
 
-    for where, choices in _CHOICES.items():
-        if value(where) not in choices:
-            raise ValueError(
-                f"{_FN}: {where}: expected one of {', '.join(choices)}, got {value(where)!r}"
-            )
-    for where, (low, reached, high) in _RANGES.items():
-        got = value(where)
-        # Written so that NaN fails.
-        fits = (low <= got if reached else low < got) and got <= high and math.isfinite(got)
-        if not fits:
-            below = "" if high == math.inf else f" and at most {high}"
-            relation = "at least" if reached else "above"
-            raise ValueError(f"{_FN}: {where}: expected {relation} {low}{below}, got {got}")
+
+def _line(error: Mapping[str, Any]) -> str:
+    *tables, key = map(str, error["loc"] or ("file",))
+    where = "".join(f"{name}." for name in tables)
+    if error["type"] == "missing":
+        return f"{where}{key}: expected a value, got none"
+    if error["type"] != "extra_forbidden":
+        expected = error["msg"].removeprefix("Input should be ")
+        return f"{where}{key}: expected {expected}, got {error['input']!r}"
+    known: Any = TrainConfig
+    for name in tables:
+        known = known.model_fields[name].annotation
+    line = f"{where}{key}: expected one of {', '.join(known.model_fields)}, got an unknown key"
+    near = difflib.get_close_matches(key, known.model_fields, n=1)
+    return f"{line} (did you mean {where}{near[0]}?)" if near else line

@@ -7,16 +7,23 @@ and resumed ends with the same bits as one that was not.
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import pkgutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import default_collate
 
 from maestro_kernels import hardware
 from maestro_kernels.files import check_folder, sole_user
@@ -24,334 +31,211 @@ from maestro_kernels.nn import convert, save_pretrained, summary
 from maestro_kernels.nn.active_ranks import lod_layers
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
 from maestro_kernels.training.checkpoint import load_checkpoint, save_checkpoint, seed_random_state
-from maestro_kernels.training.config import TrainConfig
-from maestro_kernels.training.loop import Maestro, NonFiniteLoss, check_loss
-from maestro_kernels.training.metrics import SCHEMA, MetricsFile
-from maestro_kernels.training.tasks import Task, make_task
+from maestro_kernels.training.loop import Maestro, check_loss
+from maestro_kernels.training.task import Task
 
-__all__ = ["Result", "deployed_weights", "learning_rate", "train"]
+if TYPE_CHECKING:
+    from maestro_kernels.training.config import TrainConfig
 
-Progress = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run left.
-
-    Attributes:
-        folder: of the run.
-        model: the trained model, in eval mode.
-        last: the last "epoch" row.
-        resumed_at: step the run went on from, None for a fresh one.
-    """
-
-    folder: Path
-    model: nn.Module
-    last: dict[str, Any]
-    resumed_at: int | None
+__all__ = ["Run"]
 
 
-def train(
-    config: TrainConfig,
-    folder: str | Path,
-    *,
-    resume: bool = False,
-    device: torch.device | str = "cpu",
-    beside: Path | None = None,
-    progress: Progress | None = None,
-) -> Result:
-    """Train a task with LoD as configured.
+class Run:
+    """One training run; modules in the folder `beside` are found before installed ones."""
 
-    Leaves in `folder`: metrics.jsonl, checkpoint.pt and, at the end, model/ (`save_pretrained`).
-
-    Args:
-        config: see TrainConfig.
-        folder: new, or with `resume` one that an earlier call with the same config wrote.
-        resume: go on from the checkpoint in `folder`, from the start where there is none.
-        device: where to train.
-        beside: a folder whose modules are found first, for a task of the user's.
-        progress: called with {"epoch", "step", "steps", "loss"} after every step and with every
-            "epoch" row.
-
-    Raises:
-        ValueError: the folder is none, holds a run and resume is False, or is in use by a run
-            that is still going on; its checkpoint is of another configuration or architecture.
-        NonFiniteLoss: training diverged; the last good checkpoint is kept.
-    """
-    place = check_folder("train", "folder", folder)
-    run = _Run(config, place, torch.device(device), beside)
-    with sole_user("train", "folder", place):
-        try:
-            resumed_at = run.start(resume)
-            while run.epoch < config.train.epochs:
-                run.train_epoch(progress)
-        except NonFiniteLoss as error:
-            raise NonFiniteLoss(
-                f"{error} (epoch {run.epoch + 1}); the checkpoint of step {run.saved_step} in "
-                f"{str(run.checkpoint)!r} is kept"
-            ) from None
-        finally:
-            run.close()
-        run.model.eval()
-        save_pretrained(run.model, run.folder / "model")
-    return Result(run.folder, run.model, run.last, resumed_at)
-
-
-class _Run:
-    """State of a run between two steps."""
-
-    def __init__(
-        self, config: TrainConfig, folder: Path, device: torch.device, beside: Path | None
-    ) -> None:
-        self.config, self.folder, self.device = config, folder, device
-        self.checkpoint = folder / "checkpoint.pt"
+    def __init__(self, config: TrainConfig, folder: Path, beside: Path, device: str) -> None:
+        self.config, self.device = config, device
+        self.table = config.model_dump(mode="json")
+        self.folder = check_folder("train", "folder", folder)
+        self.checkpoint, self.metrics = self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
         seed_random_state(config.train.seed)
-        self.task = make_task(config.task, config.options, beside)
-        self.size = _length(self.task.train)
-        self.model = _factorised(self.task, config).to(device)
+        self.task = _task(config, beside)
+        model, options = self.task.model, config.convert.model_dump()
+        if not lod_layers(model):
+            options["include"] = options["include"] or None
+            model = convert(model, allow_larger=True, **options)
+        self.model = model.to(device)
         self.optimizer = _optimizer(self.model, config)
-        self.maestro = Maestro(
-            self.model,
-            self.optimizer,
-            lam=config.maestro.lam,
-            threshold=config.maestro.threshold,
-            sampler=config.maestro.sampler,
-            fraction=config.maestro.fraction,
-            penalty=config.maestro.penalty,
-            shrink_every=config.maestro.shrink_every,
-            multiple_of=config.maestro.multiple_of,
-            freeze_period=config.maestro.freeze_period,
-            seed=config.train.seed,
-        )
-        self.epoch = self.batch = self.step = self.saved_step = 0
-        self.loss_sum = self.seconds = 0.0
-        self.last: dict[str, Any] = {}
-        self.metrics: MetricsFile | None = None
+        options = config.maestro.model_dump(exclude={"recalibrate_batches"})
+        self.maestro = Maestro(self.model, self.optimizer, seed=config.train.seed, **options)
+        # How far the run is; `last` is the row of the last epoch.
+        self.at = SimpleNamespace(epoch=0, batch=0, step=0, loss_sum=0.0, seconds=0.0, last={})
+        self.saved_step = 0
 
-    @property
-    def batches(self) -> int:
-        return math.ceil(self.size / self.config.train.batch_size)
+    def train(self, resume: bool, progress: Callable[[str, int, int], None]) -> int | None:
+        """Train to the end; the step that the run went on from, None for a fresh one.
 
-    def start(self, resume: bool) -> int | None:
-        """Open the folder; the step resumed at, or None for a fresh run."""
-        path = self.folder / "metrics.jsonl"
-        if not resume and (self.checkpoint.exists() or path.exists()):
+        Raises:
+            ValueError: the folder holds a run and resume is False, or a run of another
+                configuration or architecture, or one that is still going on.
+            NonFiniteLoss: training diverged; the last good checkpoint is kept.
+        """
+        with sole_user("train", "folder", self.folder):
+            try:
+                resumed_at = self._start(resume)
+                while self.at.epoch < self.config.train.epochs:
+                    self._train_epoch(progress)
+            finally:
+                self.maestro.close()
+            save_pretrained(self.model.eval(), self.folder / "model")
+        return resumed_at
+
+    def _start(self, resume: bool) -> int | None:
+        if not resume and (self.checkpoint.exists() or self.metrics.exists()):
             raise ValueError(
                 f"train: folder: expected a new one, got {str(self.folder)!r} with a run in it; "
                 "resume it or choose another"
             )
         if self.checkpoint.exists():
-            extra = load_checkpoint(self.checkpoint, self.model, self.optimizer, self.maestro)
-            _check_config(extra["config"], self.config.to_dict())
-            for name in ("epoch", "batch", "step", "loss_sum", "seconds", "last"):
-                setattr(self, name, extra[name])
-            self.saved_step = self.step
-            self.metrics = MetricsFile(path, keep=extra["metrics_bytes"])
-            return self.step
-        self.metrics = MetricsFile(path)
-        self.metrics.append(**self._start_row())
+            state = load_checkpoint(self.checkpoint, self.model, self.optimizer, self.maestro)
+            _check_config(state.pop("config"), self.table)
+            have, counted = self.metrics.stat().st_size, state.pop("metrics_bytes")
+            if have < counted:
+                raise ValueError(
+                    f"train: metrics.jsonl: expected at least the {counted} bytes that the "
+                    f"checkpoint counted, got {have}; was the file changed?"
+                )
+            # The rows after the checkpoint are written again.
+            os.truncate(self.metrics, counted)
+            self.at = SimpleNamespace(**state)
+            self.saved_step = self.at.step
+            return self.saved_step
+        self.metrics.write_bytes(b"")
+        layers = {y.name: {"N": y.N, "K": y.K, "rank": y.rank} for y in summary(self.model).layers}
+        about = {"device": self.device, "versions": hardware.versions(), "layers": layers}
+        samples = len(self.task.train)  # type: ignore[arg-type]
+        self._write(event="start", config=self.table, samples=samples, **about)
         self._save()
         return None
 
-    def train_epoch(self, progress: Progress | None) -> None:
-        """From the current batch to the end of the epoch, evaluation and checkpoint included."""
-        train, started = self.config.train, time.perf_counter() - self.seconds
+    def _train_epoch(self, progress: Callable[[str, int, int], None]) -> None:
+        train, at, maestro = self.config.train, self.at, self.maestro
+        started = time.perf_counter() - at.seconds
+        batches = math.ceil(len(self.task.train) / train.batch_size)  # type: ignore[arg-type]
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.epoch)
+            group["lr"] = learning_rate(self.config, at.epoch)
         self.model.train()
-        self.maestro.epoch_begin()
-        for batch in self._train_batches():
-            loss = self._train_step(batch)
-            self.seconds = time.perf_counter() - started
-            if self.step % train.log_steps == 0:
-                self._log_step(loss)
-            if progress is not None:
-                place = {"epoch": self.epoch, "step": self.step}
-                progress({**place, "steps": train.epochs * self.batches, "loss": loss})
-            if train.checkpoint_steps and self.step % train.checkpoint_steps == 0:
+        maestro.epoch_begin()
+        for batch in self._batches(self.task.train, first=at.batch):
+            maestro.step_begin()
+            self.optimizer.zero_grad(set_to_none=True)
+            forward = partial(self.task.loss, self.model, batch)
+            loss = forward()
+            value = check_loss(loss, self.model, at.step + 1, forward)
+            loss.backward()
+            self.optimizer.step()
+            maestro.step_end()
+            at.step, at.batch, at.loss_sum = at.step + 1, at.batch + 1, at.loss_sum + value
+            at.seconds = time.perf_counter() - started
+            if at.step % train.log_steps == 0:
+                penalty = None if maestro.last_penalty is None else float(maestro.last_penalty)
+                place = {"step": at.step, "epoch": at.epoch + 1, "lr": group["lr"]}
+                self._write(event="step", **place, loss=value, penalty=penalty)
+            progress(
+                f"epoch {at.epoch + 1}, training loss {value:.3f}", at.step, train.epochs * batches
+            )
+            if train.checkpoint_steps and at.step % train.checkpoint_steps == 0:
                 self._save()
-        self._end_epoch()
-        self.seconds = time.perf_counter() - started
-        self.last = self._epoch_row()
-        assert self.metrics is not None
-        self.metrics.append(**self.last)
-        self.epoch += 1
-        self.batch, self.loss_sum = 0, 0.0
-        self._save()
-        if progress is not None:
-            progress(self.last)
-
-    def _train_step(self, batch: Any) -> float:
-        self.maestro.step_begin()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.task.loss(self.model, batch)
-        value = check_loss(
-            loss, self.model, self.step + 1, lambda: self.task.loss(self.model, batch)
-        )
-        loss.backward()
-        self.optimizer.step()
-        self.maestro.step_end()
-        self.step += 1
-        self.batch += 1
-        self.loss_sum += value
-        return value
-
-    def _end_epoch(self) -> None:
-        self.maestro.epoch_end()
+        maestro.epoch_end()
         count = self.config.maestro.recalibrate_batches
         if count:
-            batches = (b for b, _ in zip(self._train_batches(start=0), range(count), strict=False))
-            recalibrate_batchnorm(self.model, batches, run=self.task.loss)
+            few = islice(self._batches(self.task.train), count)
+            recalibrate_batchnorm(self.model, few, run=self.task.loss)
+        at.last = self._epoch_row()
+        self._write(event="epoch", **at.last)
+        at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
+        self._save()
 
-    def _train_batches(self, start: int | None = None) -> Iterator[Any]:
-        """Batches of this epoch from the current one on; their order depends on nothing else."""
-        seed = self.config.train.seed * 1_000_003 + self.epoch
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(self.size, generator=generator).tolist()
-        first = self.batch if start is None else start
-        return self._batches(self.task.train, order, first, generator)
-
-    def _batches(
-        self, data: Dataset, order: list[int], first: int, generator: torch.Generator
-    ) -> Iterator[Any]:
-        size = self.config.train.batch_size
-        chosen = [order[i : i + size] for i in range(first * size, len(order), size)]
-        # With a generator of its own the loader leaves the global random state alone.
-        for batch in DataLoader(data, batch_sampler=chosen, generator=generator):
-            yield _to(batch, self.device)
+    def _batches(self, samples: Any, shuffle: bool = True, first: int = 0) -> Iterator[Any]:
+        """Batches from the first on; their order depends on seed and epoch only."""
+        order = torch.arange(len(samples))
+        if shuffle:
+            seed = self.config.train.seed * 1_000_003 + self.at.epoch
+            order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+        for part in order.split(self.config.train.batch_size)[first:]:
+            batch = default_collate([samples[i] for i in part.tolist()])
+            yield tree_map_only(Tensor, lambda tensor: tensor.to(self.device), batch)
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float | None]:
-        test = self.task.test
-        if test is None:
+        if self.task.test is None:
             return {}
         self.model.eval()
-        order = list(range(_length(test)))
-        batches = self._batches(test, order, 0, torch.Generator())
-        if self.task.evaluate is None:
-            losses = [float(self.task.loss(self.model, batch)) for batch in batches]
-            figures: Mapping[str, float] = {"loss": sum(losses) / len(losses)}
-        else:
+        batches = self._batches(self.task.test, shuffle=False)
+        if self.task.evaluate is not None:
             figures = self.task.evaluate(self.model, batches)
-        self.model.train()
-        return {str(name): _number(value) for name, value in figures.items()}
+        else:
+            losses = [float(self.task.loss(self.model, batch)) for batch in batches]
+            figures = {"loss": sum(losses) / len(losses)}
+        # JSON has no other numbers.
+        return {name: float(x) if math.isfinite(x) else None for name, x in figures.items()}
 
     def _epoch_row(self) -> dict[str, Any]:
         layers = lod_layers(self.model)
-        weights, dense = deployed_weights(self.model)
+        weights, dense_weights = deployed_weights(self.model)
         return {
-            "event": "epoch",
-            "epoch": self.epoch + 1,
-            "step": self.step,
-            "train_loss": self.loss_sum / self.batch,
+            "epoch": self.at.epoch + 1,
+            "step": self.at.step,
+            "train_loss": self.at.loss_sum / self.at.batch,
             "metrics": self._evaluate(),
             "ranks": {name: layer.rank for name, layer in layers.items()},
             "stored_ranks": {name: layer.max_rank for name, layer in layers.items()},
             "weights": weights,
-            "dense_weights": dense,
+            "dense_weights": dense_weights,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "seconds": self.seconds,
+            "seconds": self.at.seconds,
         }
 
-    def _log_step(self, loss: float) -> None:
-        penalty = self.maestro.last_penalty
-        assert self.metrics is not None
-        self.metrics.append(
-            event="step",
-            step=self.step,
-            epoch=self.epoch + 1,
-            loss=loss,
-            penalty=None if penalty is None else float(penalty),
-            lr=self.optimizer.param_groups[0]["lr"],
-        )
-
-    def _start_row(self) -> dict[str, Any]:
-        layers = {
-            layer.name: {"N": layer.N, "K": layer.K, "kind": layer.kind, "rank": layer.rank}
-            for layer in summary(self.model).layers
-        }
-        return {
-            "event": "start",
-            "schema": SCHEMA,
-            "config": self.config.to_dict(),
-            "samples": self.size,
-            "batches": self.batches,
-            "layers": layers,
-            "dense_weights": deployed_weights(self.model)[1],
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            "versions": hardware.versions(),
-        }
+    def _write(self, **row: Any) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def _save(self) -> None:
-        assert self.metrics is not None
-        save_checkpoint(
-            self.checkpoint,
-            self.model,
-            self.optimizer,
-            self.maestro,
-            config=self.config.to_dict(),
-            epoch=self.epoch,
-            batch=self.batch,
-            step=self.step,
-            loss_sum=self.loss_sum,
-            seconds=self.seconds,
-            last=self.last,
-            metrics_bytes=self.metrics.sync(),
-        )
-        self.saved_step = self.step
-
-    def close(self) -> None:
-        self.maestro.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        with self.metrics.open("rb") as file:
+            os.fsync(file.fileno())
+        state = {"config": self.table, "metrics_bytes": self.metrics.stat().st_size}
+        state |= vars(self.at)
+        save_checkpoint(self.checkpoint, self.model, self.optimizer, self.maestro, **state)
+        self.saved_step = self.at.step
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
     """The learning rate of an epoch, counted from 0."""
-    train = config.train
-    if train.schedule == "constant":
-        return train.lr
-    share = epoch / train.epochs
+    train, share = config.train, epoch / config.train.epochs
     if train.schedule == "cosine":
         return train.lr * 0.5 * (1 + math.cos(math.pi * share))
-    return train.lr * 0.1 ** ((share >= 0.5) + (share >= 0.75))
+    drops = (share >= 0.5) + (share >= 0.75) if train.schedule == "steps" else 0
+    return train.lr * 0.1**drops
 
 
 def deployed_weights(model: nn.Module) -> tuple[int, int]:
-    """(weights of the linear and convolution layers as deployed, as dense layers).
-
-    A factorised layer is deployed in the smaller of its two forms, min(r (N + K), N K).
-    """
+    """(weights with each layer in its smaller form, min(r (N + K), N K); weights when dense)."""
     report = summary(model)
-    saved = sum(
-        layer.parameters - min(layer.macs, layer.dense_parameters)
-        for layer in report.layers
-        if layer.rank is not None
-    )
+    factors = [layer for layer in report.layers if layer.rank is not None]
+    saved = sum(layer.parameters - min(layer.macs, layer.dense_parameters) for layer in factors)
     return report.weights - saved, report.dense_weights
 
 
-def _factorised(task: Task, config: TrainConfig) -> nn.Module:
-    if lod_layers(task.model, "train"):
-        return task.model
-    return convert(
-        task.model,
-        include=list(config.convert.include) or None,
-        exclude=list(config.convert.exclude) or None,
-        init=config.convert.init,
-        allow_larger=True,
-    )
+def _task(config: TrainConfig, beside: Path) -> Task:
+    sys.path.insert(0, str(beside.resolve()))
+    try:
+        function = pkgutil.resolve_name(config.task)
+    except (ImportError, AttributeError) as error:
+        expected = f"expected 'module:function', got {config.task!r}"
+        raise ValueError(f"train: task: {expected}: {error}") from error
+    finally:
+        sys.path.remove(str(beside.resolve()))
+    task = function(**config.options)
+    if not isinstance(task, Task):
+        raise TypeError(f"train: task: expected a training.Task, got {type(task).__name__}")
+    return task
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    train, parameters = config.train, list(model.parameters())
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, train.lr, momentum=train.momentum, weight_decay=train.weight_decay
-        )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
-    return kind(parameters, train.lr, weight_decay=train.weight_decay)
+    sgd = partial(torch.optim.SGD, momentum=config.train.momentum)
+    kinds: dict[str, Any] = {"sgd": sgd, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    options = config.train.model_dump(include={"lr", "weight_decay"})
+    return kinds[config.train.optimizer](model.parameters(), **options)
 
 
 def _check_config(saved: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> None:
@@ -364,31 +248,3 @@ def _check_config(saved: Mapping[str, Any], now: Mapping[str, Any], where: str =
                 f"train: {where}{key}: expected {a!r} as in the checkpoint, got {b!r}; a resumed "
                 "run keeps its configuration"
             )
-
-
-def _number(value: Any) -> float | None:
-    """A figure of the user's; None where it is not finite, which JSON cannot hold."""
-    figure = float(value)
-    return figure if math.isfinite(figure) else None
-
-
-def _length(data: Any) -> int:
-    try:
-        size = len(data)
-    except TypeError:
-        raise TypeError(
-            f"train: task: expected a dataset with len and [i], got {type(data).__name__}"
-        ) from None
-    if size == 0:
-        raise ValueError("train: task: expected at least one sample, got none")
-    return size
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to(item, device) for item in value)
-    return value

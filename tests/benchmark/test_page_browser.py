@@ -91,7 +91,7 @@ def run_of_digits():
     sections = {"convert": {"init": "svd"}, "train": {"epochs": 5, "lr": 0.03}, "maestro": {}}
     start = {
         "event": "start",
-        "config": {"task": "digits", "options": {}, **sections},
+        "config": {"task": "digits_task:make", "options": {}, **sections},
         "samples": 1257,
         "layers": layers,
         "device": "cpu",

@@ -21,7 +21,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     (folder / "file").write_text("not a folder\n")
     (folder / "latin.txt").write_bytes("café\n".encode("latin-1"))
-    (folder / "unknown.json").write_text('{"task": "digits", "epochs": 3}')
+    (folder / "unknown.json").write_text('{"task": "mine:make", "epochs": 3}')
     (folder / "broken.json").write_text("{")
     (folder / "mine.py").write_text("def make():\n    return 1 // 0\n")
     (folder / "bad_import.py").write_text("raise RuntimeError('half installed')\n")
@@ -189,16 +189,16 @@ def test_plans_come_before_the_work(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("maestro_kernels.benchmark.run.run", work)
     monkeypatch.setattr("maestro_kernels.search.tuning.tune", work)
     monkeypatch.setattr("maestro_kernels.search.layer_profile.profile", work, raising=False)
-    monkeypatch.setattr("maestro_kernels.training.runner.train", work)
+    monkeypatch.setattr("maestro_kernels.training.runner.Run", work)
     config = tmp_path / "run.json"
-    config.write_text('{"task": "digits", "train": {"epochs": 1}}')
+    config.write_text('{"task": "mine:make", "train": {"epochs": 1}}')
     monkeypatch.chdir(tmp_path)
     for words, plan in (
         (["bench", "--shape", "1,8,8,2", "--shape", "2,8,8,2"], "bench: 2 cases on "),
         (["profile", str(tmp_path)], f"profile: reading {tmp_path}\n"),
         (["tune", "--shape", "64,64", "--rows", "1", "--device", "cpu"], "tune: 1 call on "),
         (["compress", "minilm", "--budget", "0.5", "--out", "o"], "compress: reading minilm\n"),
-        (["train", str(config)], "train: digits, 1 epoch, in reports/train/run\n"),
+        (["train", str(config)], "train: mine:make, 1 epoch, in reports/train/run\n"),
     ):
         capsys.readouterr()
         assert main(words) == 2

@@ -56,6 +56,20 @@ def test_a_group_takes_the_backward_passes_that_layers_take(backward, activation
     assert_close(*([g for g in grads if g is not None] for grads in found))
 
 
+@pytest.mark.parametrize("backward", [in_turn, only_one, two_then_one])
+def test_siblings_of_different_ranks_keep_them_in_separate_backward_passes(backward):
+    models = training_pair()
+    found = []
+    for model in models:
+        for layer, rank in zip(model.values(), (3, 13, 9), strict=True):
+            layer.rank = rank
+        x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        h = x + 0
+        backward([layer(h) for layer in model.values()])
+        found.append([x.grad, *gradients(model)])
+    assert_close(*([g for g in grads if g is not None] for grads in found))
+
+
 def test_a_second_backward_without_a_graph_is_refused_as_ever():
     model, _ = training_pair()
     x = torch.randn(5, 40)

@@ -93,6 +93,19 @@ def test_double_backward_of_the_eager_path(rank):
     torch.autograd.gradgradcheck(eager, leaves((2,)))
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu"])
+def test_a_gradient_to_be_differentiated_again_is_the_gradient(activation):
+    # gradgradcheck compares it with its own slope only.
+    inputs = leaves((2,))
+    for call in (
+        lambda: mk.lod_linear(*inputs, rank=3, activation=activation),
+        lambda: OPS.lod_linear_train(*inputs, 3, None, activation, None)[0],
+    ):
+        once = torch.autograd.grad(call().square().sum(), inputs)
+        again = torch.autograd.grad(call().square().sum(), inputs, create_graph=True)
+        torch.testing.assert_close(once, again)
+
+
 def test_double_backward_of_a_group():
     xs, us, vs, biases, _ = group()
     inputs = [t.requires_grad_() for t in (*xs, *us, *vs, *biases)]

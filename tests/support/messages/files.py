@@ -12,7 +12,7 @@ import maestro_kernels as mk
 from maestro_kernels import search, tables, training
 from maestro_kernels.benchmark import rows
 from maestro_kernels.training.config import TrainConfig
-from maestro_kernels.training.runner import train
+from maestro_kernels.training.runner import Run
 from messages import Row
 
 
@@ -137,7 +137,7 @@ def run_in_use(folder):
 
 
 def run(folder):
-    train(TrainConfig.from_dict({"task": "digits"}), folder, resume=True)
+    Run(TrainConfig(task="training_task:make"), folder, folder, "cpu").train(True, print)
 
 
 def made(folder, name):
