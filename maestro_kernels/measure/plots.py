@@ -254,7 +254,11 @@ def add_line(
 def inline(figure: Figure) -> str:
     """The drawing as an <svg> element that can stand in a page, without background."""
     text = _svg(figure, {}, transparent=True)
-    return text[text.index("<svg") :]
+    text = text[text.index("<svg") :]
+    # HTML knows these names, and a page without any address is easily seen to make no request.
+    for name, at in (("xmlns", "2000/svg"), ("xmlns:xlink", "1999/xlink")):
+        text = text.replace(f' {name}="http://www.w3.org/{at}"', "", 1)
+    return text
 
 
 def standalone(figure: Figure) -> str:
