@@ -44,23 +44,25 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     folder = args.out or Path("reports/train") / args.config.stem
     say("train", f"{config.task}, {count(config.train.epochs, 'epoch')}, in {folder}")
-    run, resumed_at, stopped = Run(config, folder, args.config.parent, args.device), None, ""
+    job, resumed_at, stopped = Run(config, folder, args.config.parent, args.device), None, ""
     try:
         with progress("train") as advance:
-            resumed_at = run.train(args.resume, advance)
+            resumed_at = job.train(args.resume, advance)
     except NonFiniteLoss as error:
-        stopped = f"{error}; the checkpoint of step {run.saved_step} is kept"
+        stopped = f"{error}; the checkpoint of step {job.saved_step} is kept"
         say("train", stopped)
-    rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    paths = {"model": folder / "model", "metrics": run.metrics}
+    rows = [json.loads(line) for line in job.metrics.read_text(encoding="utf-8").splitlines()]
+    paths = {"model": folder / "model", "metrics": job.metrics}
     if draws:
         paths["report"] = folder / "report.html"
         write_text(paths["report"], html_report(rows, stopped))
     if stopped:
+        if draws:
+            say("train", f"report {paths['report']}")
         return 1
     if args.json:
         files = {name: str(path) for name, path in paths.items()}
-        print(json.dumps({**run.at.last, "resumed_at": resumed_at, **files}))
+        print(json.dumps({**job.at.last, "resumed_at": resumed_at, **files}))
         return 0
     if resumed_at is not None:
         print(f"resumed after step {resumed_at}")

@@ -205,6 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert "got nan at step 9" in error
     assert "no parameter and no layer's output: the loss itself" in error
     assert "the checkpoint of step 6" in error
+    assert f"report {folder / 'report.html'}" in error
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert saved["extra"]["step"] == 6
     assert all(t.isfinite().all() for t in saved["model"].values())

@@ -207,14 +207,6 @@ FAULTS = (
         "auto leaves the library matmuls where nothing was measured",
     ),
     Fault(
-        "large-factors-count-as-small",
-        f"{_MK}/dispatch.py",
-        "_SMALL_FACTORS = 1 << 12",
-        "_SMALL_FACTORS = 1 << 40",
-        "tests/test_tables.py::test_small_calls_need_no_table_and_large_factors_are_not_small",
-        "auto leaves the library matmuls for few rows of wide layers, unmeasured",
-    ),
-    Fault(
         "forced-backend-that-cannot-serve",
         f"{_MK}/dispatch.py",
         "if forced in reasons and reasons[forced] is not None:",
