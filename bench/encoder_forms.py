@@ -223,7 +223,7 @@ def search_ranks(
 
     sens = sensitivity(
         model, [*measured, *fitted], counted, method="loss", points=points,
-        held_out=len(measured), progress=lambda i, n: told("losses of layers", i, n),
+        held_out=len(measured), progress=told,
     )  # fmt: skip
     found = {
         budget: allocate(

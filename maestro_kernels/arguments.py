@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["check_int", "check_model", "renamed"]
+__all__ = ["check_int", "check_model", "model_first", "renamed"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -60,3 +61,19 @@ def renamed(**names: str) -> Callable[[Function], Function]:
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def model_first(function: Function) -> Function:
+    """Decorate f(model, path, ...) that took the path first: it still does, for one release."""
+    fn = function.__name__
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > 1 and isinstance(args[0], str | os.PathLike):
+            warnings.warn(
+                f"{fn}: the model comes before the path now", DeprecationWarning, stacklevel=2
+            )
+            args = (args[1], args[0], *args[2:])
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             args.rows,
             None if args.dtype is None else getattr(torch, args.dtype),
             args.device,
-            cache=not args.fresh,
+            resume=not args.fresh,
             seconds=args.seconds,
             progress=advance,
         )

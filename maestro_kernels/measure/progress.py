@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Advance", "bar", "progress_bar"]
+__all__ = ["Advance", "bar", "progress_bar", "told"]
 
 Advance = Callable[[str, int, int], None]
 
@@ -60,3 +62,35 @@ def bar(title: str, console: Console) -> Iterator[Advance]:
             shown.update(task, description=text, completed=done, total=total)
 
         yield advance
+
+
+def told(fn: str, progress: Any) -> bool | Advance | None:
+    """`progress` as `progress_bar` takes it; functions of less than (text, done, total) warn.
+
+    For one release, one argument gets the share that is done, and two get (done, total).
+    """
+    if not callable(progress):
+        found: bool | None = progress
+        return found
+    takes = [n for n in (3, 2, 1) if _binds(progress, n)]
+    if not takes or takes[0] == 3:
+        return progress
+    warnings.warn(
+        f"{fn}: progress: expected a function of (text, done, total), got one of "
+        f"{'(done, total)' if takes[0] == 2 else 'a share'}, which is deprecated",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    if takes[0] == 2:
+        return lambda text, done, total: progress(done, total)
+    return lambda text, done, total: progress(done / max(total, 1))
+
+
+def _binds(function: Callable[..., Any], count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # A builtin without a signature.
+        return count == 3
+    return True

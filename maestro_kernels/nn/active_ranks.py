@@ -12,15 +12,20 @@ from maestro_kernels.nn.conversion import dense_form, swap_layers
 from maestro_kernels.nn.grouping import ungroup
 from maestro_kernels.nn.layer import LoDLayer
 
-__all__ = ["lod_layers", "ranks", "set_ranks", "truncate"]
+__all__ = ["find_layers", "lod_layers", "ranks", "set_ranks", "truncate"]
 
 
-def lod_layers(model: nn.Module, fn: str = "lod_layers") -> dict[str, LoDLayer]:
+def lod_layers(model: nn.Module) -> dict[str, LoDLayer]:
     """The factorised layers of a model by name, in module order.
 
     Raises:
         TypeError: model is no module.
     """
+    return find_layers("lod_layers", model)
+
+
+def find_layers(fn: str, model: nn.Module) -> dict[str, LoDLayer]:
+    """`lod_layers` for the public function that errors name."""
     check_model(fn, model)
     return {name: m for name, m in model.named_modules() if isinstance(m, LoDLayer)}
 
@@ -28,7 +33,7 @@ def lod_layers(model: nn.Module, fn: str = "lod_layers") -> dict[str, LoDLayer]:
 def ranks(model: nn.Module) -> dict[str, int | str]:
     """{name: active rank}, and "dense" for the layers that could be factorised but are not."""
     found: dict[str, int | str] = {}
-    layers = lod_layers(model, "ranks")
+    layers = find_layers("ranks", model)
     for name, candidate in classify(model).items():
         if name in layers:
             found[name] = layers[name].rank
@@ -58,7 +63,7 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int | str]) -> nn.Module:
         TypeError: a rank is no int and not "dense".
         ValueError: an unknown name, or a rank outside 0..max_rank.
     """
-    layers = lod_layers(model, "set_ranks")
+    layers = find_layers("set_ranks", model)
     if not isinstance(ranks, Mapping):
         raise TypeError(
             f"set_ranks: ranks: expected a mapping of names to ranks, got {type(ranks).__name__}"
@@ -103,6 +108,6 @@ def truncate(model: nn.Module, multiple_of: int = 1) -> nn.Module:
     parameters are new: make the optimizer afterwards.
     """
     check_int("truncate", "multiple_of", multiple_of, 1)
-    for layer in lod_layers(model, "truncate").values():
+    for layer in find_layers("truncate", model).values():
         layer.truncate(multiple_of=multiple_of)
     return model

@@ -15,7 +15,16 @@ from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.problem import DTYPES
 
-__all__ = ["Candidate", "Selector", "Slots", "classify", "find_slots", "matches", "selector"]
+__all__ = [
+    "Candidate",
+    "Selector",
+    "Slots",
+    "classify",
+    "find_candidates",
+    "find_slots",
+    "matches",
+    "selector",
+]
 
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 Slots = dict[int, list[tuple[nn.Module, str]]]
@@ -63,7 +72,7 @@ class Candidate:
 
 
 def classify(
-    model: nn.Module, include: Selector = None, exclude: Selector = None, *, fn: str = "classify"
+    model: nn.Module, include: Selector = None, exclude: Selector = None
 ) -> dict[str, Candidate]:
     """Every layer of a model that owns a matrix, in module order, with the reason if it must stay.
 
@@ -73,12 +82,18 @@ def classify(
             pattern is fnmatch's, case sensitive (`*` also crosses dots), on the dotted name of the
             layer or of a module around it: "encoder" is everything inside it.
         exclude: not these layers; as include, and stronger.
-        fn: the public function that errors name.
 
     Raises:
         TypeError: model is no module, or a selector of the wrong type.
         ValueError: a pattern matches no module.
     """
+    return find_candidates("classify", model, include, exclude)
+
+
+def find_candidates(
+    fn: str, model: nn.Module, include: Selector = None, exclude: Selector = None
+) -> dict[str, Candidate]:
+    """`classify` for the public function that errors name."""
     check_model(fn, model)
     names = dict(model.named_modules())
     included = selector(fn, "include", include, names, default=True)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_int, check_model, renamed
-from maestro_kernels.nn.candidates import Candidate, Selector, classify, find_slots, matches
+from maestro_kernels.nn.candidates import Candidate, Selector, find_candidates, find_slots, matches
 from maestro_kernels.nn.conv import LoDConv2d, conv_factors
 from maestro_kernels.nn.factorize import factorize, random_factors
 from maestro_kernels.nn.layer import LoDLayer
@@ -27,7 +27,6 @@ from maestro_kernels.nn.pivoted import PivotedLinear
 __all__ = [
     "Candidate",
     "ConversionReport",
-    "classify",
     "conversion_report",
     "convert",
     "dense_form",
@@ -130,7 +129,7 @@ def convert(
         check_batches(fn, "batches", batches)
     elif batches is not None:
         raise ValueError(f"{fn}: batches: expected None with init={init!r}, got batches")
-    candidates = classify(model, include, exclude, fn=fn)
+    candidates = find_candidates(fn, model, include, exclude)
     modules = dict(model.named_modules())
     ranks, report = _choose_ranks(candidates, modules, rank, step, allow_larger)
     chosen = {name: modules[name] for name in ranks}

@@ -9,7 +9,7 @@ from torch import nn
 
 from maestro_kernels.arguments import check_int
 from maestro_kernels.functional import explain
-from maestro_kernels.nn.candidates import Candidate, classify
+from maestro_kernels.nn.candidates import Candidate, find_candidates
 from maestro_kernels.nn.conversion import conversion_report
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
@@ -153,7 +153,7 @@ def summary(model: nn.Module, *, rows: int = 1) -> ModelSummary:
         ValueError: rows < 1.
     """
     rows = check_int("summary", "rows", rows, 1)
-    candidates = classify(model, fn="summary")
+    candidates = find_candidates("summary", model)
     modules = dict(model.named_modules())
     report = conversion_report(model)
     kept = {} if report is None else report.kept

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.files import check_folder, kind_of, replacing, write_text
 from maestro_kernels.nn import saved_file
-from maestro_kernels.nn.active_ranks import lod_layers
+from maestro_kernels.nn.active_ranks import find_layers
 from maestro_kernels.nn.grouping import group, groups
 from maestro_kernels.nn.placing import check_compiled, commit, fit
 from maestro_kernels.nn.saved_file import COPY, TENSORS
@@ -62,7 +62,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path
         OSError: the folder cannot be written. The save of before is still there.
     """
     fn = "save_pretrained"
-    lod_layers(model, fn)
+    find_layers(fn, model)
     structure, tensors = _collect(fn, model)
     text = structure.to_json()
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from maestro_kernels import hardware, tables, tuned
+from maestro_kernels.arguments import renamed
 from maestro_kernels.backends import native
 from maestro_kernels.measure.progress import Advance, progress_bar
 from maestro_kernels.measure.records import Journal
@@ -28,14 +29,15 @@ _DISTURBED = 1.4
 _TRIES = 3
 
 
+@renamed(batch_sizes="rows", cache="resume")
 def profile(
     target: Any,
     ranks: Sequence[int] | None = None,
-    batch_sizes: Sequence[int] = (1, 64),
+    rows: Sequence[int] = (1, 64),
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     *,
-    cache: bool = True,
+    resume: bool = True,
     seconds: float = 0.025,
     progress: bool | Advance | None = None,
 ) -> Profile:
@@ -54,30 +56,30 @@ def profile(
             1 × 1 convolutions without stride, padding and groups, which are one matmul on
             channels-last images (M is the number of positions).
         ranks: measure exactly these, as far as they are at most min(N, K); None chooses them.
-        batch_sizes: values of M, the rows of x after flattening: batch times tokens.
+        rows: values of M, the rows of x after flattening: batch times tokens.
         dtype: of everything; None is the target's own, or float32.
         device: where; None is the target's own, or the CPU.
-        cache: read and keep points in the user's cache folder.
+        resume: read and keep points in the user's cache folder.
         seconds: of samples per candidate, cache state and launch mode.
         progress: show a bar; None does so on a terminal. A function gets (text, done, total).
 
     Raises:
-        TypeError: target, ranks, batch_sizes or dtype of the wrong type.
+        TypeError: target, ranks, rows or dtype of the wrong type.
         ValueError: sizes below 1, no linear layer, an unknown device.
         NotImplementedError: a target of other convolutions alone, whose time depends on the image:
             `profile_model` measures these.
     """
     shapes = shapes_of(target)
     ranks = None if ranks is None else _positive("ranks", ranks)
-    batch_sizes = _positive("batch_sizes", batch_sizes)
+    rows = _positive("rows", rows)
     dtype = default_dtype(target) if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"profile: dtype: expected a torch.dtype, got {type(dtype).__name__}")
     place = torch.device(default_device(target) if device is None else device)
     record = hardware.current_device(place)
-    journal = _journal(record, dtype) if cache else None
+    journal = _journal(record, dtype) if resume else None
     points: list[Point] = []
-    work = [(shape, M) for shape in shapes for M in batch_sizes]
+    work = [(shape, M) for shape in shapes for M in rows]
     with progress_bar(progress, "profile") as advance:
         for i, (shape, M) in enumerate(work):
             advance(f"{M} · {shape.K}→r→{shape.N}", i, len(work))

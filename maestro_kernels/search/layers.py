@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maestro_kernels.nn.candidates import Selector, classify, selector
+from maestro_kernels.nn.candidates import Selector, find_candidates, selector
 from maestro_kernels.nn.conv import LoDConv2d
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, run_batch
@@ -96,7 +96,7 @@ def considered(
         ValueError: a pattern matches nothing, or no layer is left.
     """
     found = {}
-    candidates = classify(model, include, exclude, fn=fn)
+    candidates = find_candidates(fn, model, include, exclude)
     modules = dict(model.named_modules())
     included = selector(fn, "include", include, modules, default=True)
     excluded = selector(fn, "exclude", exclude, modules, default=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_int
 from maestro_kernels.files import check_file, write_text
+from maestro_kernels.measure.progress import Advance, progress_bar, told
 from maestro_kernels.nn.candidates import Selector
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import check_batches, input_moments
@@ -34,7 +35,6 @@ _UNITS = {
     "importance": "share of importance squared",
 }
 _FN = "sensitivity"
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def sensitivity(
     exclude: Selector = None,
     points: int = 4,
     held_out: int = 0,
-    progress: Progress | None = None,
+    progress: bool | Advance | None = None,
 ) -> Sensitivity:
     """Each layer's error as a function of its rank, all other layers untouched.
 
@@ -175,7 +175,7 @@ def sensitivity(
         held_out: "loss" measures on the first so many batches and makes factors by the others, so
             that factors that fit the batches too well are not taken for good ones; 0 does both by
             all batches. Worth it where rows are few (below ten times the layers' in_features).
-        progress: called with (layers done, layers in all).
+        progress: show a bar; None does so on a terminal. A function gets (text, done, total).
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -216,6 +216,7 @@ def sensitivity(
                 rows = count_rows(model, layers, data[0], fn=_FN)
         found = {}
         with ExitStack() as stack:
+            advance = stack.enter_context(progress_bar(told(_FN, progress), _FN))
             trial, base = None, 0.0
             if method == "loss":
                 trial = stack.enter_context(Trial(model, layers, measured, loss_fn, fn=_FN))
@@ -227,8 +228,7 @@ def sensitivity(
                 if trial is not None:
                     one = _measured(one, modules[name], moment, points, trial, base)
                 found[name] = one
-                if progress is not None:
-                    progress(i + 1, len(layers))
+                advance(name, i + 1, len(layers))
     unit = _UNITS[method]
     if method == "loss":
         unit = "loss" if loss_fn is not None else "relative squared error of the output"

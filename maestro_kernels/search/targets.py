@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from maestro_kernels.nn.candidates import classify
+from maestro_kernels.nn.candidates import find_candidates
 from maestro_kernels.nn.conv import is_pointwise
 
 __all__ = ["Shape", "shapes_of"]
@@ -64,7 +64,7 @@ def shapes_of(target: Any, *, fn: str = "profile") -> list[Shape]:
 def _of_module(module: nn.Module, fn: str) -> list[Shape]:
     modules = dict(module.named_modules())
     found, others = [], []
-    for name, c in classify(module, fn=fn).items():
+    for name, c in find_candidates(fn, module).items():
         can_be = c.reason is None or c.kind.startswith("lod_")
         if not can_be or min(c.N, c.K) < 2:
             continue

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maestro_kernels.arguments import model_first
 from maestro_kernels.files import check_file, check_path, replacing
 from maestro_kernels.nn.active_ranks import lod_layers
 from maestro_kernels.training.layers import set_full_rank
@@ -33,9 +34,10 @@ __all__ = [
 _FORMAT, _VERSION = "maestro_kernels.training", 1
 
 
+@model_first
 def save_checkpoint(
-    path: str | os.PathLike[str],
     model: nn.Module,
+    path: str | os.PathLike[str],
     optimizer: torch.optim.Optimizer,
     maestro: Maestro | None = None,
     **extra: Any,
@@ -43,9 +45,9 @@ def save_checkpoint(
     """Write a run's state: model, optimizer, sampler, random states and what else is given.
 
     Args:
+        model: factorised or not.
         path: file to write; the one that is there stays until the new one is whole and on disk,
             and of several writers the last one wins.
-        model: factorised or not.
         optimizer: over its parameters.
         maestro: see Maestro.
         extra: tensors and plain values (numbers, strings, lists, dicts), given back by
@@ -84,9 +86,10 @@ def save_checkpoint(
     return place
 
 
+@model_first
 def load_checkpoint(
-    path: str | os.PathLike[str],
     model: nn.Module,
+    path: str | os.PathLike[str],
     optimizer: torch.optim.Optimizer,
     maestro: Maestro | None = None,
     *,
@@ -95,8 +98,8 @@ def load_checkpoint(
     """Put a run back to where `save_checkpoint` left it; layers take the ranks of the checkpoint.
 
     Args:
-        path: a file written by `save_checkpoint`.
         model: of the same architecture and converted alike, at any rank.
+        path: a file written by `save_checkpoint`.
         optimizer: over its parameters; follows the resized ones.
         maestro: around the same model and optimizer.
         random_state: also restore the global random states of torch, Python and NumPy.
@@ -116,7 +119,7 @@ def load_checkpoint(
             raise ValueError(
                 f"{fn}: maestro: expected a checkpoint with its state, got one without"
             )
-        maestro.check_state(fn, state["maestro"])
+        maestro._check_state(fn, state["maestro"])
     _check_groups(fn, optimizer, state["optimizer"])
     load_shrunken(model, state["model"], optimizer)
     optimizer.load_state_dict(state["optimizer"])

@@ -8,7 +8,6 @@ is found there for one budget can then be refined, which gives that up.
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import math
 import warnings
@@ -20,6 +19,7 @@ import numpy as np
 from torch import nn
 
 from maestro_kernels.arguments import check_int
+from maestro_kernels.measure.progress import told
 from maestro_kernels.nn.moments import calibrating
 from maestro_kernels.search.budget import Budget, Params, check_budget
 from maestro_kernels.search.descent import Choice, descend, fits
@@ -117,8 +117,8 @@ def extract(
         and nested ranks: FlexRank (arXiv 2602.02680).
     """
     check_budget("extract", budget)
-    progress = _three("extract", progress)
-    path = ExtractionPath(
+    progress = told("extract", progress)
+    path = _Path(
         model,
         type(budget),
         batches=batches,
@@ -128,7 +128,6 @@ def extract(
         min_rank=min_rank,
         multiple_of=multiple_of,
         forms=forms,
-        fn="extract",
     )
     return path.extract(budget, refine=refine, passes=passes, progress=progress)
 
@@ -155,6 +154,9 @@ class ExtractionPath:
         steps: walked so far, costs falling.
     """
 
+    # What errors name.
+    _fn = "ExtractionPath"
+
     def __init__(
         self,
         model: nn.Module,
@@ -168,8 +170,8 @@ class ExtractionPath:
         multiple_of: int = 1,
         forms: Sequence[str] = FORMS,
         method: str | None = None,
-        fn: str = "ExtractionPath",
     ) -> None:
+        fn = self._fn
         require_layers(fn, model)
         if kind not in Budget.__args__:
             raise TypeError(
@@ -181,7 +183,7 @@ class ExtractionPath:
         check_int(fn, "levels", levels, 1)
         check_int(fn, "min_rank", min_rank, 0)
         check_int(fn, "multiple_of", multiple_of, 1)
-        self._fn, self._kind, self._batches = fn, kind, data
+        self._kind, self._batches = kind, data
         self._measures_steps = _renamed(fn, errors, method) == "measured"
         self._model = copy.deepcopy(unwrapped(model))
         self._layers = require_layers(fn, self._model)
@@ -243,7 +245,7 @@ class ExtractionPath:
             )
         if passes is not None:
             check_int(fn, "passes", passes, 0)
-        with progress_bar(_three(fn, progress), fn) as advance:
+        with progress_bar(told(fn, progress), fn) as advance:
             choice = self._first(budget, advance)
             refinement = None
             if refine and choice != self._at[0]:
@@ -394,21 +396,5 @@ def _renamed(fn: str, errors: str, method: str | None) -> str:
     return errors
 
 
-def _three(fn: str, progress: Any) -> bool | Advance | None:
-    """`progress` as a function of (text, done, total); one of a share alone is deprecated."""
-    if not callable(progress):
-        found: bool | None = progress
-        return found
-    try:
-        inspect.signature(progress).bind("", 0, 1)
-    except TypeError:
-        warnings.warn(
-            f"{fn}: progress: expected a function of (text, done, total), got one of a share, "
-            "which is deprecated",
-            DeprecationWarning,
-            stacklevel=3,
-        )
-        return lambda text, done, total: progress(done / max(total, 1))
-    except ValueError:  # A builtin without a signature.
-        pass
-    return progress
+class _Path(ExtractionPath):
+    _fn = "extract"

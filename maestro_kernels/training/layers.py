@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from maestro_kernels.nn import LoDLayer, lod_layers
+from maestro_kernels.nn import LoDLayer
+from maestro_kernels.nn.active_ranks import find_layers
 
 __all__ = ["full_rank", "require_layers", "set_full_rank", "unwrapped"]
 
@@ -49,7 +50,7 @@ def require_layers(fn: str, model: nn.Module) -> dict[str, LoDLayer]:
         ValueError: model has no LoD layer.
     """
     inner = unwrapped(model) if isinstance(model, nn.Module) else model
-    layers = lod_layers(inner, fn)
+    layers = find_layers(fn, inner)
     if not layers:
         raise ValueError(
             f"{fn}: model: expected at least one LoD layer (convert makes them), "

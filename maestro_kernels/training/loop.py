@@ -247,13 +247,13 @@ class Maestro:
         Raises:
             ValueError: the state has other entries, or belongs to another sampler or model.
         """
-        self.check_state("Maestro.load_state_dict", state)
+        self._check_state("Maestro.load_state_dict", state)
         self.sampler.load_state_dict(state["sampler"])
         self.epochs, self.steps = int(state["epochs"]), int(state["steps"])
         self._start = state["funnel_start"]
         self.epoch_begin()
 
-    def check_state(self, fn: str, state: Mapping[str, Any]) -> None:
+    def _check_state(self, fn: str, state: Mapping[str, Any]) -> None:
         """Raise ValueError, in the name of `fn`, unless `state` is of a Maestro like this one."""
         mine = self.state_dict()
         if set(state) != set(mine):

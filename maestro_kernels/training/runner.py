@@ -87,7 +87,7 @@ class Run:
                 "resume it or choose another"
             )
         if self.checkpoint.exists():
-            state = load_checkpoint(self.checkpoint, self.model, self.optimizer, self.maestro)
+            state = load_checkpoint(self.model, self.checkpoint, self.optimizer, self.maestro)
             _check_config(state.pop("config"), self.table)
             have, counted = self.metrics.stat().st_size, state.pop("metrics_bytes")
             if have < counted:
@@ -195,7 +195,7 @@ class Run:
             os.fsync(file.fileno())
         state = {"config": self.table, "metrics_bytes": self.metrics.stat().st_size}
         state |= vars(self.at)
-        save_checkpoint(self.checkpoint, self.model, self.optimizer, self.maestro, **state)
+        save_checkpoint(self.model, self.checkpoint, self.optimizer, self.maestro, **state)
         self.saved_step = self.at.step
 
 

@@ -368,7 +368,7 @@ def test_with_a_measured_profile():
     model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 48))
     batch = torch.randn(40, 48)
     profile = search.profile(
-        model, ranks=[8, 16, 24], batch_sizes=(40,), seconds=1e-3, cache=False, progress=False
+        model, ranks=[8, 16, 24], rows=(40,), seconds=1e-3, resume=False, progress=False
     )
     sens = search.sensitivity(model, [batch])
     found = search.allocate(model, search.Params(1), sens, profile)

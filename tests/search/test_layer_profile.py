@@ -244,7 +244,7 @@ def test_other_convolutions_are_measured_in_their_model():
 def test_a_pointwise_convolution_has_a_latency(monkeypatch):
     monkeypatch.setattr(measuring, "ring_bytes", lambda device: 1 << 16)
     found = search.profile(
-        mk.LoDConv2d(16, 24, 1, max_rank=8), ranks=[4], batch_sizes=[9], cache=False, seconds=1e-3
+        mk.LoDConv2d(16, 24, 1, max_rank=8), ranks=[4], rows=[9], resume=False, seconds=1e-3
     )
     assert found.latency(N=24, K=16, rank=4, M=9) > 0
 
@@ -252,8 +252,8 @@ def test_a_pointwise_convolution_has_a_latency(monkeypatch):
 def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match="profile: ranks: expected a sequence"):
         search.profile((8, 8), ranks=4)
-    with pytest.raises(ValueError, match="profile: batch_sizes: expected integers >= 1, got 0"):
-        search.profile((8, 8), batch_sizes=(0,))
+    with pytest.raises(ValueError, match="profile: rows: expected integers >= 1, got 0"):
+        search.profile((8, 8), rows=(0,))
     with pytest.raises(TypeError, match=r"profile: dtype: expected a torch\.dtype"):
         search.profile((8, 8), dtype="float32")
 
@@ -319,7 +319,7 @@ def fake(monkeypatch, tmp_path):
 
 
 def test_coarse_to_fine_finds_the_step_with_few_measurements(fake):
-    prof = search.profile((N, K), batch_sizes=(64,))
+    prof = search.profile((N, K), rows=(64,))
     ranks = list(prof.curve(N=N, K=K, M=64))
     assert len(ranks) <= 18
     # The step is enclosed within two steps of the grid, and with it where dense is as fast.
@@ -331,17 +331,17 @@ def test_coarse_to_fine_finds_the_step_with_few_measurements(fake):
 
 def test_a_second_call_measures_nothing_and_an_interrupted_one_goes_on(fake):
     seen = []
-    search.profile((N, K), batch_sizes=(1,), progress=lambda *a: seen.append(a))
+    search.profile((N, K), rows=(1,), progress=lambda *a: seen.append(a))
     assert seen[0][1:] == (0, 1)
     assert seen[-1] == ("done", 1, 1)
     first = len(fake.log)
-    again = search.profile((N, K), batch_sizes=(1,))
+    again = search.profile((N, K), rows=(1,))
     assert len(fake.log) == first
     fake.stop_after = first + 1
     with pytest.raises(KeyboardInterrupt):
-        search.profile((N, K), batch_sizes=(1, 64))
+        search.profile((N, K), rows=(1, 64))
     fake.stop_after = math.inf
-    whole = search.profile((N, K), batch_sizes=(1, 64))
+    whole = search.profile((N, K), rows=(1, 64))
     measured = [r for *_, M, ranks in fake.log if M == 64 for r in ranks]
     assert len(measured) == len(set(measured))
     assert {p for p in whole.points if p.M == 1} == set(again.points)
@@ -351,7 +351,7 @@ def test_a_second_call_measures_nothing_and_an_interrupted_one_goes_on(fake):
 def test_points_of_another_device_dtype_or_version_are_not_used(fake, monkeypatch, what):
     from maestro_kernels import hardware, tuned
 
-    search.profile((N, K), ranks=(16,), batch_sizes=(1,))
+    search.profile((N, K), ranks=(16,), rows=(1,))
     before, dtype = len(fake.log), torch.float32
     if what == "threads":
         threads = torch.get_num_threads()
@@ -366,21 +366,21 @@ def test_points_of_another_device_dtype_or_version_are_not_used(fake, monkeypatc
     else:
         record = replace(hardware.current_device("cpu"), name="another CPU")
         monkeypatch.setattr(hardware, "current_device", lambda device: record)
-    search.profile((N, K), ranks=(16,), batch_sizes=(1,), dtype=dtype)
+    search.profile((N, K), ranks=(16,), rows=(1,), dtype=dtype)
     assert len(fake.log) == before + 1
     monkeypatch.undo()
 
 
 def test_a_disturbed_round_is_measured_again(fake):
     fake.slow = 5.0
-    prof = search.profile((N, K), batch_sizes=(1,))
+    prof = search.profile((N, K), rows=(1,))
     assert fake.log[1][3] == fake.log[2][3]
     for rank, knot in prof.curve(N=N, K=K, M=1).items():
         assert knot.ms == pytest.approx(low_rank_ms(N, K, rank, 1), rel=1e-6)
 
 
 def test_cache_off_leaves_no_file(fake, tmp_path):
-    search.profile((N, K), ranks=(16,), batch_sizes=(1,), cache=False)
+    search.profile((N, K), ranks=(16,), rows=(1,), resume=False)
     assert not (tmp_path / "cache").exists()
 
 
@@ -408,7 +408,7 @@ def test_profile_of_a_small_model_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("MAESTRO_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(measuring, "ring_bytes", lambda device: 1 << 16)
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))
-    prof = search.profile(model, ranks=(8, 16), batch_sizes=(4,), seconds=1e-3)
+    prof = search.profile(model, ranks=(8, 16), rows=(4,), seconds=1e-3)
     assert {s.names for s in prof.shapes} == {("0",), ("2",)}
     assert prof.latency(N=48, K=32, rank=8, M=4) > 0
     assert "break-even" in str(prof)

@@ -251,7 +251,10 @@ def test_huge_and_tiny_values_stay_finite():
 def test_progress_and_selection():
     seen = []
     found = search.sensitivity(
-        mlp(), method="svd", exclude="0", progress=lambda done, total: seen.append((done, total))
+        mlp(),
+        method="svd",
+        exclude="0",
+        progress=lambda text, done, total: seen.append((done, total)),
     )
     assert list(found.layers) == ["2"]
     assert seen == [(1, 1)]

@@ -69,13 +69,13 @@ class Checkpoint:
     def save(self, number):
         model = numbered(number)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        training.save_checkpoint(self.path / "checkpoint.pt", model, optimizer, number=number)
+        training.save_checkpoint(model, self.path / "checkpoint.pt", optimizer, number=number)
 
     def load(self):
         model = numbered(0)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         path = self.path / "checkpoint.pt"
-        extra = training.load_checkpoint(path, model, optimizer, random_state=False)
+        extra = training.load_checkpoint(model, path, optimizer, random_state=False)
         if extra["number"] != number_of(model):
             raise AssertionError(f"{extra} beside a model {number_of(model)}")
         return extra["number"]

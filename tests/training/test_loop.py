@@ -253,13 +253,13 @@ def test_a_checkpoint_continues_bit_for_bit_in_a_fresh_model(tmp_path, kind, pen
     fade(lod(model)["6"], 2)
     random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
     noisy_run(model, maestro, optimizer, 3)
-    path = training.save_checkpoint(tmp_path / "a.pt", model, optimizer, maestro, epoch=3)
+    path = training.save_checkpoint(model, tmp_path / "a.pt", optimizer, maestro, epoch=3)
     noisy_run(model, maestro, optimizer, 3)
     assert full_ranks(model)["6"] == 2
 
     again, optimizer2, maestro2 = setup()
     random.seed(9), numpy.random.seed(9), torch.manual_seed(9)
-    assert training.load_checkpoint(path, again, optimizer2, maestro2) == {"epoch": 3}
+    assert training.load_checkpoint(again, path, optimizer2, maestro2) == {"epoch": 3}
     noisy_run(again, maestro2, optimizer2, 3)
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert (maestro2.epochs, maestro2.steps) == (maestro.epochs, maestro.steps) == (6, 18)
@@ -268,11 +268,11 @@ def test_a_checkpoint_continues_bit_for_bit_in_a_fresh_model(tmp_path, kind, pen
 
 def test_random_states_stay_on_request(tmp_path):
     model = linear_model()
-    path = training.save_checkpoint(tmp_path / "a.pt", model, sgd(model))
+    path = training.save_checkpoint(model, tmp_path / "a.pt", sgd(model))
     torch.manual_seed(4)
     wanted = torch.rand(3)
     torch.manual_seed(4)
-    training.load_checkpoint(path, model, sgd(model), random_state=False)
+    training.load_checkpoint(model, path, sgd(model), random_state=False)
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -280,8 +280,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     model = mixed()
     optimizer = sgd(model)
     maestro = training.Maestro(model, optimizer)
-    path = training.save_checkpoint(tmp_path / "a.pt", model, optimizer, maestro)
-    bare = training.save_checkpoint(tmp_path / "b.pt", model, optimizer)
+    path = training.save_checkpoint(model, tmp_path / "a.pt", optimizer, maestro)
+    bare = training.save_checkpoint(model, tmp_path / "b.pt", optimizer)
 
     def refused(match, where=path, other=None, **settings):
         target = other or mixed()
@@ -291,7 +291,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
             next(target.parameters()).add_(1)
         before = parameters(target)
         with pytest.raises(ValueError, match=match):
-            training.load_checkpoint(where, target, goal, holder)
+            training.load_checkpoint(target, where, goal, holder)
         torch.testing.assert_close(parameters(target), before, rtol=0, atol=0)
         assert holder.epochs == 0
 
@@ -314,30 +314,30 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     path.write_bytes(pickle.dumps(nn.Linear, protocol=2))
     refused("another kind of file|expected a whole checkpoint")
     with pytest.raises(FileNotFoundError, match=r"got no file .*none.pt"):
-        training.load_checkpoint(tmp_path / "none.pt", model, optimizer)
+        training.load_checkpoint(model, tmp_path / "none.pt", optimizer)
 
 
 def test_a_model_that_is_not_finite_does_not_replace_a_good_checkpoint(tmp_path):
     model = linear_model()
     optimizer = sgd(model)
-    path = training.save_checkpoint(tmp_path / "a.pt", model, optimizer)
+    path = training.save_checkpoint(model, tmp_path / "a.pt", optimizer)
     good = path.read_bytes()
     with torch.no_grad():
         model[0].u[0, 0] = float("nan")
     with pytest.raises(training.NonFiniteLoss, match=r"non-finite parameter '0.u'.* not written"):
-        training.save_checkpoint(path, model, optimizer)
+        training.save_checkpoint(model, path, optimizer)
     assert path.read_bytes() == good
 
 
 def test_a_write_cut_short_leaves_the_earlier_file(tmp_path, monkeypatch):
     model = linear_model()
-    path = training.save_checkpoint(tmp_path / "a.pt", model, sgd(model), n=1)
+    path = training.save_checkpoint(model, tmp_path / "a.pt", sgd(model), n=1)
     monkeypatch.setattr("maestro_kernels.files.os.fsync", lambda fd: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        training.save_checkpoint(path, model, sgd(model), n=2)
+        training.save_checkpoint(model, path, sgd(model), n=2)
     monkeypatch.undo()
-    assert training.load_checkpoint(path, model, sgd(model)) == {"n": 1}
-    training.save_checkpoint(path, model, sgd(model), n=3)
+    assert training.load_checkpoint(model, path, sgd(model)) == {"n": 1}
+    training.save_checkpoint(model, path, sgd(model), n=3)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 

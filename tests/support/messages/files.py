@@ -125,7 +125,7 @@ def compiled(folder):
 
 def checkpoint(path):
     layers = model()
-    training.save_checkpoint(path, layers, torch.optim.SGD(layers.parameters(), 0.1))
+    training.save_checkpoint(layers, path, torch.optim.SGD(layers.parameters(), 0.1))
 
 
 def run_in_use(folder):
