@@ -17,8 +17,9 @@ from torch import Tensor
 
 from maestro_kernels.backends import native, onednn
 from maestro_kernels.measure import timing
+from maestro_kernels.measure.cost import break_even_rank
 
-__all__ = ["FORMS", "Form", "can_make", "fastest", "make_form", "make_group_form"]
+__all__ = ["FORMS", "Form", "can_make", "fastest", "make_form", "make_group_form", "may_merge"]
 
 Form = Callable[[Tensor, Tensor | None], Tensor]
 FORMS = ("fused", "two oneDNN linears", "merged dense", "unpacked")
@@ -47,6 +48,11 @@ def can_make(name: str, u: Tensor, v: Tensor, rank: int) -> bool:
         and onednn.unsupported(u.dtype) is None
         and 0 not in (*u.shape, *v.shape)
     )
+
+
+def may_merge(N: int, K: int, rank: int) -> bool:
+    """Whether the merged matrix is worth its memory: below half of break-even it is not."""
+    return 2 * rank >= break_even_rank(N, K)
 
 
 def make_form(name: str, u: Tensor, v: Tensor, rank: int, activation: str | None) -> Form:

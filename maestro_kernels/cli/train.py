@@ -10,6 +10,7 @@ from typing import Any
 from maestro_kernels.cli import options
 from maestro_kernels.cli.output import count, plots_can_be_drawn, progress, say
 from maestro_kernels.files import write_text
+from maestro_kernels.measure.records import load
 
 
 def register(commands: Any) -> None:
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     except NonFiniteLoss as error:
         stopped = f"{error}; the checkpoint of step {job.saved_step} is kept"
         say("train", stopped)
-    rows = [json.loads(line) for line in job.metrics.read_text(encoding="utf-8").splitlines()]
+    rows = load(job.metrics, fn="train")
     paths = {"model": folder / "model", "metrics": job.metrics}
     if draws:
         paths["report"] = folder / "report.html"

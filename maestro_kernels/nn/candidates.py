@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_model
+from maestro_kernels.measure import cost
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.pivoted import PivotedLinear
@@ -59,7 +60,7 @@ class Candidate:
     @property
     def break_even_rank(self) -> float:
         """N K / (N + K): from this rank on, factors hold as many weights as the matrix."""
-        return self.N * self.K / (self.N + self.K) if self.N + self.K else 0.0
+        return cost.break_even_rank(self.N, self.K)
 
     @property
     def dense_weights(self) -> int:

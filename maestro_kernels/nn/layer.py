@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_int
 from maestro_kernels.dispatch import is_capturing
+from maestro_kernels.measure import cost
 from maestro_kernels.nn.weight import MergedWeight
 from maestro_kernels.problem import DTYPES
 
@@ -148,8 +149,7 @@ class LoDLayer(nn.Module):
     @property
     def break_even_rank(self) -> float:
         """N K / (N + K): the rank from which the factors hold as many weights as the matrix."""
-        N, K = self.matrix_shape
-        return N * K / (N + K) if N + K else 0.0
+        return cost.break_even_rank(*self.matrix_shape)
 
     @property
     def weight(self) -> Tensor:

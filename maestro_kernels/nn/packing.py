@@ -211,8 +211,7 @@ class PackedLinear(_Packed):
         known = tuned.choose_form(N, K, rank, bucket, u.dtype) if self.form is None else None
         if known is not None:
             names = (known,)
-        elif self.form is None and 2 * rank * (N + K) < N * K:
-            # The merged matrix costs more than twice what the factors do: not worth its memory.
+        elif self.form is None and not packed.may_merge(N, K, rank):
             names = tuple(name for name in names if name != "merged dense")
         can = [name for name in names if packed.can_make(name, u, v, rank)]
         forms = dict(state.forms)

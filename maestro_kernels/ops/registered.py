@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from maestro_kernels.call import Call, Ranks
 from maestro_kernels.dispatch import plan as plan_call
+from maestro_kernels.measure import cost
 from maestro_kernels.ops import eager
 from maestro_kernels.ops.flops import flop_formula
 from maestro_kernels.ops.gradient import backward, forward, kept_outputs
@@ -320,22 +321,18 @@ for _name, _implementation, _fake in (
 _register("lod_linear_backward", _op_backward, _fake_backward)
 
 
-def _products(
-    x_shapes: Any, u_shapes: Any, v_shapes: Any, ranks: Any
-) -> list[tuple[int, int, int]]:
-    """(2 M r, K, N) of each layer."""
-    found = []
-    for i, (u, v) in enumerate(zip(u_shapes, v_shapes, strict=True)):
-        M = math.prod(x_shapes[0 if len(x_shapes) == 1 else i][:-1])
-        found.append((2 * M * (v[0] if ranks is None else ranks[i]), v[1], u[0]))
-    return found
+def _sizes(xs: Any, us: Any, vs: Any, ranks: Any) -> Iterator[tuple[int, int, int, int]]:
+    """(M, N, K, r) of each layer, of the shapes of an op's arguments."""
+    for i, (u, v) in enumerate(zip(us, vs, strict=True)):
+        M = math.prod(xs[0 if len(xs) == 1 else i][:-1])
+        yield M, u[0], v[1], v[0] if ranks is None else ranks[i]
 
 
 @flop_formula(_ops.lod_linear, _ops.lod_linear_train)
 def _forward_flop(
     xs: Any, us: Any, vs: Any, biases: Any, has_bias: Any, ranks: Any, *_: Any, **__: Any
 ) -> int:
-    return sum(size * (K + N) for size, K, N in _products(xs, us, vs, ranks))
+    return sum(cost.forward_flop(*size) for size in _sizes(xs, us, vs, ranks))
 
 
 @flop_formula(_ops.lod_linear_backward)
@@ -343,8 +340,5 @@ def _backward_flop(
     dys: Any, hs: Any, ys: Any, needs: Any, xs: Any, us: Any, vs: Any, biases: Any, has_bias: Any,
     ranks: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    needs_x, needs_u, needs_v, _ = needs
-    return sum(
-        size * (N * ((needs_x or needs_v) + needs_u) + K * (needs_x + needs_v))
-        for size, K, N in _products(xs, us, vs, ranks)
-    )
+    dx, du, dv, _ = needs
+    return sum(cost.backward_flop(*s, dx=dx, du=du, dv=dv) for s in _sizes(xs, us, vs, ranks))

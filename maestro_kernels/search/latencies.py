@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from maestro_kernels.backends import packed
 from maestro_kernels.files import check_file, write_text
 from maestro_kernels.measure import records
 from maestro_kernels.search import latency_model, staircase
@@ -23,7 +24,6 @@ from maestro_kernels.search.strategies import (
     PACKED,
     PREPACKED,
     TWO,
-    may_merge,
 )
 from maestro_kernels.search.targets import Shape
 
@@ -352,7 +352,7 @@ def _prepacked(points: Sequence[Point]) -> list[Point]:
     for (where, rank), forms in others.items():
         if len(forms) < 2:
             continue
-        if where in merged and may_merge(where[0], where[1], rank):
+        if where in merged and packed.may_merge(where[0], where[1], rank):
             forms.append(merged[where])
         best = min(forms, key=lambda p: p.p50)
         found.append(replace(best, rank=rank, strategy=PREPACKED))

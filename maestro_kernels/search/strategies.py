@@ -23,7 +23,6 @@ from maestro_kernels.benchmark.providers import (
     default_providers,
 )
 from maestro_kernels.call import Call
-from maestro_kernels.measure.cost import break_even_rank
 from maestro_kernels.ops import gradient
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "TWO",
     "for_profile",
     "for_table",
-    "may_merge",
     "strategy_names",
 ]
 
@@ -77,12 +75,7 @@ def for_table(case: Case) -> list[Provider]:
     if len(case.layers) > 1 or case.mode != "forward":
         return [two, *_strategies()]
     N, K, rank = case.layers[0].N, case.K, case.layers[0].rank
-    return [two, *_strategies(), *_forms("" if may_merge(N, K, rank) else "merged dense")]
-
-
-def may_merge(N: int, K: int, rank: int) -> bool:
-    """Whether `prepack` considers the merged matrix: below half of break-even it wastes memory."""
-    return 2 * rank >= break_even_rank(N, K)
+    return [two, *_strategies(), *_forms("" if packed.may_merge(N, K, rank) else "merged dense")]
 
 
 def _strategies() -> list[Provider]:

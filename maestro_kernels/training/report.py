@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maestro_kernels.benchmark import html, plots
+from maestro_kernels.measure import plots
+from maestro_kernels.measure import report as html
 
 __all__ = ["html_report", "verdict"]
 

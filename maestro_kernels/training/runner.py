@@ -7,9 +7,7 @@ and resumed ends with the same bits as one that was not.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import pkgutil
 import sys
 import time
@@ -27,6 +25,7 @@ from torch.utils.data import default_collate
 
 from maestro_kernels import hardware
 from maestro_kernels.files import check_folder, sole_user
+from maestro_kernels.measure.records import Log
 from maestro_kernels.nn import convert, save_pretrained, summary
 from maestro_kernels.nn.active_ranks import lod_layers
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
@@ -61,6 +60,7 @@ class Run:
         # How far the run is; `last` is the row of the last epoch.
         self.at = SimpleNamespace(epoch=0, batch=0, step=0, loss_sum=0.0, seconds=0.0, last={})
         self.saved_step = 0
+        self.log: Log | None = None
 
     def train(self, resume: bool, progress: Callable[[str, int, int], None]) -> int | None:
         """Train to the end; the step that the run went on from, None for a fresh one.
@@ -77,6 +77,8 @@ class Run:
                     self._train_epoch(progress)
             finally:
                 self.maestro.close()
+                if self.log is not None:
+                    self.log.close()
             save_pretrained(self.model.eval(), self.folder / "model")
         return resumed_at
 
@@ -89,18 +91,12 @@ class Run:
         if self.checkpoint.exists():
             state = load_checkpoint(self.model, self.checkpoint, self.optimizer, self.maestro)
             _check_config(state.pop("config"), self.table)
-            have, counted = self.metrics.stat().st_size, state.pop("metrics_bytes")
-            if have < counted:
-                raise ValueError(
-                    f"train: metrics.jsonl: expected at least the {counted} bytes that the "
-                    f"checkpoint counted, got {have}; was the file changed?"
-                )
             # The rows after the checkpoint are written again.
-            os.truncate(self.metrics, counted)
+            self.log = Log(self.metrics, keep=state.pop("metrics_bytes"), fn="train")
             self.at = SimpleNamespace(**state)
             self.saved_step = self.at.step
             return self.saved_step
-        self.metrics.write_bytes(b"")
+        self.log = Log(self.metrics, fn="train")
         layers = {y.name: {"N": y.N, "K": y.K, "rank": y.rank} for y in summary(self.model).layers}
         about = {"device": self.device, "versions": hardware.versions(), "layers": layers}
         samples = len(self.task.train)  # type: ignore[arg-type]
@@ -187,14 +183,12 @@ class Run:
         }
 
     def _write(self, **row: Any) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        assert self.log is not None
+        self.log.append(**row)
 
     def _save(self) -> None:
-        with self.metrics.open("rb") as file:
-            os.fsync(file.fileno())
-        state = {"config": self.table, "metrics_bytes": self.metrics.stat().st_size}
-        state |= vars(self.at)
+        assert self.log is not None
+        state = {"config": self.table, "metrics_bytes": self.log.sync(), **vars(self.at)}
         save_checkpoint(self.model, self.checkpoint, self.optimizer, self.maestro, **state)
         self.saved_step = self.at.step
 
