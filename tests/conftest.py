@@ -9,7 +9,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ["MAESTRO_KERNELS_TABLE"] = "off"
 # A process that a test starts, from any folder, tests this checkout whether it is installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    [
+        *map(
+            str, (Path(__file__).resolve().parents[1], Path(__file__).resolve().parent / "support")
+        ),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
 )
 
 import pytest
@@ -17,8 +22,6 @@ import torch
 
 from maestro_kernels import dispatch
 from maestro_kernels.backends import native
-
-SUPPORT = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import maestro_kernels as mk
 from maestro_kernels.backends import matmul, reference
 from maestro_kernels.backends.reference import lod_linear_ref
+from maestro_kernels.call import Call
 from maestro_kernels.testing import assert_accurate, make_inputs
 
 ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh", "silu"]
@@ -106,10 +107,11 @@ def test_only_the_gradients_asked_for_are_computed(wanted):
 def test_what_nobody_asks_for_is_none(backend, wanted):
     x, u, v, bias = make_inputs(M, N, K, R)
     needs = tuple(bool(wanted >> i & 1) for i in range(4))
-    call = {"needs": needs, "strategy": "two matmuls"}
+    call, none = Call("lod_linear", [x], [u], [v], [bias], [9], ["silu"]), [None]
+    dys = [x.new_ones(M, N)]
     with torch.no_grad():
-        found = backend.backward(x.new_ones(M, N), x, u, v, bias, None, None, 9, "silu", **call)
-    assert tuple(grad is not None for grad in found) == needs
+        found = backend.backward(call, dys, none, none, needs=needs, strategy="two matmuls")
+    assert tuple(grad is not None for (grad,) in found) == needs
 
 
 def test_only_the_products_needed_are_computed():

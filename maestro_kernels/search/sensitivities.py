@@ -217,10 +217,10 @@ def sensitivity(
         found = {}
         with ExitStack() as stack:
             advance = stack.enter_context(progress_bar(told(_FN, progress), _FN))
-            trial, base = None, 0.0
+            trial, base, stage = None, 0.0, "errors of layers"
             if method == "loss":
                 trial = stack.enter_context(Trial(model, layers, measured, loss_fn, fn=_FN))
-                base = trial.loss()
+                base, stage = trial.loss(), "losses of layers"
             for i, (name, layer) in enumerate(layers.items()):
                 moment = moments.pop(name, None)
                 one = _from_weights(layer, modules[name], moment, method)
@@ -228,7 +228,7 @@ def sensitivity(
                 if trial is not None:
                     one = _measured(one, modules[name], moment, points, trial, base)
                 found[name] = one
-                advance(name, i + 1, len(layers))
+                advance(stage, i + 1, len(layers))
     unit = _UNITS[method]
     if method == "loss":
         unit = "loss" if loss_fn is not None else "relative squared error of the output"

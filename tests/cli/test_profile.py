@@ -14,7 +14,7 @@ from torch import nn
 from maestro_kernels import hardware, search
 from maestro_kernels.cli import main
 from maestro_kernels.cli import profile as cli
-from maestro_kernels.search import drawings, measure
+from maestro_kernels.search import drawings, layer_profile, measure
 from maestro_kernels.search import profile_report as report
 
 DEVICE = hardware.Device(
@@ -184,7 +184,7 @@ def test_a_hugging_face_config_gives_sizes_and_a_folder_gives_weights(tmp_path):
     config.save_pretrained(tmp_path)
     meta = cli.load_target([str(tmp_path / "config.json")])
     assert all(p.is_meta for p in meta.parameters())
-    sizes = {(s.N, s.K) for s in search.profile.__globals__["shapes_of"](meta)}
+    sizes = {(s.N, s.K) for s in layer_profile.shapes_of(meta)}
     assert {(32, 32), (64, 32), (32, 64)} <= sizes
     transformers.BertModel(config).save_pretrained(tmp_path)
     model = cli.load_target([str(tmp_path)])

@@ -27,7 +27,7 @@ def docs(tmp_path):
         lines += [] if inside else [line]
         inside = inside or ":begin" in line
     page = tmp_path / "docs" / "guide" / "examples.md"
-    page.parent.mkdir()
+    page.parent.mkdir(parents=True)
     page.write_text("\n".join(lines) + "\n")
     return page.parent
 

@@ -3,7 +3,7 @@
 #include <cstdlib>
 
 #ifdef MK_SM90
-#include "../../csrc/cuda/sm90/row_kernel.cuh"
+#include "../../../csrc/cuda/sm90/row_kernel.cuh"
 using namespace mk::cuda::sm90;
 static float one(mk::Activation code, float z) {
   switch (code) {

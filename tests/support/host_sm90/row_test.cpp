@@ -6,7 +6,7 @@
 //   row_test mutant N         a few cases with defect N, where the sources have been given one
 //   row_test table            the budget of every configuration, as docs/dev/cuda-sm90.md shows it
 #define MK_HOST_DEVICE
-#include "../../csrc/cuda/sm90/row_kernel.cuh"
+#include "../../../csrc/cuda/sm90/row_kernel.cuh"
 
 #include <numeric>
 
