@@ -20,13 +20,14 @@ CLANG_FORMAT = $(dir $(RUN))clang-format
 NATIVE := maestro_kernels/_native.so
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.[ch]*' -o -name CMakeLists.txt)
 
-.PHONY: help bench publish docs test test-all mutants old-cuda native lint format aot-report native-report existing-environment clean
+.PHONY: help bench publish docs test test-fast test-all mutants mutants old-cuda native lint format aot-report native-report existing-environment clean
 
 help:
 	@echo "make bench       factorise a real sentence encoder, measure it, write $(OUT)/report.html"
 	@echo "make publish     put what make bench left in $(OUT) into bench/results, README and docs"
 	@echo "make docs        a site of the documentation in out/site, with a page of the API"
 	@echo "make test        run the tests"
+	@echo "make test-fast   those of them that take seconds, in less than two minutes"
 	@echo "make test-all    the exhaustive tests too, and every machine of docs/dev/machines.md (an hour and more)"
 	@echo "make mutants     plant faults in a copy, each must be caught by its own test (minutes)"
 	@echo "make old-cuda    read the CUDA host sources with the headers of CUDA 12.0 to 12.4 (network)"
@@ -51,6 +52,10 @@ PYTEST = $(RUN) -m pytest tests -q --numprocesses=auto --dist=loadfile
 
 test: $(READY) native
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST)
+
+# The inner loop: what needs more than a few seconds a file is left to `make test`.
+test-fast: $(READY) native
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "not slow and not exhaustive"
 
 test-all: $(READY) native old-cuda
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTEST) -m "exhaustive or not exhaustive"

@@ -71,12 +71,17 @@ class Call(NamedTuple):
     def for_backend(self) -> Call:
         """The call as backends take it: each x (M, K), each rank an int, or all one tensor."""
         fn, xs, us, vs, biases, ranks, activations = self
+        are_ints = not isinstance(ranks, Tensor) and None not in ranks
+        if are_ints and len(xs) == 1 and xs[0].dim() == 2:
+            return self
         for x in xs:
             if x.dim() != 2:
                 xs = [as_rows(x) for x in xs]
                 break
-        if not isinstance(ranks, Tensor) and None in ranks:
+        if not are_ints and not isinstance(ranks, Tensor):
             ranks = [v.shape[0] if r is None else r for r, v in zip(ranks, vs, strict=True)]
+        if xs is self.xs and ranks is self.ranks:
+            return self
         return Call(fn, xs, us, vs, biases, ranks, activations)
 
     def shaped(self, ys: list[Tensor]) -> list[Tensor]:

@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+_TWO = "two matmuls"
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a call runs: printed by `explain`, executed by ops/.
@@ -64,6 +67,16 @@ class Plan:
     def module(self) -> Any:
         """The backend that runs it."""
         return backend_module(self.backend)
+
+    @cached_property
+    def is_quick(self) -> bool:
+        """Whether what runs it refuses every call of one layer that the validator would refuse.
+
+        That is so of the native library's CPU op, and of library matmuls on tensors with strides.
+        """
+        if self.problems[0].rank is None:
+            return False
+        return self.strategy == "fused" or (self.backend, self.strategy) == ("matmul", _TWO)
 
     @cached_property
     def raw(self) -> Callable[..., Tensor]:
@@ -228,7 +241,7 @@ def select(
     if strategy is None and chosen in KERNELS:
         strategy, why = backend_module(chosen).choose_strategy(group)
         return Plan(fn, group, chosen, strategy, f"{why_auto}; {why}", others, shared_x)
-    strategy = strategy or ("formula" if chosen == "reference" else "two matmuls")
+    strategy = strategy or ("formula" if chosen == "reference" else _TWO)
     return Plan(fn, group, chosen, strategy, why_auto, others, shared_x)
 
 
@@ -286,18 +299,31 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 _MAX_PLANS = 4096
 
 
-def quick_plan(x: Tensor, u: Tensor, rank: Any, activation: Any) -> Plan | None:
-    """The plan of an eager CPU call of one layer that the native library served before, or None.
+def quick_plan(
+    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: Any, activation: Any
+) -> Plan | None:
+    """The plan of one layer's call that ran before by what checks the rest of it itself, or None.
 
-    By a smaller key than `plan` builds: the library checks the rest of such a call itself.
+    By smaller keys than `plan` builds: the native library checks more than library matmuls do.
     """
     try:
         # True is equal to 1 as a key, but is no rank.
-        if x.is_cpu and (rank is None or type(rank) is int):
-            return _plans.get((x.shape, u.shape, x.dtype, rank, activation, _threads()))
+        if rank is None or type(rank) is int:
+            found = _plans.get((x.shape, u.shape, x.dtype, rank, activation, _threads()))
+            if found is not None and x.is_cpu:
+                return found
+            return _plans.get(_matmul_key(x, u, v, bias, rank, activation))
     except _NO_KEY:
         pass  # `plan`, which comes next, says what is wrong
     return None
+
+
+def _matmul_key(
+    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: Any, activation: Any
+) -> tuple[Any, ...]:
+    shape = None if bias is None else bias.shape
+    where, threads = x.get_device(), _threads()
+    return x.shape, u.shape, v.shape, shape, x.dtype, rank, activation, where, threads
 
 
 def plan(call: Call, backend: str | None) -> Plan:
@@ -310,10 +336,11 @@ def plan(call: Call, backend: str | None) -> Plan:
     if found is None:
         found = plan_afresh(call, backend)
         _remember(key, found)
-        if found.strategy == "fused" and backend is None and call.fn == "lod_linear":
-            x, u, _, _, rank, activation = call.layer(0)
-            if not isinstance(rank, Tensor):
-                _remember((x.shape, u.shape, x.dtype, rank, activation, _threads()), found)
+        if found.is_quick and backend is None and call.fn == "lod_linear":
+            x, u, v, bias, rank, activation = call.layer(0)
+            short = (x.shape, u.shape, x.dtype, rank, activation, _threads())
+            matmul = found.backend == "matmul"
+            _remember(_matmul_key(x, u, v, bias, rank, activation) if matmul else short, found)
     return found
 
 
@@ -331,25 +358,27 @@ def _remember(key: tuple[Any, ...], found: Plan) -> None:
 
 def _key(call: Call, backend: str | None) -> tuple[Any, ...]:
     """What decides a plan. Every attribute read here is paid on every eager call."""
-    ranks, tensors = call.ranks, call.tensors
-    # No CPU kernel depends on where a tensor starts.
-    starts = () if call.xs[0].is_cpu and backend != "triton" else map(_misalignment, tensors)
-    return (
-        call.fn,
+    fn, xs, us, vs, biases, ranks, activations = call
+    tensors = (*xs, *us, *vs, *biases)
+    common = (
+        fn,
         backend,
         _threads(),
         # A bool equals an int but is not a rank: the type keeps them apart.
         (ranks.shape, ranks.dtype, ranks.device)
         if isinstance(ranks, Tensor)
         else (*ranks, *map(type, ranks)),
-        *call.activations,
-        *[t if t is None else (t.shape, t.dtype, t.device, t.layout, t.stride()) for t in tensors],
-        *starts,
+        *activations,
     )
+    if xs[0].is_cpu and backend != "triton":
+        # A tensor elsewhere, or one without strides, is refused by what runs on a CPU.
+        return *common, *[t if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
+    return *common, *[t if t is None else _layout(t) for t in tensors]
 
 
-def _misalignment(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else int(tensor.storage_offset()) * tensor.element_size() % 16
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    start = tensor.storage_offset() * tensor.element_size() % 16
+    return tensor.shape, tensor.dtype, tensor.stride(), tensor.device, tensor.layout, start
 
 
 def forget() -> None:

@@ -40,7 +40,41 @@ def no_library(monkeypatch, tmp_path):
     native._load.cache_clear()
 
 
+# Files and folders of more than a few seconds each: `make test-fast` leaves them out.
+SLOW = [
+    "backends/native/test_native.py",
+    "backends/test_beyond_rank.py",
+    "backends/test_onednn.py",
+    "backends/triton",
+    "bench/test_gpu_acceptance.py",
+    "bench/test_sentence_encoder.py",
+    "benchmark/test_page_browser.py",
+    "benchmark/test_report.py",
+    "benchmark/test_run.py",
+    "cli/test_bench.py",
+    "cli/test_train.py",
+    "cli/test_tune.py",
+    "csrc",
+    "docs/test_docs.py",
+    "nn/test_saved_file.py",
+    "nn/test_serialization_crash.py",
+    "nn/test_threads.py",
+    "search/test_layer_profile.py",
+    "test_import.py",
+    "test_machines.py",
+    "test_packaging.py",
+    "tools",
+    "training/test_extraction.py",
+    "training/test_rewrapping.py",
+]
+
+
 def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(here).as_posix()
+        if any(path == slow or path.startswith(f"{slow}/") for slow in SLOW):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")

@@ -29,21 +29,23 @@ def forward(
     """Ys = act(x @ v[:r].T @ u[:, :r].T + bias), and Hs."""
     ys, hs = [], []
     for i in range(call.n):
-        y, h = _layer(*call.layer(i), save_h)
+        y, h = layer(*call.layer(i), save_h=save_h)
         ys.append(y)
         hs.append(h)
     return ys, hs
 
 
-def _layer(
+def layer(
     x: Tensor,
     u: Tensor,
     v: Tensor,
     bias: Tensor | None,
     rank: int | Tensor,
     activation: str | None,
-    save_h: bool,
+    *,
+    save_h: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """Y and H of one layer, for x (..., K)."""
     R = v.shape[0]
     pad = R if isinstance(rank, Tensor) else 0
     rank = host_rank(rank, R)

@@ -101,24 +101,28 @@ class Gradient(torch.autograd.Function):
         ranks = call.ranks
         is_tensor = isinstance(ranks, Tensor)
         ctx.set_materialize_grads(False)
+        nothing = [None] * len(ys)
         ctx.save_for_backward(
             *tensors,
-            *(hs if save_h else [None] * len(ys)),
-            *kept_outputs(call, ys),
+            *(hs if save_h else nothing),
+            *(kept_outputs(call, ys) if "relu" in call.activations else nothing),
             ranks if is_tensor else None,
         )
-        ctx.plan, ctx.n_x, ctx.ranks = plan, len(call.xs), None if is_tensor else ranks
+        ctx.call = plan, len(call.xs), None if is_tensor else ranks
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
-        plan, n_x, n = ctx.plan, ctx.n_x, len(dys)
+        (plan, n_x, ranks), n = ctx.call, len(dys)
         reached = [i for i, dy in enumerate(dys) if dy is not None]
         if not reached:
             return (None,) * (3 + n_x + 3 * n)
         saved, wanted = _saved(ctx, reached, n_x, n), ctx.needs_input_grad[3:]
-        ranks = saved[-1] if ctx.ranks is None else ctx.ranks
-        parts, needs = _parts(saved, n_x, n)[:6], _parts(wanted, n_x, n)
+        ranks = saved[-1] if ranks is None else ranks
+        if n == 1:
+            parts, needs = [(tensor,) for tensor in saved[:6]], [(want,) for want in wanted]
+        else:
+            parts, needs = _parts(saved, n_x, n)[:6], _parts(wanted, n_x, n)
         if len(reached) < n:
             parts, needs = _of(reached, parts, n_x), _of(reached, needs, n_x)
             tensor = isinstance(ranks, Tensor)

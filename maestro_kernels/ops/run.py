@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maestro_kernels import dispatch
+from maestro_kernels.backends import matmul
 from maestro_kernels.backends.native import ACTIVATION_CODES, LIBRARY_NAME
 from maestro_kernels.call import Call
 from maestro_kernels.ops import eager, gradient, registered
@@ -32,24 +33,30 @@ def quick(
     """
     if eager.any_autocast() or not eager.is_plain(x, u, v, bias):
         return None
-    plan = dispatch.quick_plan(x, u, rank, activation)
+    plan = dispatch.quick_plan(x, u, v, bias, rank, activation)
     if plan is None or v is None:
         return None
+    wants_grad = torch.is_grad_enabled() and (
+        x.requires_grad
+        or u.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
     try:
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or u.requires_grad
-            or v.requires_grad
-            or (bias is not None and bias.requires_grad)
-        ):
-            call = Call("lod_linear", (x,), (u,), (v,), (bias,), (rank,), (activation,))  # type: ignore[arg-type]
+        if plan.backend == "native" and not wants_grad:
+            code = ACTIVATION_CODES[activation]
+            return plan.raw(x, u, v, bias, -1 if rank is None else rank, None, code)
+        r = u.shape[1] if rank is None else rank
+        if wants_grad and not (save_h and plan.autograd_serves):
+            call = Call("lod_linear", (x,), (u,), (v,), (bias,), (r,), (activation,))  # type: ignore[arg-type]
             y: Tensor = gradient.apply(plan, call, save_h, x, u, v, bias)[0]
             return y
-        code = ACTIVATION_CODES[activation]
-        return plan.raw(x, u, v, bias, -1 if rank is None else rank, None, code)
+        if x.layout is u.layout is v.layout is torch.strided:
+            return matmul.layer(x, u, v, bias, r, activation)[0]  # type: ignore[arg-type]
+        return None
     except RuntimeError as refusal:
         # The plan in full has the words for a wrong call, and says what serves this layout.
-        if LIBRARY_NAME not in str(refusal):
+        if plan.backend == "native" and LIBRARY_NAME not in str(refusal):
             raise
         return None
 
