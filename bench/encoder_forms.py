@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_kernels.backends import onednn
-from maestro_kernels.benchmark.encoder import Encoder, pooled
+from maestro_kernels.benchmark.encoder import Encoder, by_length, pooled
 from maestro_kernels.nn import convert, group, prepack, set_ranks, truncate
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.search import Allocation, Params, allocate, sensitivity
@@ -27,7 +27,6 @@ __all__ = [
     "Search",
     "at_ranks",
     "bfloat16_slowdown",
-    "by_length",
     "deployed",
     "full_rank",
     "in_dtype",
@@ -40,11 +39,6 @@ __all__ = [
 # bfloat16 that takes longer than this many times float32 is emulated: not worth hours of timing.
 TOO_SLOW = 3.0
 Ranks = Mapping[str, int | str]
-
-
-def by_length(encoder: Encoder, texts: Sequence[str]) -> list[str]:
-    """Texts ordered by their tokens: batches then hold hardly any padding."""
-    return sorted(texts, key=lambda text: (int(encoder.tokens([text])["input_ids"].numel()), text))
 
 
 def full_rank(encoder: Encoder, texts: Sequence[str], init: str) -> nn.Module:

@@ -36,7 +36,7 @@ def found(
         ranks: dict[float, forms.Ranks] = {b: forms.uniform_ranks(full, b) for b in BUDGETS}
     elif name == "at length":
         # 256 sentences, four ranks per layer, errors of the hidden states, nothing refined.
-        batches = list(encoder.batches(forms.by_length(encoder, texts[:256])))
+        batches = list(encoder.batches(library.by_length(encoder, texts[:256])))
         model = forms.in_dtype(encoder.model, dtype)
         sens = search.sensitivity(model, batches, method="loss", points=4)
         ranks = {b: dict(search.allocate(model, search.Params(b), sens)) for b in BUDGETS}
@@ -61,9 +61,9 @@ def main() -> int:
     have = {row["search"] for row in records.load(args.rows)} if args.rows.is_file() else set()
     calibration, held_out = library.split(library.sentences(), 512, 384)
     encoder = library.load_encoder(library.BUNDLED)
-    held_out = forms.by_length(encoder, held_out)
+    held_out = library.by_length(encoder, held_out)
     dtype = forms.search_dtype(forms.bfloat16_slowdown(encoder, calibration))
-    full = forms.full_rank(encoder, forms.by_length(encoder, calibration), "data")
+    full = forms.full_rank(encoder, library.by_length(encoder, calibration), "data")
     original = encoder.embed(held_out)
     made = stamp()
     for name in args.only:

@@ -101,8 +101,8 @@ class Job:
         self.encoder = library.load_encoder(library.BUNDLED)
         # Ordered by hash, the first ones are a sample of all lengths.
         self.measured = calibration[: args.measured]
-        self.calibration = forms.by_length(self.encoder, calibration)
-        ordered = forms.by_length(self.encoder, self.held_out)
+        self.calibration = library.by_length(self.encoder, calibration)
+        ordered = library.by_length(self.encoder, self.held_out)
         # Each batch is like the one that is timed, so that layers choose their forms once.
         count = -(-len(ordered) // LARGE)
         self.held_out = [text for k in range(count) for text in ordered[k::count]]

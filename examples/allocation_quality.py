@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import maestro_kernels as mk
 from maestro_kernels import search
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark import encoder_forms, origin
+from maestro_kernels.benchmark import origin
 from maestro_kernels.benchmark.readme import replace_block
 
 FRACTIONS = (0.2, 0.3, 0.5, 0.7)
@@ -98,9 +98,9 @@ def encoder(seed: int) -> Case:
     found = library.load_encoder(library.BUNDLED)
     pool, held_out = library.split(library.sentences(), 1024, 384)
     calibration = random.Random(seed).sample(pool, 512)
-    batches = list(found.batches(encoder_forms.by_length(found, calibration)))
+    batches = list(found.batches(library.by_length(found, calibration)))
     random.Random(seed).shuffle(batches)
-    return found.model, batches, list(found.batches(encoder_forms.by_length(found, held_out)))
+    return found.model, batches, list(found.batches(library.by_length(found, held_out)))
 
 
 CASES: dict[str, Callable[[int], Case]] = {

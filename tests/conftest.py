@@ -41,7 +41,7 @@ def no_library(monkeypatch, tmp_path):
 
 
 # Files and folders of more than a few seconds each: `make test-fast` leaves them out.
-SLOW = [
+SLOW = (
     "backends/native/test_native.py",
     "backends/test_beyond_rank.py",
     "backends/test_onednn.py",
@@ -66,7 +66,7 @@ SLOW = [
     "tools",
     "training/test_extraction.py",
     "training/test_rewrapping.py",
-]
+)
 
 
 def pytest_collection_modifyitems(items):

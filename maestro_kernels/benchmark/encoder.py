@@ -177,6 +177,11 @@ def split(texts: Sequence[str], calibration: int, held_out: int) -> tuple[list[s
     return ordered[:calibration], ordered[len(ordered) - held_out :]
 
 
+def by_length(encoder: Encoder, texts: Sequence[str]) -> list[str]:
+    """Texts ordered by their tokens: batches then hold hardly any padding."""
+    return sorted(texts, key=lambda text: (int(encoder.tokens([text])["input_ids"].numel()), text))
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """How close embeddings stay to the original's.
