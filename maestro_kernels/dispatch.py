@@ -321,9 +321,10 @@ def quick_plan(
 def _matmul_key(
     x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: Any, activation: Any
 ) -> tuple[Any, ...]:
-    shape = None if bias is None else bias.shape
-    where, threads = x.get_device(), _threads()
-    return x.shape, u.shape, v.shape, shape, x.dtype, rank, activation, where, threads
+    # A product with a meta tensor is none, and no error.
+    given = None if bias is None else (bias.shape, bias.device)
+    where = x.device, u.device, v.device
+    return x.shape, u.shape, v.shape, given, where, x.dtype, rank, activation, _threads()
 
 
 def plan(call: Call, backend: str | None) -> Plan:
@@ -371,8 +372,10 @@ def _key(call: Call, backend: str | None) -> tuple[Any, ...]:
         *activations,
     )
     if xs[0].is_cpu and backend != "triton":
-        # A tensor elsewhere, or one without strides, is refused by what runs on a CPU.
-        return *common, *[t if t is None else (t.shape, t.dtype, t.stride()) for t in tensors]
+        # A tensor without strides, or on a GPU, is refused by what runs on a CPU.
+        return *common, *[
+            t if t is None else (t.shape, t.dtype, t.stride(), t.is_meta) for t in tensors
+        ]
     return *common, *[t if t is None else _layout(t) for t in tensors]
 
 

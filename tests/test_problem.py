@@ -234,6 +234,37 @@ def test_a_valid_call_does_not_hide_a_later_invalid_one():
         mk.lod_linear(X, U, V.half(), rank=1)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("backend", [None, "matmul"])
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("M", [2, 300])
+@pytest.mark.parametrize("wrong", ["u", "v", "bias"])
+@pytest.mark.parametrize("kind", ["meta", "sparse", "dtype", "shape"])
+def test_a_remembered_call_is_not_taken_for_one_that_is_wrong(
+    kind, wrong, M, rank, backend, grouped
+):
+    x, u, v, bias = make_inputs(M, 48, 40, 16)
+    changes = {
+        "meta": lambda t: t.to("meta"),
+        "sparse": lambda t: t.to_sparse(),
+        "dtype": lambda t: t.double(),
+        "shape": lambda t: t[:1] if wrong == "bias" else t[:, :7],
+    }
+    given = {"u": u, "v": v, "bias": bias}
+
+    def call(u, v, bias):
+        if grouped:
+            return mk.lod_linear_grouped(x, [u], [v], [bias], ranks=rank, backend=backend)
+        return mk.lod_linear(x, u, v, bias, rank=rank, backend=backend)
+
+    for _ in range(2):
+        call(**given)
+    for grad in (False, True):
+        x.requires_grad_(grad)
+        with pytest.raises((TypeError, ValueError), match=wrong):
+            call(**{**given, wrong: changes[kind](given[wrong])})
+
+
 def test_a_backend_that_is_not_built_says_so(no_library):
     with pytest.raises(NotImplementedError, match=r"lod_linear: backend: .*'native': .*compiled"):
         mk.lod_linear(X, U, V, backend="native")
