@@ -27,7 +27,7 @@ def quick(
     activation: str | None,
     save_h: bool,
 ) -> Tensor | None:
-    """Y of an eager call that the native library served before, or None where `run` has to.
+    """Y of an eager call of one layer that ran before, or None where `run` is to be asked.
 
     A small call costs little more than this.
     """
