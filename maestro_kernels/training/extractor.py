@@ -146,7 +146,6 @@ class ExtractionPath:
         multiple_of: see batches.
         forms: see batches.
         method: see batches.
-        fn: the public function that errors name.
 
     Attributes:
         unit: of costs: "weights", "MACs", "ms" or "bytes".
@@ -282,15 +281,15 @@ class ExtractionPath:
         """What each layer alone adds to the loss at each of its ranks."""
         full = self._at[0]
         total, done = sum(full), 0
-        told = f"measuring {len(full)} layers: {total} passes"
-        advance(told, 0, total)
+        text = f"measuring {len(full)} layers: {total} passes"
+        advance(text, 0, total)
         found = []
         for i, top in enumerate(full):
             errors = np.zeros(top + 1)
             for j in range(top):
                 loss = self._loss((*full[:i], j, *full[i + 1 :]))
                 errors[j] = min(loss - self._losses[full], _HOPELESS)
-                advance(told, done := done + 1, total)
+                advance(text, done := done + 1, total)
             found.append(errors)
         return found
 
