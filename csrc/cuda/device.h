@@ -1,5 +1,5 @@
-// The primitives that the kernels are written in. Here for CUDA; tests/support/host_cuda/device_host.h has their twins, with
-// which the same kernels run on the CPU under sanitizers. MK_HOST_DEVICE chooses.
+// The primitives that the kernels are written in. Here for CUDA; tests/support/host_cuda/device_host.h has their twins,
+// with which the same kernels run on the CPU under sanitizers. MK_HOST_DEVICE chooses.
 #pragma once
 
 #include <cmath>
