@@ -1,10 +1,13 @@
 """The small benchmarks of bench/: they run, and print what they promise."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from places import ROOT
 
 from bench import cpu_kernels, prepack_choice
 from maestro_kernels.backends import native
@@ -46,3 +49,11 @@ def test_prepack_choice_compares_what_it_chose_with_every_form():
     chosen, spent = case()
     assert {"prepacked", "two nn.Linear", "unpacked", "fused", "merged dense"} <= spent.keys()
     assert chosen in spent
+
+
+def test_tiny_calls_prints_a_ratio_for_every_kind_of_call():
+    command = [sys.executable, "-m", "bench.tiny_calls", "--rounds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 11
+    assert all(float(line.split()[-1]) > 0 for line in lines)
