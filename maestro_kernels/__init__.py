@@ -30,6 +30,7 @@ from maestro_kernels.nn import (
     ungroup,
     unpack,
 )
+from maestro_kernels.tuning import set_tuning, tune, use_choices
 from maestro_kernels.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -51,12 +52,15 @@ __all__ = [
     "save_pretrained",
     "search",
     "set_ranks",
+    "set_tuning",
     "summary",
     "to_dense",
     "training",
     "truncate",
+    "tune",
     "ungroup",
     "unpack",
+    "use_choices",
 ]
 
 

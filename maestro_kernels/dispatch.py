@@ -1,12 +1,14 @@
 """The one place that turns a problem into a plan: which backend, which strategy, and why.
 
-Plans are pure functions of the problem; the caches here only save asking again.
+Plans follow from the problem, the mode of the call and what was measured; the caches here only save
+asking again. Nothing is measured here: a plan with rivals asks ops/first_use.py to.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -15,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maestro_kernels import hardware, tuned
+from maestro_kernels import choices, hardware, tuned
 from maestro_kernels.backends import KERNELS
 from maestro_kernels.call import Call
 from maestro_kernels.measure.cost import Cost, Size, count
 from maestro_kernels.problem import LoDProblem, check_call, describe_call
+from maestro_kernels.tables import FORWARD, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,9 +33,12 @@ __all__ = [
     "Explanation",
     "Plan",
     "forget",
+    "is_here",
     "plan",
     "plan_afresh",
     "quick_plan",
+    "recording",
+    "replan",
     "select",
     "unsupported",
 ]
@@ -53,6 +59,10 @@ class Plan:
         reason: why this and not another.
         others: backend -> why it was not taken or cannot serve.
         shared_x: the layers of a group read one x.
+        mode: of the calls it is for.
+        bucket: the kind of call that a measurement at first use is remembered for.
+        rivals: "backend: strategy" of what is to be measured before this plan is more than a
+            prediction; empty once that is done, and where nothing may be measured.
     """
 
     fn: str
@@ -62,6 +72,9 @@ class Plan:
     reason: str
     others: dict[str, str]
     shared_x: bool = True
+    mode: Mode = FORWARD
+    bucket: str = ""
+    rivals: tuple[str, ...] = ()
 
     @cached_property
     def module(self) -> Any:
@@ -99,6 +112,9 @@ class Plan:
         lines = [f"{self.fn}: {problem}" for problem in self.problems]
         lines += [f"  runs on   {self.backend}: {self.strategy}", f"  because   {self.reason}"]
         lines += [f"  not on    {name}: {why}" for name, why in self.others.items()]
+        if self.rivals:
+            names = ", ".join(self.rivals)
+            lines.append(f"  measures  {names} against two matmuls at the first such call")
         return "\n".join(lines)
 
 
@@ -146,7 +162,7 @@ class Explanation:
     @cached_property
     def _ideal(self) -> tuple[float | None, float | None]:
         problem = self.plan.problems[0]
-        if not _is_here(problem.device):
+        if not is_here(problem.device):
             return None, None
         return self._on(hardware.measured_device(problem.device, problem.dtype))
 
@@ -166,7 +182,7 @@ class Explanation:
             f"  computes  {self.flop / 1e6:,.2f} MFLOP",
         ]
         problem = self.plan.problems[0]
-        if not _is_here(problem.device):
+        if not is_here(problem.device):
             lines.append(f"  at best   not known: no {problem.device.type} device is here")
             return "\n".join(lines)
         # Printing times nothing: it says what is known, and what would find out.
@@ -182,7 +198,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _is_here(device: torch.device) -> bool:
+def is_here(device: torch.device) -> bool:
     """Whether a device can be measured: meta and fake tensors have none."""
     return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
 
@@ -204,6 +220,7 @@ def select(
     *,
     fn: str = "lod_linear",
     shared_x: bool = True,
+    mode: Mode = FORWARD,
 ) -> Plan:
     """Choose the backend and strategy for one problem or one group.
 
@@ -212,6 +229,7 @@ def select(
         backend: None or "auto" to choose; a name to force it.
         fn: public function to name in errors.
         shared_x: the layers of a group read one x.
+        mode: how the call is made.
 
     Raises:
         NotImplementedError: a forced backend cannot serve the problem; says why.
@@ -224,25 +242,33 @@ def select(
             f"{fn}: backend: expected one that can serve this call, got {forced!r}: "
             f"{reasons[forced]}"
         )
+    degenerate = all(problem.degenerate for problem in group)
+    bucket, rivals = "", list[str]()
     if forced:
         chosen, strategy, why_auto = forced, None, "forced"
     else:
-        chosen, strategy, why_auto = _choose(group, reasons)
+        bucket = choices.bucket(group, mode, shared_x=shared_x)
+        servable = [name for name, why in reasons.items() if why is None]
+        chosen, strategy, why_auto, is_known = _choose(group, servable, mode, bucket)
+        if not (is_known or degenerate):
+            rivals = _rivals(group, servable)
     others = {
         name: why or ("not forced" if forced else _NOT_CHOSEN)
         for name, why in reasons.items()
         if name != chosen
     }
-    if all(problem.degenerate for problem in group):
+    if degenerate:
         what = "the result is empty or act(bias): no kernel is needed"
         if chosen != "matmul":
             others[chosen] = f"{why_auto}, but torch gives such a result"
-        return Plan(fn, group, "matmul", "degenerate", what, others, shared_x)
+        return Plan(fn, group, "matmul", "degenerate", what, others, shared_x, mode)
     if strategy is None and chosen in KERNELS:
         strategy, why = backend_module(chosen).choose_strategy(group)
-        return Plan(fn, group, chosen, strategy, f"{why_auto}; {why}", others, shared_x)
+        why_auto = f"{why_auto}; {why}"
     strategy = strategy or ("formula" if chosen == "reference" else _TWO)
-    return Plan(fn, group, chosen, strategy, why_auto, others, shared_x)
+    return Plan(
+        fn, group, chosen, strategy, why_auto, others, shared_x, mode, bucket, tuple(rivals)
+    )
 
 
 _NOT_CHOSEN = "can serve, but was not measured to be faster: force it with backend="
@@ -251,21 +277,52 @@ _NOT_CHOSEN = "can serve, but was not measured to be faster: force it with backe
 # compute: one call of the native library is then faster on any CPU, so that no table is needed.
 _SMALL_FLOP = 1 << 16
 _SMALL_FACTORS = 1 << 12
+# Strategies that are measured against two matmuls at first use.
+_MAX_RIVALS = 3
+
+_is_deterministic = torch._C._get_deterministic_algorithms
 
 
 def _choose(
-    group: tuple[LoDProblem, ...], reasons: dict[str, str | None]
-) -> tuple[str, str | None, str]:
-    """(backend, strategy or None where it is the backend's to choose, reason) of auto."""
-    choice = tuned.choose(group, ["matmul", *(n for n, why in reasons.items() if why is None)])
+    group: tuple[LoDProblem, ...], servable: Sequence[str], mode: Mode, bucket: str
+) -> tuple[str, str | None, str, bool]:
+    """(backend, strategy or None where it is the backend's to choose, reason, known) of auto.
+
+    Known is what a table or a measurement says; the rest is predicted.
+    """
+    tuning = choices.tuning()
+    choice: tuned.Choice | str = "MAESTRO_KERNELS_TUNE=off"
+    if tuning != "off":
+        choice = tuned.choose(group, ["matmul", *servable], mode=mode)
     if isinstance(choice, tuned.Choice):
         # Calls around this one ran so; this one may still be too wide or laid out otherwise.
         if choice.backend not in KERNELS or backend_module(choice.backend).takes(
             choice.strategy, group
         ):
-            return choice.backend, choice.strategy, choice.reason
-        return "matmul", None, f"{choice.reason}; but {choice.strategy} does not take this call"
-    if group[0].device.type == "cpu" and reasons["native"] is None:
+            return choice.backend, choice.strategy, choice.reason, True
+        why = f"{choice.reason}; but {choice.strategy} does not take this call"
+        return "matmul", None, why, True
+    if not is_here(group[0].device):
+        return *_predict(group, servable, choice), True
+    # What this machine measured in passing would not repeat bit for bit on the next run.
+    only_given = tuning != "first-use" or _is_deterministic()
+    if tuning != "off":
+        device = hardware.current_device(group[0].device)
+        measured = choices.find(bucket, device, given_only=only_given)
+        if measured is not None:
+            backend, _, strategy = measured.winner.partition(": ")
+            if backend == "matmul" or (
+                backend in servable and backend_module(backend).takes(strategy, group)
+            ):
+                return backend, strategy, str(measured), True
+    return *_predict(group, servable, choice), only_given
+
+
+def _predict(
+    group: tuple[LoDProblem, ...], servable: Sequence[str], why_not: str
+) -> tuple[str, str | None, str]:
+    """(backend, strategy, reason) where nothing was measured."""
+    if group[0].device.type == "cpu" and "native" in servable:
         factors = [p.max_active_rank * (p.K + p.N) for p in group]
         flop = sum(2 * p.M * f for p, f in zip(group, factors, strict=True))
         if flop <= _SMALL_FLOP and sum(factors) <= _SMALL_FACTORS:
@@ -273,7 +330,23 @@ def _choose(
         few = backend_module("native").few_rows(group[0].dtype)
         if max(p.M for p in group) <= few:
             return "native", None, "so few rows are dot products with the factors as they lie"
-    return "matmul", None, choice
+    return "matmul", None, why_not
+
+
+def _rivals(group: tuple[LoDProblem, ...], servable: Sequence[str]) -> list[str]:
+    """What to measure against two matmuls: of each family what it would choose, then the others."""
+    kind = group[0].device.type
+    first, others = [], []
+    for name in servable:
+        module = backend_module(name)
+        strategies = module.STRATEGIES.get(kind, ())
+        preferred = module.choose_strategy(group)[0] if strategies else ""
+        for strategy in strategies:
+            if strategy == preferred:
+                first.append(f"{name}: {strategy}")
+            elif module.takes(strategy, group):
+                others.append(f"{name}: {strategy}")
+    return [*first, *others][:_MAX_RIVALS]
 
 
 def _unsupported_group(name: str, group: tuple[LoDProblem, ...]) -> str | None:
@@ -297,10 +370,18 @@ _NO_KEY = (AttributeError, TypeError, RuntimeError)
 # A call whose key was seen has been validated and planned: the eager path then costs one lookup.
 _plans: dict[tuple[Any, ...], Plan] = {}
 _MAX_PLANS = 4096
+# Predictions that served while nothing was measured: a recomputation repeats its forward's.
+_predicted: dict[tuple[Any, ...], Plan] = {}
 
 
 def quick_plan(
-    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: Any, activation: Any
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rank: Any,
+    activation: Any,
+    training: bool,
 ) -> Plan | None:
     """The plan of one layer's call that ran before by what checks the rest of it itself, or None.
 
@@ -309,62 +390,98 @@ def quick_plan(
     try:
         # True is equal to 1 as a key, but is no rank.
         if rank is None or type(rank) is int:
-            found = _plans.get((x.shape, u.shape, x.dtype, rank, activation, _threads()))
+            given = _given(training)
+            found = _plans.get((x.shape, u.shape, x.dtype, rank, activation, given))
             if found is not None and x.is_cpu:
                 return found
-            return _plans.get(_matmul_key(x, u, v, bias, rank, activation))
+            return _plans.get(_matmul_key(x, u, v, bias, rank, activation, given))
     except _NO_KEY:
         pass  # `plan`, which comes next, says what is wrong
     return None
 
 
+def _given(training: bool) -> tuple[Any, ...]:
+    """What a choice depends on beside the call."""
+    return training, _threads(), _is_deterministic()
+
+
 def _matmul_key(
-    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: Any, activation: Any
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rank: Any,
+    activation: Any,
+    given: tuple[Any, ...],
 ) -> tuple[Any, ...]:
     # A product with a meta tensor is none, and no error.
-    given = None if bias is None else (bias.shape, bias.device)
-    where = x.device, u.device, v.device
-    return x.shape, u.shape, v.shape, given, where, x.dtype, rank, activation, _threads()
+    of_bias = None if bias is None else (bias.shape, bias.device)
+    where = x.device, u.device, v.device, x.is_cuda and is_capturing(x)
+    return x.shape, u.shape, v.shape, of_bias, where, x.dtype, rank, activation, given
 
 
-def plan(call: Call, backend: str | None) -> Plan:
-    """Validate an eager call and return its plan, from a cache where the same call was seen."""
+def plan(call: Call, backend: str | None, training: bool = False, again: bool = False) -> Plan:
+    """Validate an eager call and return its plan, from a cache where the same call was seen.
+
+    A plan with rivals is a prediction; it is not remembered as the call's plan.
+
+    Args:
+        call: of public arguments.
+        backend: None or "auto" to choose; a name to force it.
+        training: its gradients will be computed.
+        again: the call repeats one whose outputs were thrown away, as checkpointing does: what
+            served that one serves this one, whatever was measured since.
+    """
     try:
-        key = _key(call, backend)
+        key = _key(call, backend, training)
         found = _plans.get(key)
     except _NO_KEY:  # the check below says which
-        return plan_afresh(call, backend)
+        return plan_afresh(call, backend, training)
+    if again:
+        found = _predicted.get(key, found)
     if found is None:
-        found = plan_afresh(call, backend)
-        _remember(key, found)
+        found = plan_afresh(call, backend, training)
+        if _met is not None and found.bucket:
+            _met.append((call.xs[0].device, found.bucket))
+        if found.rivals:
+            _remember(_predicted, key, found)
+            return found
+        if again:
+            return found
+        _predicted.pop(key, None)
+        _remember(_plans, key, found)
         if found.is_quick and backend is None and call.fn == "lod_linear":
             x, u, v, bias, rank, activation = call.layer(0)
-            short = (x.shape, u.shape, x.dtype, rank, activation, _threads())
-            matmul = found.backend == "matmul"
-            _remember(_matmul_key(x, u, v, bias, rank, activation) if matmul else short, found)
+            given = _given(training)
+            short = (x.shape, u.shape, x.dtype, rank, activation, given)
+            if found.backend == "matmul":
+                short = _matmul_key(x, u, v, bias, rank, activation, given)
+            _remember(_plans, short, found)
     return found
 
 
-def plan_afresh(call: Call, backend: str | None) -> Plan:
+def plan_afresh(call: Call, backend: str | None, training: bool = False) -> Plan:
     """Validate a call and plan it for exactly these tensors, layout of x included."""
     check_call(call, backend)
-    return select(describe_call(call), backend, fn=call.fn, shared_x=len(call.xs) == 1)
+    mode = Mode(training, is_capturing(call.xs[0]))
+    shared = len(call.xs) == 1
+    return select(describe_call(call), backend, fn=call.fn, shared_x=shared, mode=mode)
 
 
-def _remember(key: tuple[Any, ...], found: Plan) -> None:
-    if len(_plans) >= _MAX_PLANS:
-        _plans.clear()
-    _plans[key] = found
+def _remember(plans: dict[tuple[Any, ...], Plan], key: tuple[Any, ...], found: Plan) -> None:
+    if len(plans) >= _MAX_PLANS:
+        plans.clear()
+    plans[key] = found
 
 
-def _key(call: Call, backend: str | None) -> tuple[Any, ...]:
+def _key(call: Call, backend: str | None, training: bool) -> tuple[Any, ...]:
     """What decides a plan. Every attribute read here is paid on every eager call."""
     fn, xs, us, vs, biases, ranks, activations = call
     tensors = (*xs, *us, *vs, *biases)
     common = (
         fn,
         backend,
-        _threads(),
+        _given(training),
         # A bool equals an int but is not a rank: the type keeps them apart.
         (ranks.shape, ranks.dtype, ranks.device)
         if isinstance(ranks, Tensor)
@@ -376,7 +493,7 @@ def _key(call: Call, backend: str | None) -> tuple[Any, ...]:
         return *common, *[
             t if t is None else (t.shape, t.dtype, t.stride(), t.is_meta) for t in tensors
         ]
-    return *common, *[t if t is None else _layout(t) for t in tensors]
+    return *common, is_capturing(xs[0]), *[t if t is None else _layout(t) for t in tensors]
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -387,7 +504,30 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 def forget() -> None:
     """Read tables again and plan every call anew: another table is in use."""
     tuned.forget()
+    choices.forget()
+    replan()
+
+
+# What `recording` gathers.
+_met: list[tuple[torch.device, str]] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[torch.device, str]]]:
+    """Gather (device, bucket) of every kind of call that is met, whatever was remembered."""
+    global _met
+    replan()
+    before, _met = _met, []
+    try:
+        yield _met
+    finally:
+        _met = before
+
+
+def replan() -> None:
+    """Plan every call anew: something else is known, or may decide."""
     _plans.clear()
+    _predicted.clear()
 
 
 def is_capturing(x: Any) -> bool:

@@ -128,6 +128,9 @@ def explain(
 ) -> _dispatch.Explanation:
     """Say which strategy would run a call, why, and its predicted cost; computes nothing.
 
+    With gradients enabled and wanted by an argument, the call is one of training. Where the first
+    call of a kind is going to measure (`set_tuning`), it says what.
+
     Args are those of `lod_linear`, or of `lod_linear_grouped` where u is a sequence.
 
     Returns:
@@ -140,7 +143,10 @@ def explain(
     """
     several = isinstance(u, Sequence) and not isinstance(u, str)
     call = (_spread if several else _single)(x, u, v, bias, rank, activation)
-    plan = _dispatch.plan_afresh(call, backend)
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and getattr(t, "requires_grad", False) for t in call.tensors
+    )
+    plan = _dispatch.plan_afresh(call, backend, wants_grad)
     check_storages(plan.fn, call)
     return _dispatch.Explanation(plan)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,8 @@ from maestro_kernels.measure.noise import Times, beyond_noise
 
 __all__ = [
     "BASELINE",
+    "FORWARD",
+    "Mode",
     "Row",
     "Table",
     "dtype_key",
@@ -41,10 +43,35 @@ BASELINE = "matmul: two matmuls"
 _REACH = 2.0
 # Two shapes are neighbours while N and K together differ by no more than this factor.
 _SHAPE_REACH = 4.0
-# What auto may lose against two matmuls in any one mode to gain in another.
+# What auto may lose with cold caches to gain with warm ones, or the other way round.
 _TOLERATED = 0.02
 
 Modes = dict[str, dict[str, Times]]
+
+
+class Mode(NamedTuple):
+    """How a call is made: which strategy is fastest depends on it.
+
+    Attributes:
+        training: its gradients will be computed.
+        captured: it is replayed in a CUDA graph, where launches cost the host nothing.
+    """
+
+    training: bool = False
+    captured: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"{'training' if self.training else 'forward'} {'graph' if self.captured else 'eager'}"
+        )
+
+    def covers(self, name: str) -> bool:
+        """Whether times under `name`, as "forward cold eager", are of this mode."""
+        direction, _, launch = name.partition(" ")
+        return f"{direction} {launch.partition(' ')[2]}" == str(self)
+
+
+FORWARD = Mode()
 
 
 @dataclass(frozen=True)
@@ -79,33 +106,33 @@ class Row:
         """What a call and a row must share."""
         return self.dtype, self.layers, self.aligned
 
-    @property
-    def strategies(self) -> set[str]:
-        """What was timed in every mode: a path that cannot be captured or trained is no choice."""
-        return set.intersection(*(set(times) for times in self.us.values()))
+    def strategies(self, mode: Mode = FORWARD) -> set[str]:
+        """What was timed with cold caches and with warm ones, as far as the mode was measured."""
+        timed = [set(times) for name, times in self.us.items() if mode.covers(name)]
+        return set.intersection(*timed) if timed else set()
 
-    def speedup(self, strategy: str) -> float:
-        """Median of two matmuls over that of a strategy, geometric mean over forward modes."""
-        ratios = [
-            times[BASELINE][1] / times[strategy][1]
-            for mode, times in self.us.items()
-            if mode.startswith("forward")
-        ]
+    def speedup(self, strategy: str, mode: Mode = FORWARD) -> float:
+        """Median of two matmuls over that of a strategy, geometric mean over cold and warm."""
+        ratios = [base[1] / ours[1] for ours, base in self._pairs(strategy, mode)]
         return math.prod(ratios) ** (1 / len(ratios))
 
-    def wins(self, strategy: str) -> bool:
-        """Faster than two matmuls beyond noise in some mode, and slower in none."""
-        if strategy not in self.strategies:
+    def wins(self, strategy: str, mode: Mode = FORWARD) -> bool:
+        """Faster than two matmuls beyond noise with cold or warm caches, and slower in neither."""
+        if strategy not in self.strategies(mode):
             return False
-        pairs = [(times[strategy], times[BASELINE]) for times in self.us.values()]
+        pairs = self._pairs(strategy, mode)
         loses = any(ours[1] > base[1] * (1 + _TOLERATED) for ours, base in pairs)
         return not loses and any(beyond_noise(base, ours) == "faster" for ours, base in pairs)
+
+    def _pairs(self, strategy: str, mode: Mode) -> list[tuple[Times, Times]]:
+        """(a strategy's times, those of two matmuls)."""
+        of_mode = [times for name, times in self.us.items() if mode.covers(name)]
+        return [(times[strategy], times[BASELINE]) for times in of_mode]
 
     @property
     def fastest_form(self) -> str | None:
         """The form of `prepack` with the least time in forward modes; None where none was timed."""
-        forward = [set(times) for mode, times in self.us.items() if mode.startswith("forward")]
-        timed = set.intersection(*forward)
+        timed = self.strategies()
         forms = {s.removeprefix("packed: "): s for s in timed if s.startswith("packed: ")}
         if not forms:
             return None

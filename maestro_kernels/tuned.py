@@ -54,6 +54,7 @@ def choose(
     group: Sequence[LoDProblem],
     backends: Sequence[str],
     device: hardware.Device | None = None,
+    mode: tables.Mode = tables.FORWARD,
 ) -> Choice | str:
     """The strategy that won wherever the table measured around this call, or why there is none.
 
@@ -64,6 +65,7 @@ def choose(
         group: one layer, or the layers of a group that reads one x.
         backends: the backends that can serve the call.
         device: plan for this one; None is that of the tensors.
+        mode: how the call is made.
     """
     first = group[0]
     if device is None:
@@ -83,18 +85,21 @@ def choose(
     name = f"table {found.name}"
     if not around:
         return f"{name} has no row near this call{remarks}"
-    usable = set.intersection(*(row.strategies for row in around))
+    usable = set.intersection(*(row.strategies(mode) for row in around))
+    if not usable:
+        return f"{name} has no times of this mode ({mode}) near this call{remarks}"
     winners = {
-        strategy: math.prod(row.speedup(strategy) for row in around)
+        strategy: math.prod(row.speedup(strategy, mode) for row in around)
         for strategy in usable
-        if strategy.partition(": ")[0] in backends and all(row.wins(strategy) for row in around)
+        if strategy.partition(": ")[0] in backends
+        and all(row.wins(strategy, mode) for row in around)
     }
     if not winners:
         nothing = f"nothing beats two matmuls in every row around {around[0]}"
         return Choice("matmul", "two matmuls", f"{name}: {nothing}{remarks}")
     best = max(winners, key=lambda s: (winners[s], s))
     backend, _, strategy = best.partition(": ")
-    gain = f"{around[0].speedup(best):.2f} times as fast as two matmuls"
+    gain = f"{around[0].speedup(best, mode):.2f} times as fast as two matmuls"
     return Choice(backend, strategy, f"{name}, row {around[0]}: {gain}{remarks}")
 
 

@@ -7,6 +7,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # What the user tuned must not decide what is tested.
 os.environ["MAESTRO_KERNELS_TABLE"] = "off"
+# Nor must what this machine finds faster today: tests of measuring switch it on.
+os.environ["MAESTRO_KERNELS_TUNE"] = "table"
 # A process that a test starts, from any folder, tests this checkout whether it is installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [

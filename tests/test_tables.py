@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from table_support import COLD, TRAIN, cell, make_row, make_table, plan, times
+from table_support import COLD, cell, make_row, make_table, plan, times
 
 import maestro_kernels as mk
 from maestro_kernels import dispatch, hardware, tables, tuned
 from maestro_kernels.backends import native
 from maestro_kernels.problem import LoDProblem
-from maestro_kernels.tables import BASELINE, Table
+from maestro_kernels.tables import BASELINE, Mode, Table
 
 needs_library = pytest.mark.skipif(native.load_error() is not None, reason=str(native.load_error()))
 
@@ -36,25 +36,45 @@ def use(tmp_path, monkeypatch):
 # --- rows ------------------------------------------------------------------------------------
 
 
-def test_a_strategy_wins_that_is_faster_somewhere_and_slower_nowhere():
-    ours = "native: fused"
+def test_a_strategy_wins_a_mode_that_is_faster_somewhere_in_it_and_slower_nowhere():
+    ours, training = "native: fused", Mode(training=True)
     assert make_row().wins(ours)
     assert make_row().speedup(ours) == pytest.approx(2.0)
-    assert make_row(ours=99.0, train=50.0).wins(ours)
-    assert not make_row(train=103.0).wins(ours)
     assert not make_row(warm=110.0).wins(ours)
-    assert not make_row(ours=96.0, train=98.0).wins(ours)  # 4 % is noise between runs
+    assert make_row(ours=99.0, warm=50.0).wins(ours)
+    assert not make_row(ours=96.0).wins(ours)  # 4 % is noise between runs
     noisy = make_row(ours=80.0)
     us = {m: {n: times(t[1], 0.3) for n, t in by.items()} for m, by in noisy.us.items()}
-    us[TRAIN]["native: fused"] = times(100.0)
     assert not replace(noisy, us=us).wins(ours)
     # Intervals that overlap decide nothing, however far apart the medians are.
     pair = {BASELINE: (90.0, 100.0, 101.0), "native: fused": (78.0, 80.0, 99.0)}
     assert not replace(make_row(), us={COLD: pair}).wins(ours)
     assert replace(make_row(), us={COLD: {**pair, "native: fused": (78.0, 80.0, 89.0)}}).wins(ours)
-    # What cannot run in one mode is no choice.
-    us = {**make_row().us, TRAIN: {BASELINE: times(100.0)}}
+    # One mode says nothing of another.
+    assert make_row(train=110.0).wins(ours)
+    assert not make_row(train=110.0).wins(ours, training)
+    assert make_row(ours=110.0).wins(ours, training)
+    assert not make_row().wins(ours, Mode(captured=True))
+    us = {**make_row().us, "forward cold graph": {BASELINE: times(8.0), ours: times(5.0)}}
+    assert replace(make_row(ours=400.0), us=us).wins(ours, Mode(captured=True))
+    # What could not run with cold weights is no choice for warm ones.
+    us = {**make_row().us, COLD: {BASELINE: times(100.0)}}
     assert not replace(make_row(), us=us).wins(ours)
+
+
+@needs_library
+def test_each_mode_of_a_call_is_chosen_for_by_itself(use):
+    use(make_table(*cell(train=110.0)))
+    x, u, v = torch.zeros(32, 256), torch.zeros(256, 64), torch.zeros(64, 256)
+    assert mk.explain(x, u, v, rank=48).plan.backend == "native"
+    assert mk.explain(x, u.requires_grad_(), v, rank=48).plan.backend == "matmul"
+    with torch.no_grad():
+        assert mk.explain(x, u, v, rank=48).plan.backend == "native"
+    rows = [
+        replace(row, us={m: t for m, t in row.us.items() if "training" not in m}) for row in cell()
+    ]
+    use(make_table(*rows))
+    assert "no times of this mode (training eager)" in mk.explain(x, u, v, rank=48).plan.reason
 
 
 def test_the_fastest_form_of_prepack():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
@@ -166,15 +167,31 @@ def _announcement(args: argparse.Namespace, cases: int) -> str:
 def _grid(table: Table) -> Any:
     from maestro_kernels.measure import report
 
-    headers = ("rows · in→rank→out", "auto", "against two matmuls", "prepack")
+    modes = {mode: _in_words(mode) for mode in _modes(table)}
+    headers = ("rows · in→rank→out", *modes.values(), "prepack")
     lines = []
     for row in table.rows:
-        best = _best(row)
-        gain = f"{row.speedup(best):.2f}×" if best else ""
-        lines.append((str(row), best or tables.BASELINE, gain, row.fastest_form or ""))
-    return report.terminal_table("what auto runs now", headers, lines)
+        cells = [_best(row, mode) for mode in modes]
+        lines.append((str(row), *cells, row.fastest_form or ""))
+    return report.terminal_table("what auto runs now, against two matmuls", headers, lines)
 
 
-def _best(row: Row) -> str | None:
-    winners = [s for s in row.strategies if row.wins(s) and not s.startswith("packed: ")]
-    return max(winners, key=row.speedup, default=None)
+def _modes(table: Table) -> list[tables.Mode]:
+    """The modes that some row has times of."""
+    every = itertools.product((False, True), repeat=2)
+    modes = [tables.Mode(training, captured) for captured, training in every]
+    return [mode for mode in modes if any(row.strategies(mode) for row in table.rows)]
+
+
+def _in_words(mode: tables.Mode) -> str:
+    return ("training" if mode.training else "auto") + (", captured" if mode.captured else "")
+
+
+def _best(row: Row, mode: tables.Mode) -> str:
+    """What runs, and how many times as fast it is; two matmuls where nothing beats them."""
+    names = row.strategies(mode)
+    winners = [s for s in names if row.wins(s, mode) and not s.startswith("packed: ")]
+    if not winners:
+        return tables.BASELINE if names else ""
+    best = max(winners, key=lambda s: row.speedup(s, mode))
+    return f"{best} {row.speedup(best, mode):.2f}×"

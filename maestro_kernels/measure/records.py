@@ -260,6 +260,7 @@ class Journal(Generic[T]):
         identity: everything a result depends on beside what it says itself; its hash is the name
             of the file.
         parse: a result, a dataclass instance, from its record; raises ValueError for anything else.
+        quiet: say nothing where the folder cannot be written.
 
     Attributes:
         items: the results, oldest first.
@@ -269,7 +270,9 @@ class Journal(Generic[T]):
     warning says so, and results live as long as the object.
     """
 
-    def __init__(self, folder: str, identity: dict[str, Any], parse: Callable[[Any], T]) -> None:
+    def __init__(
+        self, folder: str, identity: dict[str, Any], parse: Callable[[Any], T], quiet: bool = False
+    ) -> None:
         self._head = json.dumps({"identity": identity}, sort_keys=True)
         name = hashlib.sha256(self._head.encode()).hexdigest()[:16]
         self.path = cache_folder() / folder / f"{name}.jsonl"
@@ -284,6 +287,8 @@ class Journal(Generic[T]):
         except OSError as error:
             # A place to keep results is no condition for measuring them.
             self._kept = False
+            if quiet:
+                return
             warnings.warn(
                 f"measurements are not kept: {error} (MAESTRO_KERNELS_CACHE names another folder)",
                 RuntimeWarning,

@@ -15,14 +15,19 @@ from dataclasses import dataclass
 
 import torch
 
+from maestro_kernels.measure.noise import Times, beyond_noise
+
 __all__ = [
     "Clock",
     "CpuClock",
     "CudaClock",
     "CudaGraphClock",
+    "Race",
+    "SmallGraphClock",
     "Stats",
     "interleave",
     "prepared",
+    "race",
     "rounds",
 ]
 
@@ -113,7 +118,62 @@ class CudaGraphClock:
         return float(start.elapsed_time(end)) * 1e-3
 
 
-Clock = CpuClock | CudaClock | CudaGraphClock
+class SmallGraphClock:
+    """Replays of a small CUDA graph per candidate, with weights fetched from memory each time.
+
+    For use in the middle of a program: it waits for nothing but its own replays and leaves the
+    allocator's cache alone, unlike torch.cuda.graph, and other threads may launch meanwhile. Each
+    call comes after a write of twice the L2 cache, whose own time is taken off.
+
+    Args:
+        flush_bytes: how much to write before each call.
+    """
+
+    def __init__(self, flush_bytes: int) -> None:
+        self._flushed = torch.empty(max(flush_bytes, 4) // 4, dtype=torch.int32, device="cuda")
+        self._stream = torch.cuda.Stream()
+        self._graphs: dict[tuple[str | None, int], torch.cuda.CUDAGraph] = {}
+
+    def prepare(self, name: str, call: Call) -> None:
+        """Run the call once and capture it; RuntimeError where it cannot be captured."""
+        call()
+        self._graph(name, call, 1)
+
+    def time(self, name: str, call: Call, calls: int) -> float:
+        """Seconds for all `calls` calls together."""
+        with_call = self._replay(self._graph(name, call, calls))
+        return max(with_call - self._replay(self._graph(None, _nothing, calls)), 1e-9)
+
+    def _graph(self, name: str | None, call: Call, calls: int) -> torch.cuda.CUDAGraph:
+        if (name, calls) not in self._graphs:
+            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    for _ in range(calls):
+                        self._flushed.zero_()
+                        call()
+                finally:
+                    graph.capture_end()
+            current.wait_stream(self._stream)
+            self._graphs[name, calls] = graph
+        return self._graphs[name, calls]
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+
+def _nothing() -> None:
+    """What a graph holds that only flushes."""
+
+
+Clock = CpuClock | CudaClock | CudaGraphClock | SmallGraphClock
 
 
 def rounds(names: Sequence[str]) -> Iterator[list[str]]:
@@ -196,6 +256,80 @@ def interleave(
                     call()
                 samples[name].append(clock.time(name, call, repeats) / repeats)
     return {name: Stats.of(samples[name], calls[name]) for name in candidates}
+
+
+@dataclass(frozen=True)
+class Race:
+    """What a race found.
+
+    Attributes:
+        seconds: per call of each candidate, the median.
+        decided: whether the fastest was faster than each other one beyond noise.
+    """
+
+    seconds: dict[str, float]
+    decided: bool
+
+
+def race(
+    candidates: Mapping[str, Call],
+    *,
+    seconds: float,
+    clock: Clock | None = None,
+    sample_seconds: float = 2e-4,
+    max_rounds: int = 25,
+) -> Race:
+    """Time candidates for no longer than it takes to tell which is fastest.
+
+    After one untimed call and one timed call of each, rounds follow as in `interleave`, until the
+    fastest is faster than all others beyond noise, or `seconds` are over. No garbage is collected,
+    so that a race in the middle of a program costs little. A candidate that raises is left out.
+
+    Args:
+        candidates: name -> zero-argument callable.
+        seconds: time for everything; the first two calls of each are made even beyond it.
+        clock: how `calls` calls are timed; wall time by default.
+        sample_seconds: a sample repeats a short call until it lasts about this long.
+        max_rounds: most samples per candidate.
+    """
+    clock = clock or CpuClock()
+    begin = time.perf_counter()
+    samples: dict[str, list[float]] = {}
+    repeats: dict[str, int] = {}
+    for name, call in candidates.items():
+        try:
+            clock.prepare(name, call)
+            call()
+            first = clock.time(name, call, 1)
+        except Exception:  # out of memory, not compiled, not to be captured
+            continue
+        samples[name] = [first]
+        repeats[name] = max(1, min(1000, round(sample_seconds / max(first, 1e-7))))
+    decided = False
+    for k, order in enumerate(rounds(list(samples))):
+        if decided or k == max_rounds or time.perf_counter() - begin > seconds or len(samples) < 2:
+            break
+        for name in order:
+            times = clock.time(name, candidates[name], repeats[name])
+            samples[name].append(times / repeats[name])
+        decided = k + 1 >= _LEAST_ROUNDS and _decided(samples)
+    # The first sample holds what only a first call costs, where others are there to do without it.
+    return Race({name: statistics.median(s[1:] or s) for name, s in samples.items()}, decided)
+
+
+_LEAST_ROUNDS = 5
+
+
+def _decided(samples: Mapping[str, Sequence[float]]) -> bool:
+    """Whether the fastest candidate is faster than each other one beyond noise."""
+    times = {n: _times(Stats.of(s[1:], 1)) for n, s in samples.items()}
+    fastest = min(times, key=lambda name: times[name][1])
+    others = (t for name, t in times.items() if name != fastest)
+    return all(beyond_noise(other, times[fastest]) == "faster" for other in others)
+
+
+def _times(stats: Stats) -> Times:
+    return stats.p20, stats.p50, stats.p80
 
 
 def _repeats(call: Call, sample_seconds: float) -> int:

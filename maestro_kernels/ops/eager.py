@@ -7,6 +7,7 @@ FlopCounterMode, subclasses, torch.compile, export) gets the op.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils.checkpoint import CheckpointFunction
 
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_graph_task = torch._C._current_graph_task_id
 _is_compiling = torch.compiler.is_compiling
 any_autocast = torch._C._is_any_autocast_enabled
 
@@ -34,6 +37,32 @@ def is_plain(*tensors: Any) -> bool:
         and _dispatch_modes() == 0
         and forward_ad._current_level < 0
     )
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a call in it repeats one, as checkpointing does."""
+    return _graph_task() != -1
+
+
+def repeats_inference() -> bool:
+    """Whether the call that this one repeats ran without gradients.
+
+    So does torch.utils.checkpoint(use_reentrant=True); the other kind runs its recomputation under
+    hooks of its own, and its forward with gradients.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is None or "_recomputation_hook" not in getattr(hooks[0], "__qualname__", "")
+
+
+def in_checkpoint() -> bool:
+    """Whether torch.utils.checkpoint runs the call and will repeat it. Slow: looks at frames."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", ""):
+        return True
+    code, frame = CheckpointFunction.forward.__code__, sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def transforms_active() -> bool:

@@ -12,7 +12,7 @@ from maestro_kernels import dispatch
 from maestro_kernels.backends import matmul
 from maestro_kernels.backends.native import ACTIVATION_CODES, LIBRARY_NAME
 from maestro_kernels.call import Call
-from maestro_kernels.ops import eager, gradient, registered
+from maestro_kernels.ops import eager, first_use, gradient, registered
 from maestro_kernels.problem import check_call
 
 __all__ = ["quick", "run"]
@@ -33,15 +33,15 @@ def quick(
     """
     if eager.any_autocast() or not eager.is_plain(x, u, v, bias):
         return None
-    plan = dispatch.quick_plan(x, u, v, bias, rank, activation)
-    if plan is None or v is None:
-        return None
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad
         or u.requires_grad
         or v.requires_grad
         or (bias is not None and bias.requires_grad)
     )
+    plan = dispatch.quick_plan(x, u, v, bias, rank, activation, wants_grad)
+    if plan is None or v is None or (wants_grad and eager.in_backward()):
+        return None
     try:
         if plan.backend == "native" and not wants_grad:
             code = ACTIVATION_CODES[activation]
@@ -69,17 +69,25 @@ def run(call: Call, backend: str | None, save_h: bool) -> list[Tensor]:
     tensors = call.tensors
     wants_grad = torch.is_grad_enabled() and _any_requires_grad(tensors)
     if eager.is_plain(*tensors):
-        plan = dispatch.plan(call, backend)
+        again = wants_grad and eager.in_backward()
+        training = wants_grad and not (again and eager.repeats_inference())
+        plan, done = dispatch.plan(call, backend, training, again), None
+        if plan.rivals and not again:
+            plan, done = first_use.settle(plan, call, save_h)
         if wants_grad and not (save_h and plan.autograd_serves):
-            return list(gradient.apply(plan, call, save_h, *tensors))
-        try:
-            ys, _ = plan.module.forward(
-                call.for_backend(), save_h=wants_grad, strategy=plan.strategy
-            )
-        except RuntimeError:
-            gradient.complain(call)
-            raise
-        return call.shaped(ys)
+            ys = list(gradient.apply(plan, call, save_h, *tensors))
+        else:
+            try:
+                ys, _ = plan.module.forward(
+                    call.for_backend(), save_h=wants_grad, strategy=plan.strategy
+                )
+            except RuntimeError:
+                gradient.complain(call)
+                raise
+            ys = call.shaped(ys)
+        if done is not None:
+            done()
+        return ys
     check_call(call, backend)
     eager.refuse_forward_ad(call.fn, tensors)
     return registered.run(call, backend, wants_grad and save_h)

@@ -116,7 +116,7 @@ def _run(plan: dispatch.Plan, i: Inputs) -> list[Tensor]:
     n = len(i.us)
     fn = "lod_linear" if n == 1 else "lod_linear_grouped"
     call = Call(fn, (i.x,), i.us, i.vs, i.biases, i.ranks, [None] * n)
-    dispatch.plan(call, None)
+    dispatch.plan(call, plan.backend)
     if i.dys and not plan.autograd_serves:
         return list(gradient.apply(plan, call, True, *call.tensors))
     return gradient.forward(plan, call, bool(i.dys))[0]

@@ -11,6 +11,7 @@ from maestro_kernels.backends import matmul, native
 from maestro_kernels.benchmark.providers import Unavailable, make_case_inputs
 from maestro_kernels.cli import main
 from maestro_kernels.search import strategies, tuning
+from maestro_kernels.tables import Mode
 
 needs_library = pytest.mark.skipif(native.load_error() is not None, reason=str(native.load_error()))
 
@@ -60,7 +61,11 @@ def test_tune_writes_a_table_and_goes_on_after_a_stop(tmp_path, monkeypatch, cap
         assert table.command.startswith("maestro-kernels tune --device cpu --shape 96,80")
         assert all(set(row.us) == {COLD, WARM, TRAIN} for row in table.rows)
         if native.load_error() is None:
-            assert all("native: fused" in row.strategies for row in table.rows)
+            assert all(
+            "native: fused" in row.strategies(Mode(training))
+            for row in table.rows
+            for training in (False, True)
+        )
             assert "packed: fused" in table.rows[0].us[COLD]
             assert "packed: fused" not in table.rows[0].us[TRAIN]
         assert "table table.json" in plan(M=2, N=96, K=80, rank=16, R=16).reason

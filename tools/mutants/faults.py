@@ -225,8 +225,8 @@ FAULTS = (
     Fault(
         "one-winning-corner-is-enough",
         f"{_MK}/tuned.py",
-        "and all(row.wins(strategy) for row in around)",
-        "and any(row.wins(strategy) for row in around)",
+        "and all(row.wins(strategy, mode) for row in around)",
+        "and any(row.wins(strategy, mode) for row in around)",
         "tests/test_tables.py::test_one_corner_that_does_not_win_keeps_two_matmuls",
         "auto takes a strategy that is slower at some of the sizes around",
     ),

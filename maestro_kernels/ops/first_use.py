@@ -1,0 +1,228 @@
+"""Measuring at first use: the strategies of one kind of call against two matmuls, on the call met.
+
+Short calls race each other before the first of them runs. Long ones would cost too much: there the
+calls of the program itself take turns, each strategy for some of them, and their times decide. What
+was measured is remembered by choices.py, so that all this happens once for a kind of call.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maestro_kernels import choices, dispatch, hardware
+from maestro_kernels.call import Call
+from maestro_kernels.choices import Measured
+from maestro_kernels.dispatch import Plan
+from maestro_kernels.measure import timing
+from maestro_kernels.measure.cost import Size, count
+from maestro_kernels.ops import eager, gradient
+from maestro_kernels.tables import BASELINE, Mode
+
+__all__ = ["settle", "thoroughly"]
+
+# What one race may take.
+_SECONDS = 0.05
+# Above so much work a call on a CPU takes milliseconds: four calls of each strategy are too many.
+_LONG_FLOP = 2.5e8
+# Calls of each strategy that take turns; the first of each is not counted.
+_TURNS = 4
+# Kinds of call of which a process compiles kernels to measure them.
+_MAX_COMPILED = 64
+
+_measuring = threading.Lock()
+# Bucket -> strategy -> seconds of the program's own calls.
+_turns: dict[str, dict[str, list[float]]] = {}
+# Bucket -> the thread that compiles what is to be measured for it.
+_compiling: dict[str, threading.Thread] = {}
+_is_thorough = False
+
+
+def settle(plan: Plan, call: Call, save_h: bool) -> tuple[Plan, Callable[[], None] | None]:
+    """(the plan that runs a call, what to call when it has run).
+
+    Two threads do not measure at a time: each would measure the other. Meanwhile, while kernels are
+    compiled, and while a CUDA graph is captured or warmed up, the prediction serves.
+    """
+    if plan.mode.captured or _in_graph_warmup(call) or not _compiled(plan, call, save_h):
+        return plan, None
+    if not _measuring.acquire(blocking=_is_thorough):
+        return plan, None
+    try:
+        if _is_long(plan) and not _is_thorough:
+            return (plan, None) if eager.in_checkpoint() else _turn(plan)
+        _race(plan, call, save_h)
+    finally:
+        _measuring.release()
+    return dispatch.plan(call, None, plan.mode.training), None
+
+
+@contextmanager
+def thoroughly() -> Iterator[None]:
+    """Measure whatever is met, wait for it, and let no call of the program take turns."""
+    global _is_thorough
+    before, _is_thorough = _is_thorough, True
+    try:
+        yield
+    finally:
+        _is_thorough = before
+
+
+def _is_long(plan: Plan) -> bool:
+    if plan.problems[0].device.type != "cpu":
+        return False
+    flops = count("two matmuls", [Size.of(p) for p in plan.problems], 4).flops
+    return flops * (3 if plan.mode.training else 1) > _LONG_FLOP
+
+
+def _by(plan: Plan, name: str) -> Plan:
+    """The plan that runs a call by one strategy."""
+    backend, _, strategy = name.partition(": ")
+    return replace(plan, backend=backend, strategy=strategy, rivals=())
+
+
+# --- short calls -----------------------------------------------------------------------------
+
+
+def _race(plan: Plan, call: Call, save_h: bool) -> None:
+    """Measure the strategies of a plan on its call, and remember their times.
+
+    A captured call is only met when nothing may be measured, so an eager one is measured both ways.
+    """
+    for mode, clock in _clocks(plan):
+        with _undisturbed(plan.mode.training):
+            names = (BASELINE, *plan.rivals)
+            found = timing.race(
+                {name: _candidate(_by(plan, name), call, save_h) for name in names},
+                seconds=_SECONDS / (2 if call.xs[0].is_cuda else 1),
+                clock=clock,
+            )
+        if BASELINE in found.seconds:
+            bucket = choices.bucket(plan.problems, mode, shared_x=plan.shared_x)
+            us = {name: round(1e6 * s, 3) for name, s in found.seconds.items()}
+            device = hardware.current_device(plan.problems[0].device)
+            choices.remember(Measured(bucket, us), device, keep=found.decided)
+
+
+def _clocks(plan: Plan) -> Iterator[tuple[Mode, timing.Clock]]:
+    """How a call is timed in each mode that its device has."""
+    device = plan.problems[0].device
+    if device.type != "cuda":
+        yield plan.mode, timing.CpuClock()
+        return
+    yield plan.mode, timing.CudaClock()
+    with torch.cuda.device(device):
+        l2 = hardware.current_device(device).l2_bytes or 0
+        yield plan.mode._replace(captured=True), timing.SmallGraphClock(2 * l2)
+
+
+def _candidate(plan: Plan, call: Call, save_h: bool) -> Callable[[], object]:
+    """What a program waits for: the outputs, and in training the gradients that are asked for."""
+    if not plan.mode.training:
+        return partial(gradient.forward, plan, call, False)
+    tensors = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in call.tensors]
+    own = call.with_tensors(tensors)
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+    dys: list[Tensor] = []
+
+    def run() -> None:
+        ys: Sequence[Tensor]
+        if save_h and plan.autograd_serves:
+            ys = gradient.forward(plan, own, True)[0]
+        else:
+            ys = gradient.apply(plan, own, save_h, *tensors)
+        if not dys:
+            dys.extend(map(torch.ones_like, ys))
+        torch.autograd.grad(ys, leaves, dys, allow_unused=True)
+
+    return run
+
+
+@contextmanager
+def _undisturbed(training: bool) -> Iterator[None]:
+    """Without the hooks of a checkpoint around the call, which would count what is saved here."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    with torch.set_grad_enabled(training):
+        if not (training and hooks):
+            yield
+            return
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            yield
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+# --- long calls ------------------------------------------------------------------------------
+
+
+def _turn(plan: Plan) -> tuple[Plan, Callable[[], None]]:
+    """The strategy whose turn it is, and what notes its time."""
+    seconds = _turns.setdefault(plan.bucket, {name: [] for name in (BASELINE, *plan.rivals)})
+    name = min(seconds, key=lambda n: len(seconds[n]))
+    begin = time.perf_counter()
+
+    def done() -> None:
+        seconds[name].append(time.perf_counter() - begin)
+        if min(map(len, seconds.values())) >= _TURNS and _turns.get(plan.bucket) is seconds:
+            del _turns[plan.bucket]
+            us = {n: round(1e6 * min(s[1:]), 3) for n, s in seconds.items()}
+            device = hardware.current_device(plan.problems[0].device)
+            choices.remember(Measured(plan.bucket, us), device)
+
+    return _by(plan, name), done
+
+
+# --- where nothing can be measured yet ---------------------------------------------------------
+
+
+def _compiled(plan: Plan, call: Call, save_h: bool) -> bool:
+    """Whether the kernels that the rivals need are there; asks a thread to compile them if not."""
+    families = {name.partition(": ")[0] for name in plan.rivals}
+    if not any(getattr(dispatch.backend_module(name), "COMPILES", False) for name in families):
+        return True
+    thread = _compiling.get(plan.bucket)
+    if thread is None:
+        if len(_compiling) >= _MAX_COMPILED:
+            return False
+        thread = threading.Thread(
+            target=_compile, args=(plan, call, save_h), name="maestro_kernels compile", daemon=True
+        )
+        _compiling[plan.bucket] = thread
+        thread.start()
+    if _is_thorough:
+        thread.join()
+    return not thread.is_alive()
+
+
+def _compile(plan: Plan, call: Call, save_h: bool) -> None:
+    """Run each rival once, on a stream of its own; what it computes is thrown away."""
+    stream = torch.cuda.Stream(call.xs[0].device) if call.xs[0].is_cuda else None
+    with torch.cuda.stream(stream), torch.set_grad_enabled(plan.mode.training):
+        for name in plan.rivals:
+            try:
+                _candidate(_by(plan, name), call, save_h)()
+            except Exception:  # the race leaves it out
+                continue
+        if stream is not None:
+            stream.synchronize()
+
+
+def _in_graph_warmup(call: Call) -> bool:
+    """Whether torch.compile's CUDA graphs warm up: what is allocated now goes into their pool."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    device = call.xs[0].device
+    if trees is None or device.type != "cuda":
+        return False
+    manager = trees.get_manager(device.index, create_if_none_exists=False)
+    return manager is not None and bool(manager.in_warmup)
