@@ -32,7 +32,7 @@ __all__ = ["settle", "thoroughly"]
 
 # What one race may take.
 _SECONDS = 0.05
-# Above so much work a call on a CPU takes milliseconds: four calls of each strategy are too many.
+# Above so much work a call takes milliseconds on any CPU.
 _LONG_FLOP = 2.5e8
 # Calls of each strategy that take turns; the first of each is not counted.
 _TURNS = 4
@@ -58,9 +58,13 @@ def settle(plan: Plan, call: Call, save_h: bool) -> tuple[Plan, Callable[[], Non
     if not _measuring.acquire(blocking=_is_thorough):
         return plan, None
     try:
-        if _is_long(plan) and not _is_thorough:
+        plan = dispatch.plan(call, None, plan.mode.training)
+        if not plan.rivals:  # another thread measured meanwhile
+            return plan, None
+        if not _is_long(plan):
+            _race(plan, call, save_h)
+        if _is_long(plan):
             return (plan, None) if eager.in_checkpoint() else _turn(plan)
-        _race(plan, call, save_h)
     finally:
         _measuring.release()
     return dispatch.plan(call, None, plan.mode.training), None
@@ -78,6 +82,11 @@ def thoroughly() -> Iterator[None]:
 
 
 def _is_long(plan: Plan) -> bool:
+    """Whether a call takes so long that four of each strategy are too many to make for a race."""
+    if _is_thorough:
+        return False
+    if plan.bucket in _turns:
+        return True
     if plan.problems[0].device.type != "cpu":
         return False
     flops = count("two matmuls", [Size.of(p) for p in plan.problems], 4).flops
@@ -103,9 +112,12 @@ def _race(plan: Plan, call: Call, save_h: bool) -> None:
             names = (BASELINE, *plan.rivals)
             found = timing.race(
                 {name: _candidate(_by(plan, name), call, save_h) for name in names},
-                seconds=_SECONDS / (2 if call.xs[0].is_cuda else 1),
+                seconds=1.0 if _is_thorough else _SECONDS / (2 if call.xs[0].is_cuda else 1),
                 clock=clock,
             )
+        if found.given_up and mode == plan.mode:
+            _turns[plan.bucket] = _nobody(plan)
+            return
         if BASELINE in found.seconds:
             bucket = choices.bucket(plan.problems, mode, shared_x=plan.shared_x)
             us = {name: round(1e6 * s, 3) for name, s in found.seconds.items()}
@@ -166,21 +178,33 @@ def _as_it_is(value: Any) -> Any:
 # --- long calls ------------------------------------------------------------------------------
 
 
+def _nobody(plan: Plan) -> dict[str, list[float]]:
+    """No strategy had a turn yet."""
+    return {name: [] for name in (BASELINE, *plan.rivals)}
+
+
 def _turn(plan: Plan) -> tuple[Plan, Callable[[], None]]:
     """The strategy whose turn it is, and what notes its time."""
-    seconds = _turns.setdefault(plan.bucket, {name: [] for name in (BASELINE, *plan.rivals)})
+    seconds = _turns.setdefault(plan.bucket, _nobody(plan))
     name = min(seconds, key=lambda n: len(seconds[n]))
-    begin = time.perf_counter()
+    place = plan.problems[0].device
+    begin = _now(place)
 
     def done() -> None:
-        seconds[name].append(time.perf_counter() - begin)
+        seconds[name].append(_now(place) - begin)
         if min(map(len, seconds.values())) >= _TURNS and _turns.get(plan.bucket) is seconds:
             del _turns[plan.bucket]
             us = {n: round(1e6 * min(s[1:]), 3) for n, s in seconds.items()}
-            device = hardware.current_device(plan.problems[0].device)
-            choices.remember(Measured(plan.bucket, us), device)
+            choices.remember(Measured(plan.bucket, us), hardware.current_device(place))
 
     return _by(plan, name), done
+
+
+def _now(place: torch.device) -> float:
+    """Seconds, when everything asked of a device is done."""
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+    return time.perf_counter()
 
 
 # --- where nothing can be measured yet ---------------------------------------------------------

@@ -62,10 +62,10 @@ def test_tune_writes_a_table_and_goes_on_after_a_stop(tmp_path, monkeypatch, cap
         assert all(set(row.us) == {COLD, WARM, TRAIN} for row in table.rows)
         if native.load_error() is None:
             assert all(
-            "native: fused" in row.strategies(Mode(training))
-            for row in table.rows
-            for training in (False, True)
-        )
+                "native: fused" in row.strategies(Mode(training))
+                for row in table.rows
+                for training in (False, True)
+            )
             assert "packed: fused" in table.rows[0].us[COLD]
             assert "packed: fused" not in table.rows[0].us[TRAIN]
         assert "table table.json" in plan(M=2, N=96, K=80, rank=16, R=16).reason

@@ -1,9 +1,11 @@
 import itertools
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 
+from maestro_kernels.measure import timing
 from maestro_kernels.measure.timing import CpuClock, Stats, interleave, rounds
 
 
@@ -91,3 +93,69 @@ def test_wrong_arguments_are_named():
         interleave({})
     with pytest.raises(ValueError, match="interleave: min_rounds: expected 1 <= min_rounds"):
         interleave({"a": lambda: None}, min_rounds=5, max_rounds=4)
+
+
+class FakeTime:
+    """A clock, and the time that what it times takes; nothing really waits."""
+
+    def __init__(self, **seconds):
+        self.seconds, self.now, self.samples = seconds, 0.0, []
+
+    def perf_counter(self):
+        return self.now
+
+    def prepare(self, name, call):
+        pass
+
+    def wait(self, name):
+        self.now += self.seconds[name]
+
+    def time(self, name, call, calls):
+        self.samples.append(name)
+        before = self.now
+        for _ in range(calls):
+            call()
+        return self.now - before
+
+
+def _race(monkeypatch, fake, **kwargs):
+    monkeypatch.setattr(timing.time, "perf_counter", fake.perf_counter)
+    calls = {name: partial(fake.wait, name) for name in fake.seconds}
+    return timing.race(calls, seconds=0.05, clock=fake, **kwargs)
+
+
+def test_a_race_ends_as_soon_as_it_is_decided(monkeypatch):
+    fake = FakeTime(a=1e-5, b=2e-5)
+    found = _race(monkeypatch, fake)
+    assert found.decided
+    assert found.seconds == pytest.approx({"a": 1e-5, "b": 2e-5})
+    assert len(fake.samples) == 2 + 2 * 5
+    assert fake.now < 0.01
+
+
+def test_a_race_between_equals_ends_undecided(monkeypatch):
+    fake = FakeTime(a=1e-5, b=1e-5)
+    assert not _race(monkeypatch, fake, max_rounds=9).decided
+    assert len(fake.samples) == 2 + 2 * 9
+
+
+def test_a_race_of_slow_calls_keeps_its_time(monkeypatch):
+    fake = FakeTime(a=0.005, b=0.006)
+    assert set(_race(monkeypatch, fake).seconds) == {"a", "b"}
+    assert fake.now < 0.05 + 0.011
+    # One call of the first tells that four of each are too many.
+    fake = FakeTime(a=0.02, b=0.03)
+    found = _race(monkeypatch, fake)
+    assert found.given_up
+    assert not found.seconds
+    assert fake.now == 0.02
+
+
+def test_what_raises_is_out_of_the_race(monkeypatch):
+    def fails():
+        raise MemoryError
+
+    found = timing.race({"a": fails, "b": lambda: None}, seconds=0.01)
+    assert list(found.seconds) == ["b"]
+    assert not found.decided
+    assert timing.race({"a": fails}, seconds=0.01).seconds == {}
