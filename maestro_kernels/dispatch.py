@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,15 +30,19 @@ if TYPE_CHECKING:
     from maestro_kernels.hardware import Device
 
 __all__ = [
+    "HALVES",
+    "WITH_HALVES",
     "Explanation",
     "Plan",
     "forget",
+    "halves",
     "is_here",
     "plan",
     "plan_afresh",
     "quick_plan",
     "recording",
     "replan",
+    "rivals_of_halves",
     "select",
     "unsupported",
 ]
@@ -63,6 +67,8 @@ class Plan:
         bucket: the kind of call that a measurement at first use is remembered for.
         rivals: "backend: strategy" of what is to be measured before this plan is more than a
             prediction; empty once that is done, and where nothing may be measured.
+        halves: "backend: strategy" of what computes dx and of what computes the gradients of
+            weights; None where the backend computes both.
     """
 
     fn: str
@@ -75,6 +81,7 @@ class Plan:
     mode: Mode = FORWARD
     bucket: str = ""
     rivals: tuple[str, ...] = ()
+    halves: tuple[str, str] | None = None
 
     @cached_property
     def module(self) -> Any:
@@ -105,13 +112,15 @@ class Plan:
         multiply the zeros beyond it with whatever v holds there.
         """
         problem, *others = self.problems
-        plain = problem.activation is None and problem.rank is not None
+        plain = problem.activation is None and problem.rank is not None and not self.halves
         return plain and not others and self.backend == "matmul"
 
     def __str__(self) -> str:
         lines = [f"{self.fn}: {problem}" for problem in self.problems]
         lines += [f"  runs on   {self.backend}: {self.strategy}", f"  because   {self.reason}"]
         lines += [f"  not on    {name}: {why}" for name, why in self.others.items()]
+        if self.halves:
+            lines.append("  backward  dx by {}; weight gradients by {}".format(*self.halves))
         if self.rivals:
             names = ", ".join(self.rivals)
             lines.append(f"  measures  {names} against two matmuls at the first such call")
@@ -266,9 +275,13 @@ def select(
         strategy, why = backend_module(chosen).choose_strategy(group)
         why_auto = f"{why_auto}; {why}"
     strategy = strategy or ("formula" if chosen == "reference" else _TWO)
-    return Plan(
+    found = Plan(
         fn, group, chosen, strategy, why_auto, others, shared_x, mode, bucket, tuple(rivals)
     )
+    if strategy.endswith(WITH_HALVES):
+        strategy = strategy.removesuffix(WITH_HALVES)
+        return replace(found, strategy=strategy, halves=halves(found))
+    return found
 
 
 _NOT_CHOSEN = "can serve, but was not measured to be faster: force it with backend="
@@ -312,10 +325,43 @@ def _choose(
         if measured is not None:
             backend, _, strategy = measured.winner.partition(": ")
             if backend == "matmul" or (
-                backend in servable and backend_module(backend).takes(strategy, group)
+                backend in servable
+                and backend_module(backend).takes(strategy.removesuffix(WITH_HALVES), group)
             ):
                 return backend, strategy, str(measured), True
     return *_predict(group, servable, choice), only_given
+
+
+# What a bucket's name ends in where a half of the backward was measured by itself.
+HALVES = ("; dx", "; weight gradients")
+# What a strategy's name ends in where the fastest halves follow it, rather than its own backward.
+WITH_HALVES = " with the fastest halves of the backward"
+
+
+def rivals_of_halves(plan: Plan) -> list[list[str]]:
+    """What may compute dx, and the weight gradients, beside library matmuls."""
+    group = plan.problems
+    kind = group[0].device.type
+    found: list[list[str]] = [[], []]
+    for name in KERNELS:
+        module = backend_module(name)
+        names = [s for s in module.STRATEGIES.get(kind, ()) if module.takes(s, group)]
+        if hasattr(module, "weight_grads") and names and _unsupported_group(name, group) is None:
+            found[0] += [f"{name}: {strategy}" for strategy in names]
+            found[1].append(f"{name}: {names[0]}")
+    return found
+
+
+def halves(plan: Plan) -> tuple[str, str] | None:
+    """The fastest strategies for dx and for the weight gradients, where both were measured."""
+    device = hardware.current_device(plan.problems[0].device)
+    only_given = choices.tuning() != "first-use" or _is_deterministic()
+    found = [choices.find(plan.bucket + half, device, given_only=only_given) for half in HALVES]
+    servable = {name for name in KERNELS if _unsupported_group(name, plan.problems) is None}
+    winners = [m.winner for m in found if m is not None]
+    if len(winners) < 2 or any(w.partition(": ")[0] not in {"matmul", *servable} for w in winners):
+        return None
+    return winners[0], winners[1]
 
 
 def _predict(

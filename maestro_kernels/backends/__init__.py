@@ -64,3 +64,7 @@ class Kernels(Backend, Protocol):
 
     def takes(self, strategy: str, problems: Sequence[LoDProblem]) -> bool:
         """Whether a strategy can run them."""
+
+    # A family whose halves of the backward may be combined with another's also defines
+    # `input_grads` and `weight_grads`, as reference.py does; one whose kernels are compiled when
+    # they first run says COMPILES = True.

@@ -75,12 +75,35 @@ def backward(
     strategy: str,
 ) -> tuple[Grads, Grads, Grads, Grads]:
     """(dxs, dus, dvs, dbiases) by library matmuls; what `needs` does not ask for is None."""
-    if isinstance(call.ranks, Tensor) and call.ranks.is_cpu:
-        given = call.ranks.reshape(-1)
-        ranks: list[Any] = [host_rank(r, v.shape[0]) for r, v in zip(given, call.vs, strict=True)]
-        hs = [h if h is None else h[:, :r] for h, r in zip(hs, ranks, strict=True)]
-        call = call._replace(ranks=ranks)
+    call, hs = _on_host(call, hs)
     return reference.backward(call, dys, hs, ys, needs=needs, strategy=strategy)
+
+
+def input_grads(
+    call: Call,
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
+    *,
+    needs: Needs,
+    strategy: str,
+) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """(dxs, dzs, Hs, dHs) by library matmuls."""
+    call, hs = _on_host(call, hs)
+    return reference.input_grads(call, dys, hs, ys, needs=needs, strategy=strategy)
+
+
+weight_grads = reference.weight_grads
+
+
+def _on_host(call: Call, hs: Sequence[Tensor | None]) -> tuple[Call, Sequence[Tensor | None]]:
+    """The call, and what it saved, with ranks that the host can read as ints."""
+    if not (isinstance(call.ranks, Tensor) and call.ranks.is_cpu):
+        return call, hs
+    given = call.ranks.reshape(-1)
+    ranks: list[Any] = [host_rank(r, v.shape[0]) for r, v in zip(given, call.vs, strict=True)]
+    hs = [h if h is None else h[:, :r] for h, r in zip(hs, ranks, strict=True)]
+    return call._replace(ranks=ranks), hs
 
 
 def host_rank(rank: int | Tensor, R: int) -> int | Tensor:

@@ -125,31 +125,83 @@ def backward(
         needs: which of x, u, v, bias want a gradient.
         strategy: not used here; every backend takes it.
     """
+    dxs, dzs, hs, dhs = input_grads(call, dys, hs, ys, needs=needs, strategy=strategy)
+    return dxs, *weight_grads(call, dzs, hs, dhs, needs=needs)
+
+
+def input_grads(
+    call: Call,
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
+    *,
+    needs: Needs,
+    strategy: str,
+) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """(dxs, dzs, hs, dhs): the gradients of x, and what `weight_grads` makes the others of.
+
+    Arguments are those of `backward`.
+    """
     dxs: Grads = [None] * len(call.xs)
+    kept = []
+    for i in range(call.n):
+        dx, *rest = _input_grad(call.layer(i), dys[i], hs[i], ys[i], needs)
+        i_x = 0 if len(dxs) == 1 else i
+        before = dxs[i_x]
+        dxs[i_x] = dx if before is None or dx is None else before + dx
+        kept.append(rest)
+    dzs, hs, dhs = zip(*kept, strict=True)
+    return dxs, dzs, hs, dhs
+
+
+def weight_grads(
+    call: Call,
+    dzs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    dhs: Sequence[Tensor | None],
+    *,
+    needs: Needs,
+) -> tuple[Grads, Grads, Grads]:
+    """(dus, dvs, dbiases) of the layers; what `needs` does not ask for is None.
+
+    Args:
+        call: of the forward, each x (M, K).
+        dzs: gradients before the activation (M, N).
+        hs: H, (M, r), or (M, R) with zeros beyond a tensor rank; needed for du.
+        dhs: its gradient, of the same shape; needed for dv.
+        needs: which of x, u, v, bias want a gradient.
+    """
+    _, needs_u, needs_v, needs_bias = needs
     dus: Grads = []
     dvs: Grads = []
     dbiases: Grads = []
     for i in range(call.n):
-        dx, du, dv, dbias = _gradients(call.layer(i), dys[i], hs[i], ys[i], needs)
-        i_x = 0 if len(dxs) == 1 else i
-        before = dxs[i_x]
-        dxs[i_x] = dx if before is None or dx is None else before + dx
+        x, _, v, bias, _, _ = call.layer(i)
+        du = dv = None
+        if needs_u:
+            du = dzs[i].mT @ _present(hs[i])
+            beyond = v.shape[0] - du.shape[1]
+            du = F.pad(du, (0, beyond)) if beyond else du
+        if needs_v:
+            dv = _present(dhs[i]).mT @ x
+            beyond = v.shape[0] - dv.shape[0]
+            dv = F.pad(dv, (0, 0, 0, beyond)) if beyond else dv
         dus.append(du)
         dvs.append(dv)
-        dbiases.append(dbias)
-    return dxs, dus, dvs, dbiases
+        dbiases.append(dzs[i].sum(0) if needs_bias and bias is not None else None)
+    return dus, dvs, dbiases
 
 
-def _gradients(
+def _input_grad(
     layer: tuple[Tensor, Tensor, Tensor, Tensor | None, int | Tensor, str | None],
     dy: Tensor,
     h: Tensor | None,
     y: Tensor | None,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """(dx, du, dv, dbias) of one layer."""
+    """(dx, dz, H, dH) of one layer, None for what nothing needs."""
     x, u, v, bias, rank, activation = layer
-    needs_x, needs_u, needs_v, needs_bias = needs
+    needs_x, needs_u, needs_v, _ = needs
     R = v.shape[0]
     needs_z = activation is not None and not (activation == "relu" and y is not None)
     width = R if isinstance(rank, Tensor) else rank
@@ -168,20 +220,14 @@ def _gradients(
     else:
         z = F.linear(_present(h), u_r, bias) if needs_z else y
         dz = activation_backward(dy, _present(z), activation)
-    dx = du = dv = None
+    dh = dx = None
     if needs_x or needs_v:
         dh = dz @ u_r
         if isinstance(rank, Tensor):
             dh = zero_beyond(dh, rank)
         if needs_x:
             dx = dh @ v_r
-        if needs_v:
-            dv = dh.mT @ x
-            dv = dv if width == R else F.pad(dv, (0, 0, 0, R - width))
-    if needs_u:
-        du = dz.mT @ _present(h)
-        du = du if width == R else F.pad(du, (0, R - width))
-    return dx, du, dv, (dz.sum(0) if needs_bias and bias is not None else None)
+    return dx, dz, h, dh
 
 
 def _present(tensor: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_graph_task = torch._C._current_graph_task_id
+_node = torch._C._current_autograd_node
 _is_compiling = torch.compiler.is_compiling
 any_autocast = torch._C._is_any_autocast_enabled
 
@@ -41,17 +41,16 @@ def is_plain(*tensors: Any) -> bool:
 
 def in_backward() -> bool:
     """Whether a backward pass is running: a call in it repeats one, as checkpointing does."""
-    return _graph_task() != -1
+    return _node() is not None
 
 
 def repeats_inference() -> bool:
     """Whether the call that this one repeats ran without gradients.
 
-    So does torch.utils.checkpoint(use_reentrant=True); the other kind runs its recomputation under
-    hooks of its own, and its forward with gradients.
+    So does torch.utils.checkpoint(use_reentrant=True), whose node computes it again; the other kind
+    runs its forward with gradients.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is None or "_recomputation_hook" not in getattr(hooks[0], "__qualname__", "")
+    return type(_node()).__name__.startswith("Checkpoint")
 
 
 def in_checkpoint() -> bool:

@@ -7,6 +7,7 @@ was measured is remembered by choices.py, so that all this happens once for a ki
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from maestro_kernels import choices, dispatch, hardware
+from maestro_kernels.backends import matmul
 from maestro_kernels.call import Call
 from maestro_kernels.choices import Measured
 from maestro_kernels.dispatch import Plan
@@ -107,34 +109,85 @@ def _race(plan: Plan, call: Call, save_h: bool) -> None:
 
     A captured call is only met when nothing may be measured, so an eager one is measured both ways.
     """
-    for mode, clock in _clocks(plan):
-        with _undisturbed(plan.mode.training):
-            names = (BASELINE, *plan.rivals)
-            found = timing.race(
-                {name: _candidate(_by(plan, name), call, save_h) for name in names},
-                seconds=1.0 if _is_thorough else _SECONDS / (2 if call.xs[0].is_cuda else 1),
-                clock=clock,
-            )
-        if found.given_up and mode == plan.mode:
+    halves = dispatch.rivals_of_halves(plan) if plan.mode.training else [[], []]
+    clocks = _clocks(plan)
+    seconds = _SECONDS / len(clocks) / (1 + sum(map(bool, halves)))
+    for mode, clock in clocks:
+        bucket = choices.bucket(plan.problems, mode, shared_x=plan.shared_x)
+        run = partial(_one_race, plan, bucket, clock, 1.0 if _is_thorough else seconds)
+        if any(halves):
+            by_half = _candidates_of_halves(call, halves)
+            for half, candidates in zip(dispatch.HALVES, by_half, strict=True):
+                run(candidates, half=half)
+        plans = {name: _by(plan, name) for name in (BASELINE, *plan.rivals)}
+        combined = dispatch.halves(replace(plan, bucket=bucket)) if any(halves) else None
+        if combined and combined != (BASELINE, BASELINE):
+            plans |= {
+                name + dispatch.WITH_HALVES: replace(one, halves=combined)
+                for name, one in plans.items()
+            }
+        given_up = run({name: _candidate(one, call, save_h) for name, one in plans.items()})
+        if given_up and mode == plan.mode:
             _turns[plan.bucket] = _nobody(plan)
             return
-        if BASELINE in found.seconds:
-            bucket = choices.bucket(plan.problems, mode, shared_x=plan.shared_x)
-            us = {name: round(1e6 * s, 3) for name, s in found.seconds.items()}
-            device = hardware.current_device(plan.problems[0].device)
-            choices.remember(Measured(bucket, us), device, keep=found.decided)
 
 
-def _clocks(plan: Plan) -> Iterator[tuple[Mode, timing.Clock]]:
-    """How a call is timed in each mode that its device has."""
+def _one_race(
+    plan: Plan,
+    bucket: str,
+    clock: Callable[[], timing.Clock],
+    seconds: float,
+    candidates: dict[str, Callable[[], object]],
+    half: str = "",
+) -> bool:
+    """Remember the times of candidates; whether they take too long for a race."""
+    with _undisturbed(plan.mode.training and not half):
+        found = timing.race(candidates, seconds=seconds, clock=clock())
+    if BASELINE in found.seconds:
+        us = {name: round(1e6 * s, 3) for name, s in found.seconds.items()}
+        device = hardware.current_device(plan.problems[0].device)
+        choices.remember(Measured(bucket + half, us), device, keep=found.decided)
+    return found.given_up
+
+
+def _candidates_of_halves(
+    call: Call, halves: Sequence[Sequence[str]]
+) -> list[dict[str, Callable[[], object]]]:
+    """What computes dx and what computes the gradients of weights, of made-up gradients of y."""
+    n_x, n = len(call.xs), call.n
+    wanted = [t is not None and t.requires_grad for t in call.tensors]
+    cuts = (0, n_x, n_x + n, n_x + 2 * n, len(wanted))
+    needs: Any = tuple(any(wanted[a:b]) for a, b in itertools.pairwise(cuts))
+    own = call.for_backend()
+    with torch.no_grad():
+        ys, hs = matmul.forward(own, save_h=True, strategy="")
+        dys = [torch.ones_like(y) for y in ys]
+        kept = gradient.kept_outputs(own, ys)
+        _, *made = matmul.input_grads(own, dys, hs, kept, needs=needs, strategy="")
+
+    def input_grads(name: str) -> object:
+        backend, _, strategy = name.partition(": ")
+        module = dispatch.backend_module(backend)
+        return module.input_grads(own, dys, hs, kept, needs=needs, strategy=strategy)
+
+    def weight_grads(name: str) -> object:
+        module = dispatch.backend_module(name.partition(": ")[0])
+        return module.weight_grads(own, *made, needs=needs)
+
+    return [
+        {name: partial(compute, name) for name in (BASELINE, *names)}
+        for compute, names in zip((input_grads, weight_grads), halves, strict=True)
+    ]
+
+
+def _clocks(plan: Plan) -> list[tuple[Mode, Callable[[], timing.Clock]]]:
+    """How a call is timed in each mode that its device has; a clock is made for each race."""
     device = plan.problems[0].device
     if device.type != "cuda":
-        yield plan.mode, timing.CpuClock()
-        return
-    yield plan.mode, timing.CudaClock()
-    with torch.cuda.device(device):
-        l2 = hardware.current_device(device).l2_bytes or 0
-        yield plan.mode._replace(captured=True), timing.SmallGraphClock(2 * l2)
+        return [(plan.mode, timing.CpuClock)]
+    l2 = hardware.current_device(device).l2_bytes or 0
+    captured = plan.mode._replace(captured=True)
+    return [(plan.mode, timing.CudaClock), (captured, partial(timing.SmallGraphClock, 2 * l2))]
 
 
 def _candidate(plan: Plan, call: Call, save_h: bool) -> Callable[[], object]:

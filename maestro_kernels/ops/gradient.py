@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maestro_kernels.backends import reference
 from maestro_kernels.call import Call, Grads, Needs, as_rows
-from maestro_kernels.dispatch import Plan
+from maestro_kernels.dispatch import Plan, backend_module
 from maestro_kernels.problem import check_call, check_storages
 
 __all__ = ["Gradient", "apply", "backward", "complain", "forward", "kept_outputs"]
@@ -62,15 +62,22 @@ def backward(
     """
     again = torch.is_grad_enabled()
     nothing: list[None] = [None] * call.n
+    arguments = (
+        call.for_backend(),
+        [as_rows(dy) for dy in dys],
+        nothing if again else hs,
+        nothing if again else [y if y is None else as_rows(y) for y in ys],
+    )
     try:
-        dxs, *rest = (reference if again else plan.module).backward(
-            call.for_backend(),
-            [as_rows(dy) for dy in dys],
-            nothing if again else hs,
-            nothing if again else [y if y is None else as_rows(y) for y in ys],
-            needs=needs,
-            strategy=plan.strategy,
-        )
+        if plan.halves is None or again:
+            module = reference if again else plan.module
+            dxs, *rest = module.backward(*arguments, needs=needs, strategy=plan.strategy)
+        else:
+            (first, strategy), (second, _) = (half.split(": ") for half in plan.halves)
+            dxs, *kept = backend_module(first).input_grads(
+                *arguments, needs=needs, strategy=strategy
+            )
+            rest = backend_module(second).weight_grads(arguments[0], *kept, needs=needs)
     except RuntimeError:  # what was saved may have been freed since
         check_storages(f"{plan.fn} backward", call, layers, **dict(zip(("dy",), dys, strict=False)))
         raise

@@ -430,6 +430,55 @@ def test_an_eager_call_is_measured_for_captured_ones_too(h100, monkeypatch):
     assert "2.50 times as fast" in captured.reason
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("half", [0, 1])
+def test_each_half_of_a_backward_is_chosen_for_by_itself(times, monkeypatch, half, activation):  # noqa: F811
+    """Triton is faster at one half: library matmuls do the other and the forward."""
+    triton, ours = dispatch.backend_module("triton"), "triton: two_phase"
+    monkeypatch.setattr(triton, "STRATEGIES", {"cpu": ("two_phase",)})
+    monkeypatch.setattr(triton, "COMPILES", False)
+    monkeypatch.setattr(native, "unsupported", lambda problem: "not in this test")
+    clock, real, raced = times(), timing.race, []
+    together = BASELINE + dispatch.WITH_HALVES
+    clock.us[together] = 50.0
+
+    def race(candidates, **kwargs):
+        clock.us[ours] = 10.0 if len(raced) == half else 1000.0
+        raced.append(set(candidates))
+        return real(candidates, **kwargs)
+
+    monkeypatch.setattr(timing, "race", race)
+    leaves = [t.clone().requires_grad_() for t in (X, U, V, B)]
+    y = mk.lod_linear(*leaves, rank=12, activation=activation)
+    names = {BASELINE, ours}
+    assert raced == [names, names, names | {name + dispatch.WITH_HALVES for name in names}]
+    plan = mk.explain(*leaves, rank=12, activation=activation).plan
+    assert (plan.backend, plan.strategy) == ("matmul", "two matmuls")
+    assert plan.halves == ((BASELINE, ours) if half else (ours, BASELINE))
+    assert f"dx by {plan.halves[0]}; weight gradients by {plan.halves[1]}" in str(plan)
+    used = []
+    for module, name in ((triton, "triton"), (matmul, "matmul")):
+        for part in ("input_grads", "weight_grads"):
+            real_part = getattr(module, part)
+            monkeypatch.setattr(
+                module,
+                part,
+                lambda *a, part=part, name=name, run=real_part, **k: (
+                    used.append(f"{name} {part}") or run(*a, **k)
+                ),
+            )
+    dy = torch.randn(8, 192)
+    found = torch.autograd.grad(y, leaves, dy)
+    assert used == (
+        ["matmul input_grads", "triton weight_grads"]
+        if half
+        else ["triton input_grads", "matmul weight_grads"]
+    )
+    y = mk.lod_linear(*leaves, rank=12, activation=activation, backend="reference")
+    for grad, right in zip(found, torch.autograd.grad(y, leaves, dy), strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_is_measured_under_capture_and_explain_says_so(h100, monkeypatch):
     monkeypatch.setattr(dispatch, "is_capturing", lambda x: True)
     plan = dispatch.plan(CALL, None)

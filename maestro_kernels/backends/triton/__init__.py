@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Ranks = Sequence[int] | Tensor
 STRATEGIES = {"cuda": ("row", "two_phase")}
+# Its kernels are compiled when they first run.
+COMPILES = True
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Above this the row kernel would wait for its factors, which every row block reads as a whole.
 _ROW_RANK = 128
@@ -136,9 +138,22 @@ def backward(
     needs: Needs,
     strategy: str,
 ) -> tuple[Grads, Grads, Grads, Grads]:
-    """(dxs, dus, dvs, dbiases) in two launches, and one per layer with an activation.
+    """(dxs, dus, dvs, dbiases) in two launches, and one per layer with an activation."""
+    dxs, dzs, hs, dhs = input_grads(call, dys, hs, ys, needs=needs, strategy=strategy)
+    return dxs, *weight_grads(call, dzs, hs, dhs, needs=needs)
 
-    dx and dH come from the kernel of the forward, du, dv and dbias from one weight-gradient launch.
+
+def input_grads(
+    call: Call,
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
+    *,
+    needs: Needs,
+    strategy: str,
+) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """(dxs, dzs, Hs, dHs): dx and dH by the kernel of the forward, in one launch.
+
     A shared x gets the sum over the layers, formed on chip.
     """
     from maestro_kernels.backends.triton.row import row_dx
@@ -165,7 +180,7 @@ def backward(
         )
         if needs_x:
             dxs = list(found)
-    return dxs, *_weight_grads(call, dzs, saved_hs, dhs, needs)
+    return dxs, dzs, saved_hs, dhs
 
 
 def _ranks(call: Call) -> Ranks:
@@ -203,18 +218,19 @@ def _before_activation(
     return activation_grad(dy, h, u, bias, y, rank, activation, input_precision=precision), h
 
 
-def _weight_grads(
+def weight_grads(
     call: Call,
     dzs: Sequence[Tensor],
     hs: Sequence[Tensor | None],
     dhs: Sequence[Tensor | None],
+    *,
     needs: Needs,
 ) -> tuple[Grads, Grads, Grads]:
     """(dus, dvs, dbiases) of the layers in one launch."""
-    from maestro_kernels.backends.triton.wgrad import weight_grads
+    from maestro_kernels.backends.triton import wgrad
 
     _, needs_u, needs_v, needs_bias = needs
-    return weight_grads(
+    return wgrad.weight_grads(
         dzs, hs, dhs, call.xs, [v.shape[0] for v in call.vs], _ranks(call), needs_u=needs_u,
         needs_v=needs_v, needs_bias=[needs_bias and bias is not None for bias in call.biases],
         input_precision=input_precision(),
