@@ -85,6 +85,14 @@ class ModelSummary:
         return sum(layer.parameters for layer in self._counted)
 
     @property
+    def deployed_weights(self) -> int:
+        """Those weights with each factorised layer in its smaller form: min(r (N + K), N K)."""
+        return sum(
+            layer.parameters if layer.rank is None else min(layer.macs, layer.dense_parameters)
+            for layer in self._counted
+        )
+
+    @property
     def dense_macs(self) -> int:
         """Multiply-adds per row were every one of those layers dense."""
         return self.dense_weights

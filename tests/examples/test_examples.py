@@ -9,8 +9,6 @@ import pytest
 from places import ROOT
 
 import maestro_kernels as mk
-from maestro_kernels.measure import plots
-from maestro_kernels.measure.plots import Point
 
 
 @pytest.fixture(autouse=True)
@@ -133,14 +131,6 @@ def test_the_docs_show_the_rows_that_are_kept(name):
             figure = page.parent / line[line.index("(") + 1 : -1]
             drawing = ElementTree.fromstring(figure.read_text())
             assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
-
-
-def test_levels_are_dashed_lines_across():
-    points = {"one": [Point(0, 1), Point(1, 2)]}
-    drawing = plots.line_plot(points, title="T", xlabel="x", ylabel="y", log=False, levels=[1.5])
-    assert "stroke-dasharray" in plots.standalone(drawing)
-    plain = plots.line_plot(points, title="T", xlabel="x", ylabel="y", log=False)
-    assert "stroke-dasharray" not in plots.standalone(plain)
 
 
 def test_examples_are_modules_without_side_effects(capsys):
