@@ -1,6 +1,6 @@
 """The interleaved timer: candidates take turns, so that a busy machine is busy for all of them.
 
-It times callables and knows nothing of layers; what it may time is decided in run.py.
+It times callables and knows nothing of layers; what it may time is decided by accuracy.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = [
     "CudaGraphClock",
     "Stats",
     "interleave",
+    "launch_modes",
     "prepared",
     "rounds",
 ]
@@ -114,6 +115,13 @@ class CudaGraphClock:
 
 
 Clock = CpuClock | CudaClock | CudaGraphClock
+
+
+def launch_modes(device: torch.device | str) -> dict[str, type[Clock]]:
+    """Launch mode -> its clock, for the modes that a device has."""
+    if torch.device(device).type == "cuda":
+        return {"eager": CudaClock, "graph": CudaGraphClock}
+    return {"eager": CpuClock}
 
 
 def rounds(names: Sequence[str]) -> Iterator[list[str]]:
