@@ -31,7 +31,7 @@ from maestro_kernels import search, training
 from maestro_kernels.benchmark import encoder as library
 from maestro_kernels.benchmark.encoder import Encoder
 from maestro_kernels.benchmark.origin import stamp
-from maestro_kernels.benchmark.readme import replace_block
+from maestro_kernels.measure.report import write_block
 
 # Ranks of one step lie within this factor of a common share of the full rank.
 SPREAD = (0.5, 1.5)
@@ -279,7 +279,7 @@ def main() -> int:
         if args.docs:
             draw(rows, args.docs / "figures")
             page = args.docs / "deployment.md"
-            page.write_text(replace_block(page.read_text("utf-8"), text, *MARKS), encoding="utf-8")
+            write_block(page, text, *MARKS)
     return 0
 
 

@@ -138,14 +138,8 @@ class ExtractionPath:
     Args:
         model: copied at once.
         kind: Params, MACs, Latency, Speedup or Memory: what the path saves.
-        batches: this and the other arguments as in `extract`.
-        loss_fn: see batches.
-        errors: see batches.
-        levels: see batches.
-        min_rank: see batches.
-        multiple_of: see batches.
-        forms: see batches.
-        method: see batches.
+
+    The other arguments are those of `extract`.
 
     Attributes:
         unit: of costs: "weights", "MACs", "ms" or "bytes".

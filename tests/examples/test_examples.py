@@ -1,7 +1,6 @@
 """The evidence under examples/: it runs, its figures are right, and the docs show its rows."""
 
 import importlib
-import json
 import sys
 from xml.etree import ElementTree
 
@@ -9,6 +8,7 @@ import pytest
 from places import ROOT
 
 import maestro_kernels as mk
+from maestro_kernels.measure.records import load
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def test_the_docs_show_the_rows_that_are_kept(name):
         text = theory.markdown(theory.load(rows))
     else:
         report = importlib.import_module("digits_report")
-        text = report.markdown([json.loads(line) for line in rows.read_text().splitlines()])
+        text = report.markdown(load(rows))
     page = ROOT / "docs" / "guide" / "examples.md"
     assert text in page.read_text()
     for line in text.splitlines():
