@@ -20,6 +20,7 @@ from typing import Any
 
 import allocate_random
 import allocation_study as study
+import encoder_texts as judging
 import torch
 from torch import Tensor, nn
 
@@ -96,11 +97,11 @@ def planted(build: Callable[[int], tuple[nn.Module, list[Tensor]]], seed: int) -
 def encoder(seed: int) -> Case:
     """The sentence encoder as it was trained; the seed draws the sentences that calibrate."""
     found = library.load_encoder(library.BUNDLED)
-    pool, held_out = library.split(library.sentences(), 1024, 384)
+    pool, held_out = judging.split(judging.sentences(), 1024, 384)
     calibration = random.Random(seed).sample(pool, 512)
-    batches = list(found.batches(library.by_length(found, calibration)))
+    batches = list(found.batches(judging.by_length(found, calibration)))
     random.Random(seed).shuffle(batches)
-    return found.model, batches, list(found.batches(library.by_length(found, held_out)))
+    return found.model, batches, list(found.batches(judging.by_length(found, held_out)))
 
 
 CASES: dict[str, Callable[[int], Case]] = {
