@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maestro_kernels.measure.wording import first_line
 from maestro_kernels.nn import convert
 
 __all__ = [
@@ -91,7 +92,7 @@ def load_encoder(source: str) -> Encoder:
         model = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # what damaged weights raise is up to each format's reader
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error, type(error).__name__)
         raise ValueError(
             f"load_encoder: source: expected a model and a tokenizer in {source!r}, got {first}"
         ) from error

@@ -15,6 +15,7 @@ from maestro_kernels.measure.accuracy import References, Rings, gate, walk
 from maestro_kernels.measure.cases import Case
 from maestro_kernels.measure.providers import Bound, Provider, Unavailable, make_case_inputs
 from maestro_kernels.measure.timing import Clock, Stats, interleave, launch_modes, prepared
+from maestro_kernels.measure.wording import first_line
 
 __all__ = ["Options", "run", "run_case"]
 
@@ -125,7 +126,7 @@ def _admit(
             refused[provider.name] = ("unavailable", str(reason))
         except RuntimeError as error:
             # Compilation, memory and launch errors of one candidate must not end the others.
-            refused[provider.name] = ("error", f"{type(error).__name__}: {_first_line(error)}")
+            refused[provider.name] = ("error", f"{type(error).__name__}: {first_line(error)}")
         else:
             if problem is None:
                 bounds[provider.name] = bound
@@ -145,10 +146,6 @@ def _time(
     if not calls:
         return {}, unfit
     return interleave(calls, seconds=seconds, prime=not cold, clock=clock), unfit
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def _row(case: Case, device: hardware.Device, started: str, options: Options) -> Row:

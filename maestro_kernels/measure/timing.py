@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from maestro_kernels.measure.wording import first_line
+
 __all__ = [
     "Clock",
     "CpuClock",
@@ -145,7 +147,7 @@ def prepared(clock: Clock, calls: Mapping[str, Call]) -> tuple[dict[str, Call], 
         try:
             clock.prepare(name, call)
         except RuntimeError as error:
-            unfit[name] = (str(error).strip() or "no message").splitlines()[0]
+            unfit[name] = first_line(error)
         else:
             fit[name] = call
     return fit, unfit
