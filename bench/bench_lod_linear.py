@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from maestro_kernels.benchmark.cases import MODELS, Case
-from maestro_kernels.benchmark.providers import Provider, default_providers
+from maestro_kernels.benchmark.cases import MODELS
+from maestro_kernels.benchmark.providers import default_providers
+from maestro_kernels.measure.cases import Case
+from maestro_kernels.measure.providers import Provider
 
 CASES = [
     MODELS["MiniLM-L6 up"].case(1, 96, R=192),

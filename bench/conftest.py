@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from maestro_kernels.benchmark.cases import Case
-from maestro_kernels.benchmark.providers import Provider, Unavailable, make_case_inputs
-from maestro_kernels.benchmark.run import checked
+from maestro_kernels.measure.accuracy import checked
+from maestro_kernels.measure.cases import Case
+from maestro_kernels.measure.providers import Provider, Unavailable, make_case_inputs
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:

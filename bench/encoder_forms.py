@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.encoder_texts import by_length
 from maestro_kernels.backends import onednn
-from maestro_kernels.benchmark.encoder import Encoder, by_length, pooled
-from maestro_kernels.nn import convert, group, prepack, set_ranks, truncate
+from maestro_kernels.benchmark.encoder import Encoder, pooled
+from maestro_kernels.nn import LoDLinear, convert, group, prepack, set_ranks, truncate
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.search import Allocation, Params, allocate, sensitivity
 
 __all__ = [
     "EmbeddingLoss",
+    "PlainPair",
     "Search",
     "at_ranks",
     "bfloat16_slowdown",
@@ -31,6 +34,7 @@ __all__ = [
     "full_rank",
     "in_dtype",
     "int8",
+    "plain_pairs",
     "quietly",
     "search_ranks",
     "uniform_ranks",
@@ -234,3 +238,29 @@ def search_dtype(slowdown: float) -> torch.dtype:
     """bfloat16 where the CPU has it and it is faster than float32."""
     native = onednn.unsupported(torch.bfloat16) is None
     return torch.bfloat16 if native and slowdown < 1 else torch.float32
+
+
+class PlainPair(nn.Module):
+    """The baseline a user would write: two F.linear calls on factors cut to their rank."""
+
+    def __init__(self, u: Tensor, v: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.u, self.v = nn.Parameter(u), nn.Parameter(v)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y (..., N) for x (..., K)."""
+        return F.linear(F.linear(x, self.v), self.u, self.bias)
+
+
+def plain_pairs(model: nn.Module) -> nn.Module:
+    """A copy of a converted model whose factorised linear layers are PlainPair modules."""
+    twin = copy.deepcopy(model)
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoDLinear):
+                r = child.rank
+                bias = None if child.bias is None else child.bias.detach().clone()
+                u = child.u[:, :r].detach().contiguous()
+                setattr(parent, name, PlainPair(u, child.v[:r].detach().clone(), bias))
+    return twin

@@ -15,10 +15,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu_suite import load_whole_lines
-from maestro_kernels.benchmark.cases import Case, Layer
-from maestro_kernels.benchmark.providers import default_providers, make_case_inputs
+from maestro_kernels.benchmark.providers import default_providers
 from maestro_kernels.benchmark.rows import Row, latest_run
 from maestro_kernels.benchmark.summary import outcomes
+from maestro_kernels.measure.cases import Case, Layer
+from maestro_kernels.measure.providers import make_case_inputs
 
 _CALLS = 10
 

@@ -20,11 +20,12 @@ import torch
 
 from maestro_kernels import hardware
 from maestro_kernels.benchmark import report, rows
-from maestro_kernels.benchmark.cases import MODELS, Case
+from maestro_kernels.benchmark.cases import MODELS
 from maestro_kernels.benchmark.providers import default_providers
 from maestro_kernels.benchmark.run import Options, run_case
 from maestro_kernels.benchmark.summary import Outcome, outcomes
 from maestro_kernels.files import write_text
+from maestro_kernels.measure.cases import Case
 from maestro_kernels.measure.wording import geometric_mean
 
 RANKS = (16, 32, 64, 127, 128, 200, 256, 512, 1024)

@@ -22,11 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import encoder_results
-from maestro_kernels.benchmark.cases import joined
 from maestro_kernels.benchmark.origin import origin
 from maestro_kernels.benchmark.rows import Row, latest_run, load
 from maestro_kernels.benchmark.summary import device_line, outcomes, verdict
 from maestro_kernels.measure import records, report
+from maestro_kernels.measure.cases import joined
 from maestro_kernels.measure.wording import duration, times
 
 __all__ = ["main", "markdown_table", "published"]

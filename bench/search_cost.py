@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from bench import encoder_forms as forms
+from examples import encoder_texts as judging
 from maestro_kernels import search
 from maestro_kernels.benchmark import encoder as library
 from maestro_kernels.benchmark.origin import stamp
@@ -36,7 +37,7 @@ def found(
         ranks: dict[float, forms.Ranks] = {b: forms.uniform_ranks(full, b) for b in BUDGETS}
     elif name == "at length":
         # 256 sentences, four ranks per layer, errors of the hidden states, nothing refined.
-        batches = list(encoder.batches(library.by_length(encoder, texts[:256])))
+        batches = list(encoder.batches(judging.by_length(encoder, texts[:256])))
         model = forms.in_dtype(encoder.model, dtype)
         sens = search.sensitivity(model, batches, method="loss", points=4)
         ranks = {b: dict(search.allocate(model, search.Params(b), sens)) for b in BUDGETS}
@@ -59,11 +60,11 @@ def main() -> int:
     parser.add_argument("--only", choices=NAMES, nargs="+", default=NAMES)
     args = parser.parse_args()
     have = {row["search"] for row in records.load(args.rows)} if args.rows.is_file() else set()
-    calibration, held_out = library.split(library.sentences(), 512, 384)
+    calibration, held_out = judging.split(judging.sentences(), 512, 384)
     encoder = library.load_encoder(library.BUNDLED)
-    held_out = library.by_length(encoder, held_out)
+    held_out = judging.by_length(encoder, held_out)
     dtype = forms.search_dtype(forms.bfloat16_slowdown(encoder, calibration))
-    full = forms.full_rank(encoder, library.by_length(encoder, calibration), "data")
+    full = forms.full_rank(encoder, judging.by_length(encoder, calibration), "data")
     original = encoder.embed(held_out)
     made = stamp()
     for name in args.only:
@@ -72,7 +73,7 @@ def main() -> int:
         rows = []
         for budget, ranks, seconds in found(name, encoder, calibration, dtype):
             small = forms.in_dtype(forms.at_ranks(encoder, full, ranks), dtype)
-            close = library.fidelity(encoder.embed(held_out, small), original)
+            close = judging.fidelity(encoder.embed(held_out, small), original)
             rows.append(
                 {
                     "search": name, "budget": budget, "seconds": seconds, "cosine": close.cosine,

@@ -26,6 +26,7 @@ from bench import encoder_page as page
 from bench import encoder_results as results
 from bench.encoder_results import DEPLOYED, Form
 from bench.stages import Stages
+from examples import encoder_texts as judging
 from maestro_kernels import load_pretrained, summary
 from maestro_kernels.backends import native
 from maestro_kernels.benchmark import encoder as library
@@ -95,14 +96,14 @@ class Job:
         args.out.mkdir(parents=True, exist_ok=True)
         isa = "no-library" if native.load_error() else native.isa(torch.bfloat16)
         self.file = results.file_name(self.stamp, isa)
-        calibration, self.held_out = library.split(
-            library.sentences(), args.calibration, args.held_out
+        calibration, self.held_out = judging.split(
+            judging.sentences(), args.calibration, args.held_out
         )
         self.encoder = library.load_encoder(library.BUNDLED)
         # Ordered by hash, the first ones are a sample of all lengths.
         self.measured = calibration[: args.measured]
-        self.calibration = library.by_length(self.encoder, calibration)
-        ordered = library.by_length(self.encoder, self.held_out)
+        self.calibration = judging.by_length(self.encoder, calibration)
+        ordered = judging.by_length(self.encoder, self.held_out)
         # Each batch is like the one that is timed, so that layers choose their forms once.
         count = -(-len(ordered) // LARGE)
         self.held_out = [text for k in range(count) for text in ordered[k::count]]
@@ -164,7 +165,7 @@ class Job:
     ) -> None:
         """Compare a model's embeddings with the original's and keep both."""
         self.show(f"embeddings: {ranks} {budget:.0%} {init} {dtype}")
-        close = library.fidelity(self.embed(model), self.original)
+        close = judging.fidelity(self.embed(model), self.original)
         sizes = summary(self.encoder.model if ranks == "dense" else model)
         form = Form(
             ranks, budget, init, dtype, run, close.cosine, close.worst, close.spearman,
@@ -206,7 +207,7 @@ class Job:
             model = forms.in_dtype(small, dtype)
             self.add(forms.deployed(model), ranks, budget, init, _name(dtype), DEPLOYED)
             if ranks == "searched":
-                self.models[len(self.forms)] = library.plain_pairs(model)
+                self.models[len(self.forms)] = forms.plain_pairs(model)
                 self.forms.append(replace(self.forms[-1], run="two matmuls"))
 
     def latency(self, _: object) -> bool:
@@ -218,7 +219,7 @@ class Job:
             shape = "x".join(map(str, tokens["input_ids"].shape))
             self.show(f"timing {len(timed)} models at {batch}, {shape} tokens")
             with forms.quietly():
-                stats = library.latencies(timed, tokens, self.args.seconds)
+                stats = judging.latencies(timed, tokens, self.args.seconds)
             for i, s in stats.items():
                 found[int(i)][batch] = (s.p20 * 1e3, s.p50 * 1e3, s.p80 * 1e3)
         for i, latency in found.items():

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import allocation_study as study
+import encoder_texts as judging
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=7.0, help="of timing per target")
     args = parser.parse_args()
     out = args.out / "encoder"
-    calibration, held_out = library.split(library.sentences(), 512, 384)
+    calibration, held_out = judging.split(judging.sentences(), 512, 384)
     encoder = library.load_encoder(library.BUNDLED)
     batches = list(encoder.batches(calibration))
     served = encoder.tokens(held_out[:16])
@@ -64,7 +65,7 @@ def main() -> None:
 
         def quality(model: nn.Module) -> dict[str, float]:
             found = outputs(model, judged)
-            close = library.fidelity(embeddings(found, judged), original)
+            close = judging.fidelity(embeddings(found, judged), original)
             pairs = list(zip(found, reference, strict=True))
             errors = [float((y - y0).square().sum() / y0.square().sum()) for y, y0 in pairs]
             return {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import allocate_random
 import allocation_study as study
+import encoder_texts as judging
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +28,8 @@ import maestro_kernels as mk
 from maestro_kernels import search
 from maestro_kernels.benchmark import encoder as library
 from maestro_kernels.benchmark import origin
-from maestro_kernels.benchmark.readme import replace_block
+from maestro_kernels.measure import records
+from maestro_kernels.measure.report import write_block
 
 FRACTIONS = (0.2, 0.3, 0.5, 0.7)
 ROWS = Path("bench/results/allocation-quality.jsonl")
@@ -96,11 +97,11 @@ def planted(build: Callable[[int], tuple[nn.Module, list[Tensor]]], seed: int) -
 def encoder(seed: int) -> Case:
     """The sentence encoder as it was trained; the seed draws the sentences that calibrate."""
     found = library.load_encoder(library.BUNDLED)
-    pool, held_out = library.split(library.sentences(), 1024, 384)
+    pool, held_out = judging.split(judging.sentences(), 1024, 384)
     calibration = random.Random(seed).sample(pool, 512)
-    batches = list(found.batches(library.by_length(found, calibration)))
+    batches = list(found.batches(judging.by_length(found, calibration)))
     random.Random(seed).shuffle(batches)
-    return found.model, batches, list(found.batches(library.by_length(found, held_out)))
+    return found.model, batches, list(found.batches(judging.by_length(found, held_out)))
 
 
 CASES: dict[str, Callable[[int], Case]] = {
@@ -176,8 +177,7 @@ def block(rows: Sequence[dict[str, Any]]) -> str:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows there are."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    return records.load(path) if path.is_file() else []
 
 
 def main() -> None:
@@ -194,15 +194,11 @@ def main() -> None:
         if any((row["model"], row["seed"]) == (name, seed) for row in read(args.rows)):
             continue
         rows = compare(name, seed, args.passes)
-        args.rows.parent.mkdir(parents=True, exist_ok=True)
-        with args.rows.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps({**made, **row}) + "\n" for row in rows))
+        records.append(args.rows, ({**made, **row} for row in rows))
     rows = read(args.rows)
     print(block(rows))
     if args.docs:
-        page = args.docs / "search.md"
-        text = replace_block(page.read_text(encoding="utf-8"), block(rows), *MARKS)
-        page.write_text(text, encoding="utf-8")
+        write_block(args.docs / "search.md", block(rows), *MARKS)
 
 
 if __name__ == "__main__":

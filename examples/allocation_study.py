@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from torch import nn
 import maestro_kernels as mk
 from maestro_kernels import search
 from maestro_kernels.benchmark import origin
-from maestro_kernels.benchmark.readme import replace_block
-from maestro_kernels.measure import plots
+from maestro_kernels.measure import plots, records
+from maestro_kernels.measure.report import write_block
 from maestro_kernels.search.whole_model import measure_models
 
 # Rule -> (method of allocate, method of sensitivity).
@@ -165,8 +165,7 @@ def measure(
                     torch.get_num_threads(), predicted.weights / a.dense.weights, dict(a), {})
             )  # fmt: skip
             print(f"{target}x {rule}: predicted {predicted.ms:.2f} ms, measured {m.ms:.2f} ms")
-        lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
-        (out / f"measured-{target:g}.jsonl").write_text(lines, encoding="utf-8")
+        records.write(out / f"measured-{target:g}.jsonl", map(asdict, rows))
 
 
 def evaluate(
@@ -174,34 +173,23 @@ def evaluate(
 ) -> list[Row]:
     """The measured rows with the quality of each model."""
     full = factors(model, out)
-    files = sorted(out.glob("measured-*.jsonl"))
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     known = out / "quality.json"
     # Judging takes longer than measuring: what an interrupted run found is not asked again.
     cache = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     rows = []
-    for line in lines:
-        row = Row(**json.loads(line))
+    for row in (row for file in sorted(out.glob("measured-*.jsonl")) for row in read(file)):
         key = json.dumps(row.ranks, sort_keys=True)
         if key not in cache:
             cache[key] = quality(small_model(full, model, row.ranks))
             known.write_text(json.dumps(cache), encoding="utf-8")
-        rows.append(Row(**{**asdict(row), "quality": cache[key]}))
+        rows.append(replace(row, quality=cache[key]))
     return rows
 
 
 def record(rows: Sequence[Row], path: Path, command: str) -> None:
     """Write the rows with device and versions."""
-    stamp = {
-        "schema": 1,
-        "job": "allocation",
-        "command": command,
-        **origin.stamp(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join(json.dumps({**stamp, **asdict(row)}) + "\n" for row in rows), encoding="utf-8"
-    )
+    stamp = {"schema": 1, "job": "allocation", "command": command, **origin.stamp()}
+    records.write(path, ({**stamp, **asdict(row)} for row in rows))
 
 
 def at_equal_latency(rows: Sequence[Row], row: Row, measure: str) -> float | None:
@@ -226,7 +214,7 @@ def at_equal_latency(rows: Sequence[Row], row: Row, measure: str) -> float | Non
 def block(path: Path, short: str, title: str) -> str:
     """What docs/guide/search.md shows of one model's rows: a table and a drawing."""
     rows = read(path)
-    made = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
+    made = records.load(path)[0]
     measures = list(rows[0].quality)
     off = max(abs(row.predicted / row.ms - 1) for row in rows)
     return "\n".join(
@@ -246,9 +234,7 @@ def publish(path: Path, short: str, title: str, docs: Path) -> None:
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     plot = drawing(rows, next(iter(rows[0].quality)), title)
     (docs / "figures" / f"allocation-{short}.svg").write_text(plot, encoding="utf-8")
-    page = docs / "search.md"
-    text = replace_block(page.read_text(encoding="utf-8"), block(path, short, title), *marks(short))
-    page.write_text(text, encoding="utf-8")
+    write_block(docs / "search.md", block(path, short, title), *marks(short))
 
 
 def marks(short: str) -> tuple[str, str]:
@@ -258,10 +244,12 @@ def marks(short: str) -> tuple[str, str]:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file that `record` wrote."""
+    """The rows of a file that `measure` or `record` wrote."""
     names = {field.name for field in fields(Row)}
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [Row(**{k: v for k, v in record.items() if k in names}) for record in records]
+    return [
+        records.checked(Row, {k: v for k, v in record.items() if k in names}, where)
+        for where, record in records.located(path)
+    ]
 
 
 def table(rows: Sequence[Row], measures: Sequence[str]) -> str:

@@ -11,7 +11,6 @@ rows of a file; a second call goes on where the first ended.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,7 +27,8 @@ from torch import Tensor, nn
 import maestro_kernels as mk
 from maestro_kernels import training
 from maestro_kernels.benchmark.origin import stamp
-from maestro_kernels.benchmark.readme import replace_block
+from maestro_kernels.measure import records
+from maestro_kernels.measure.report import write_block
 
 # Methods that train factors: the sampler, and whether the hierarchical lasso acts.
 METHODS = {
@@ -249,29 +249,23 @@ def collect(
     say: Callable[[str], None],
 ) -> None:
     """Append the rows of every piece that the file lacks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     made = stamp()
     have = {(r["model"], r["method"], r["seed"], r["cut"] == "lr 0.1") for r in load(path)}
-    with path.open("a", encoding="utf-8") as file:
-        for seed in range(seeds):
-            for kind, method in [(k, m) for k in epochs for m in methods]:
-                if (kind, method, seed, False) in have:
-                    continue
-                rows = run(kind, method, seed, epochs[kind])
-                file.write("".join(json.dumps({**row, **made}) + "\n" for row in rows))
-                file.flush()
-                say(f"{kind}, {method}, seed {seed}: {rows[0]['accuracy']:.1%}")
-            if "mlp" in epochs and ("mlp", "dense", seed, True) not in have:
-                rows = high_lr(seed, epochs["mlp"])
-                file.write("".join(json.dumps({**row, **made}) + "\n" for row in rows))
-                file.flush()
+    for seed in range(seeds):
+        for kind, method in [(k, m) for k in epochs for m in methods]:
+            if (kind, method, seed, False) in have:
+                continue
+            rows = run(kind, method, seed, epochs[kind])
+            records.append(path, ({**row, **made} for row in rows))
+            say(f"{kind}, {method}, seed {seed}: {rows[0]['accuracy']:.1%}")
+        if "mlp" in epochs and ("mlp", "dense", seed, True) not in have:
+            rows = high_lr(seed, epochs["mlp"])
+            records.append(path, ({**row, **made} for row in rows))
 
 
 def load(path: Path) -> list[Row]:
     """Rows of a file; none where there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+    return records.load(path) if path.is_file() else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,9 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.docs / "figures" if args.docs else args.rows.parent
     print("\n".join(str(path) for path in draw(rows, folder)), file=sys.stderr)
     if args.docs:
-        page = args.docs / "examples.md"
         marks = ("<!-- digits:begin, written by examples/digits.py -->", "<!-- digits:end -->")
-        page.write_text(replace_block(page.read_text("utf-8"), text, *marks), encoding="utf-8")
+        write_block(args.docs / "examples.md", text, *marks)
     return 0
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from maestro_kernels.benchmark.origin import origin
-from maestro_kernels.files import write_text
 from maestro_kernels.measure import plots, records
 from maestro_kernels.measure.plots import Point
 
@@ -39,7 +38,7 @@ class Rows:
         """Put a row in the place of an earlier one."""
         self.all = [row for row in self.all if not key.items() <= row.items()]
         self.all.append({**key, **figures, **self.stamp})
-        write_text(self.path, "".join(f"{records.line(row)}\n" for row in self.all))
+        records.write(self.path, self.all)
 
     def figures(self, field: str, **key: Any) -> list[Any]:
         """One field of all rows that fit, by seed where they have one."""

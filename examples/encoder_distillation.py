@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import encoder_texts as judging
 import torch
 from distillation_report import BATCHES, BUDGETS, MARKS, METHODS, TIMED, Rows, draw, markdown
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from maestro_kernels import search, training
 from maestro_kernels.benchmark import encoder as library
 from maestro_kernels.benchmark.encoder import Encoder
 from maestro_kernels.benchmark.origin import stamp
-from maestro_kernels.benchmark.readme import replace_block
+from maestro_kernels.measure.report import write_block
 
 # Ranks of one step lie within this factor of a common share of the full rank.
 SPREAD = (0.5, 1.5)
@@ -70,7 +71,7 @@ def prepare(encoder: Encoder, texts: Sequence[str], held_out: int, *, answers: b
     """Split the text; run the teacher once over all of it and keep its answers if asked to."""
     # Mean-pooled embeddings never read the pooler: it would be a layer that costs nothing to cut.
     encoder.model.pooler = None
-    train, test = library.split(texts, len(texts) - held_out, held_out)
+    train, test = judging.split(texts, len(texts) - held_out, held_out)
     for part in (train, test):
         part.sort(key=lambda text: len(encoder.tokenizer(text)["input_ids"]))
     batches = list(encoder.batches(train, BATCH)) if answers else []
@@ -175,8 +176,8 @@ def train(data: Data, folder: Path, steps: int, lr: float, seed: int) -> nn.Modu
 
 def calibration(data: Data, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """A batch of short training sentences to search with, and the teacher's embeddings of them."""
-    texts = library.sentences()
-    train, _ = library.split(texts, len(texts) - HELD_OUT, HELD_OUT)
+    texts = judging.sentences()
+    train, _ = judging.split(texts, len(texts) - HELD_OUT, HELD_OUT)
     short = [text for text in train if len(data.encoder.tokenizer(text)["input_ids"]) <= SHORT]
     texts = random.Random(f"calibration {seed}").sample(short, BATCH)
     return data.encoder.tokens(texts), data.encoder.embed(texts)
@@ -192,7 +193,7 @@ def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str])
         )
 
     def judge(method: str, budget: float, model: nn.Module) -> None:
-        judged = library.fidelity(data.encoder.embed(data.held_out, model), data.original)
+        judged = judging.fidelity(data.encoder.embed(data.held_out, model), data.original)
         sizes = mk.summary(model)
         rows.add(
             {"kind": "fidelity", "method": method, "seed": seed, "budget": budget},
@@ -242,7 +243,7 @@ def time_models(data: Data, folder: Path, rows: Rows, seconds: float) -> None:
                 models[f"{method}, prepacked {budget}"] = mk.prepack(copy.deepcopy(model))
     for name, count in zip(BATCHES, (1, 64), strict=True):
         batch = data.encoder.tokens(data.held_out[:count])
-        for model, stats in library.latencies(models, batch, seconds).items():
+        for model, stats in judging.latencies(models, batch, seconds).items():
             ms = [t * 1e3 for t in (stats.p20, stats.p50, stats.p80)]
             rows.add({"kind": "latency", "model": model, "batch": name}, {"ms": ms})
 
@@ -265,7 +266,7 @@ def main() -> int:
     if args.only != "report":
         teacher = library.load_encoder(library.BUNDLED)
         training_too = args.only in (None, "train")
-        data = prepare(teacher, library.sentences(), HELD_OUT, answers=training_too)
+        data = prepare(teacher, judging.sentences(), HELD_OUT, answers=training_too)
     for seed in args.seeds:
         if args.only in (None, "train"):
             train(data, args.out, args.steps, args.lr, seed)
@@ -279,7 +280,7 @@ def main() -> int:
         if args.docs:
             draw(rows, args.docs / "figures")
             page = args.docs / "deployment.md"
-            page.write_text(replace_block(page.read_text("utf-8"), text, *MARKS), encoding="utf-8")
+            write_block(page, text, *MARKS)
     return 0
 
 

@@ -10,7 +10,6 @@ ICML 2024 (arXiv 2308.14929); settings of the authors' linear-models notebook.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 import maestro_kernels as mk
 from maestro_kernels import training
 from maestro_kernels.benchmark.origin import origin, stamp
-from maestro_kernels.benchmark.readme import replace_block
-from maestro_kernels.measure import plots
+from maestro_kernels.measure import plots, records
 from maestro_kernels.measure.plots import Point
+from maestro_kernels.measure.report import write_block
 
 
 @dataclass
@@ -274,9 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.docs / "figures" if args.docs else args.rows.parent
     print("\n".join(str(path) for path in draw(traces[:4], folder)), file=sys.stderr)
     if args.docs:
-        page = args.docs / "examples.md"
         marks = ("<!-- theory:begin, written by examples/theory.py -->", "<!-- theory:end -->")
-        page.write_text(replace_block(page.read_text("utf-8"), text, *marks), encoding="utf-8")
+        write_block(args.docs / "examples.md", text, *marks)
     return 0
 
 
@@ -286,16 +284,13 @@ def save(traces: Sequence[Trace], path: Path) -> None:
     def rounded(rows: list[list[float]]) -> list[list[float]]:
         return [[float(f"{value:.5g}") for value in row] for row in rows]
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for trace in traces:
-            short = {"curves": rounded(trace.curves), "distances": rounded(trace.distances)}
-            file.write(json.dumps({**asdict(trace), **short}) + "\n")
+    short = ({"curves": rounded(t.curves), "distances": rounded(t.distances)} for t in traces)
+    records.write(path, ({**asdict(t), **s} for t, s in zip(traces, short, strict=True)))
 
 
 def load(path: Path) -> list[Trace]:
     """What `save` wrote."""
-    return [Trace(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Trace(**record) for record in records.load(path)]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import re
 import statistics
 import subprocess
@@ -29,8 +28,8 @@ from torch import Tensor, nn
 import maestro_kernels as mk
 from maestro_kernels import training
 from maestro_kernels.benchmark.origin import origin, stamp
-from maestro_kernels.benchmark.readme import replace_block
-from maestro_kernels.measure import plots
+from maestro_kernels.measure import plots, records
+from maestro_kernels.measure.report import write_block
 from maestro_kernels.measure.timing import interleave
 
 LAMBDA = 1e-6
@@ -288,24 +287,21 @@ def main() -> int:
     if args.resident:
         print(resident(*args.resident))
         return 0
-    text = args.rows.read_text("utf-8") if args.rows.is_file() else ""
-    rows = {(r["case"], r["measure"]): r for r in map(json.loads, text.splitlines())}
+    known = records.load(args.rows) if args.rows.is_file() else []
+    rows = {(r["case"], r["measure"]): r for r in known}
     made = stamp()
     for measure in args.measure:
         for case in args.cases:
             print(f"{case}: {measure}", file=sys.stderr)
             one = timed(case, args.seconds) if measure == "ms" else peaks(case)
             rows[case, measure] = {"case": case, "measure": measure, **one, **made}
-            args.rows.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(row) + "\n" for row in rows.values()]
-            args.rows.write_text("".join(lines), encoding="utf-8")
+            records.write(args.rows, rows.values())
     found = [rows[c, m] for c in CASES for m in ("ms", "MiB") if (c, m) in rows]
     table = markdown(found)
     print(table)
     if args.docs:
         draw(found, args.docs / "figures" / "training-speed.svg")
-        page = args.docs / "deployment.md"
-        page.write_text(replace_block(page.read_text("utf-8"), table, *MARKS), encoding="utf-8")
+        write_block(args.docs / "deployment.md", table, *MARKS)
     return 0
 
 

@@ -10,15 +10,13 @@ import os
 import platform
 import subprocess
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from maestro_kernels.backends import onednn
+from maestro_kernels.measure import probes
 
 __all__ = [
     "H100",
@@ -160,7 +158,7 @@ def _measure(kind: str, index: int, threads: int, dtypes: tuple[str, ...]) -> De
     for name in dtypes:
         key = (kind, index, threads, name)
         if key not in _peaks:
-            _peaks[key] = _probe_flops(getattr(torch, name), device)
+            _peaks[key] = probes.flops(getattr(torch, name), device)
     return replace(
         record,
         bandwidth=bandwidth,
@@ -175,20 +173,9 @@ def _bandwidths(kind: str, index: int, threads: int) -> tuple[float, float]:
     """Bytes/s from memory, and from the last cache that a layer's weights fit in."""
     device = _place(kind, index)
     record = current_device(device)
-    memory = min(max(2 * record.last_level_cache, 256 << 20), 1 << 30, _free_bytes(kind) // 8)
+    memory = min(max(2 * record.last_level_cache, 256 << 20), 1 << 30, probes.free_bytes(kind) // 8)
     cache = min(max((record.l2_bytes or 8 << 20) // 2, 2 << 20), 32 << 20)
-    return _probe_bandwidth(memory, device), _probe_bandwidth(cache, device)
-
-
-def _free_bytes(kind: str) -> int:
-    """Memory that a probe may take from, far from all of which it should."""
-    if kind == "cuda":
-        free: int = torch.cuda.mem_get_info()[0]
-        return free
-    # macOS counts only all pages, Windows none.
-    names = getattr(os, "sysconf_names", {})
-    pages = [name for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in names]
-    return os.sysconf(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 8 << 30
+    return probes.bandwidth(memory, device), probes.bandwidth(cache, device)
 
 
 @functools.cache
@@ -252,75 +239,6 @@ def _cpu_caches() -> tuple[int | None, int | None]:
         level: sum(size for key, size in sizes.items() if key[0] == level) for level in ("2", "3")
     }
     return totals["2"] or None, totals["3"] or None
-
-
-def _probe_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the fastest library matmul, at the sizes that this device does in milliseconds."""
-    routes = [_mm]
-    if device.type == "cpu" and onednn.unsupported(dtype) is None:
-        # float32 F.linear goes to MKL, which on some CPUs reaches a fraction of what oneDNN does.
-        routes.append(_onednn_linear)
-    return max(_grow(route, dtype, device) for route in routes)
-
-
-def _mm(a: torch.Tensor, b: torch.Tensor) -> Callable[[], object]:
-    return lambda: torch.mm(a, b)
-
-
-def _onednn_linear(a: torch.Tensor, b: torch.Tensor) -> Callable[[], object]:
-    packed = onednn.reorder(b, a.shape[0])
-    return lambda: onednn.linear(a, packed, None)
-
-
-def _grow(
-    route: Callable[[torch.Tensor, torch.Tensor], Callable[[], object]],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> float:
-    """Best FLOP/s over n x n matmuls of doubling n, until one takes longer than 10 ms.
-
-    Processors differ by a factor of 1e5 in what one matmul takes: those without instructions for
-    a dtype compute it one element at a time, and there n = 2048 would take most of a minute.
-    """
-    best, n = 0.0, 64
-    while True:
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        call = route(a, b)
-        seconds = _best_seconds(call, device, budget=0.03)
-        if seconds > 0.01 or n == 8192:
-            # Not slow because something else ran meanwhile: the peak is the best of a longer look.
-            seconds = min(seconds, _best_seconds(call, device))
-        best = max(best, 2 * n**3 / seconds)
-        if seconds > 0.01 or n == 8192:
-            return best
-        n *= 2
-
-
-def _probe_bandwidth(num_bytes: int, device: torch.device) -> float:
-    source = torch.ones(num_bytes // 4, device=device)
-    half = source.numel() // 2
-    read = _best_seconds(lambda: source.sum(), device)
-    copy = _best_seconds(lambda: source[:half].copy_(source[half : 2 * half]), device)
-    return num_bytes / min(read, copy)
-
-
-def _best_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.25) -> float:
-    """Fastest of repeated calls: a ceiling is what nothing measured later should exceed."""
-    call()
-    times: list[float] = []
-    stop = time.perf_counter() + budget
-    while len(times) < 4 or (time.perf_counter() < stop and len(times) < 100):
-        _synchronize(device)
-        start = time.perf_counter()
-        call()
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 
 import maestro_kernels as mk
 from maestro_kernels import hardware
+from maestro_kernels.measure import probes as probe
 from maestro_kernels.testing import make_inputs
 
 
@@ -39,8 +40,8 @@ def probes(monkeypatch):
     """What is probed; nothing is timed, and nothing is remembered from or for other tests."""
     found = []
     monkeypatch.setattr(hardware, "_peaks", {})
-    monkeypatch.setattr(hardware, "_probe_flops", lambda d, _: found.append(d) or 1e9)
-    monkeypatch.setattr(hardware, "_probe_bandwidth", lambda size, _: found.append(size) or 2e9)
+    monkeypatch.setattr(probe, "flops", lambda d, _: found.append(d) or 1e9)
+    monkeypatch.setattr(probe, "bandwidth", lambda size, _: found.append(size) or 2e9)
     caches = hardware._measure, hardware._bandwidths
     for cache in caches:
         cache.cache_clear()
@@ -65,13 +66,9 @@ def test_measured_device_probes_what_is_asked_for_once(probes):
 
 
 def test_the_bandwidth_probe_takes_a_share_of_the_memory_that_is_free(probes, monkeypatch):
-    monkeypatch.setattr(hardware, "_free_bytes", lambda kind: 512 << 20)
+    monkeypatch.setattr(probe, "free_bytes", lambda kind: 512 << 20)
     hardware.measured_device("cpu")
     assert probes[0] == 64 << 20
-
-
-def test_free_memory_is_asked_of_the_system():
-    assert 64 << 20 < hardware._free_bytes("cpu") < 1 << 50
 
 
 def test_explain_times_nothing_until_it_is_asked_how_long(probes):
@@ -86,28 +83,6 @@ def test_explain_times_nothing_until_it_is_asked_how_long(probes):
     text = str(mk.explain(x, u, v))
     assert "(roofline, measured peaks), where one fused pass could take" in text
     assert len(probes) == 3
-
-
-def test_a_slow_dtype_is_probed_small(monkeypatch):
-    """A matmul of size n that takes (n / 256)^3 times 20 ms is not grown beyond 256."""
-    sizes = []
-
-    def seconds(call, device, budget=0.25):
-        (n,) = {a.shape[0] for a in call}
-        sizes.append(n)
-        return 0.02 * (n / 256) ** 3
-
-    monkeypatch.setattr(hardware, "_best_seconds", seconds)
-    peak = hardware._grow(lambda a, b: (a, b), torch.float16, torch.device("cpu"))
-    assert peak == pytest.approx(2 * 256**3 / 0.02)
-    assert sizes == [64, 128, 256, 256]
-
-
-def test_probes_give_plausible_ceilings():
-    cpu = torch.device("cpu")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert 1e7 < hardware._probe_flops(dtype, cpu) < 1e15
-    assert 1e8 < hardware._probe_bandwidth(4 << 20, cpu) < 1e14
 
 
 def test_versions_name_software_and_no_host():

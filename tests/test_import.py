@@ -148,7 +148,9 @@ def imports_of(tree, modules):
     return found & modules
 
 
-def test_no_module_imports_itself_through_others():
+@pytest.fixture(scope="module")
+def imports():
+    """Module of ours -> the others that it imports."""
     import maestro_kernels
 
     root = Path(maestro_kernels.__file__).parent
@@ -156,11 +158,24 @@ def test_no_module_imports_itself_through_others():
     for file in root.rglob("*.py"):
         parts = file.relative_to(root.parent).with_suffix("").parts
         files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    order = graphlib.TopologicalSorter()
-    for name, file in files.items():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        order.add(name, *imports_of(tree, set(files)) - {name})
-    order.prepare()  # raises CycleError, which names them
+    trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    return {name: imports_of(tree, set(files)) - {name} for name, tree in trees.items()}
+
+
+def test_no_module_imports_itself_through_others(imports):
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names them
+
+
+def test_no_folder_imports_one_that_is_built_on_it(imports):
+    floors = ("measure", "ops", "nn", "search", "training", "benchmark", "cli")
+    upwards = []
+    for name, others in imports.items():
+        for other in others:
+            folders = [(*module.split("."), "")[1] for module in (name, other)]
+            below, above = (floors.index(f) if f in floors else -1 for f in folders)
+            if 0 <= below < above:
+                upwards.append((name, other))
+    assert upwards == []
 
 
 @pytest.mark.parametrize("package", ["", ".nn", ".search", ".training", ".measure"])

@@ -1,15 +1,9 @@
-"""The main job's library: a real sentence encoder, real text, and how well low rank keeps it.
-
-Loads the encoder, finds English sentences that ship with Python, and compares embeddings.
-"""
+"""A transformer from a folder with its tokenizer, its embeddings, and its factorised copy."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import importlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maestro_kernels.measure.heap import keeping_memory
-from maestro_kernels.measure.timing import Stats, interleave
-from maestro_kernels.nn import LoDLinear, convert
+from maestro_kernels.measure.wording import first_line
+from maestro_kernels.nn import convert
 
 __all__ = [
     "BUNDLED",
     "Encoder",
-    "Fidelity",
-    "PlainPair",
     "factorised",
-    "fidelity",
-    "latencies",
     "load_encoder",
-    "plain_pairs",
+    "pooled",
     "quiet_transformers",
-    "sentences",
-    "split",
 ]
 
 BUNDLED = "minilm"
@@ -105,7 +92,7 @@ def load_encoder(source: str) -> Encoder:
         model = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # what damaged weights raise is up to each format's reader
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error, type(error).__name__)
         raise ValueError(
             f"load_encoder: source: expected a model and a tokenizer in {source!r}, got {first}"
         ) from error
@@ -132,116 +119,6 @@ def _package(fn: str, module: str, distribution: str) -> Any:
             f"{fn}: expected the package {distribution}, got none; "
             f"pip install 'maestro-kernels[bench]'"
         ) from None
-
-
-def sentences() -> list[str]:
-    """English sentences of Python's own documentation topics, in a fixed order, without code."""
-    topics = importlib.import_module("pydoc_data.topics").topics
-    found: dict[str, None] = {}
-    for name in sorted(topics):
-        for paragraph in re.split(r"\n\s*\n", topics[name]):
-            found.update(dict.fromkeys(_prose(paragraph)))
-    return list(found)
-
-
-def _prose(paragraph: str) -> list[str]:
-    """The sentences of a paragraph; none of a listing, a grammar or a heading."""
-    lines = paragraph.strip("\n").split("\n")
-    if any(re.match(r"\s{5,}|\s*(>>>|\.\.\.|\*\*\*|===|---|[+|])", line) for line in lines):
-        return []
-    if re.search(r"::=|\s=\s|[{}<>|\\]", paragraph):
-        return []
-    text = re.sub(r'[*`"“”]+', "", " ".join(line.strip() for line in lines))
-    text = re.sub(r"\s+", " ", text).strip()
-    kept = []
-    for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text):
-        words = sentence.split()
-        letters = sum(c.isalpha() or c.isspace() for c in sentence)
-        whole = 6 <= len(words) <= 48 and sentence[0].isupper() and sentence[-1] in ".!?"
-        if whole and letters / len(sentence) > 0.9:
-            kept.append(sentence)
-    return kept
-
-
-def split(texts: Sequence[str], calibration: int, held_out: int) -> tuple[list[str], list[str]]:
-    """Disjoint samples by the hash of each text, so that neither depends on the other's size.
-
-    Raises:
-        ValueError: there are not enough texts.
-    """
-    ordered = sorted(texts, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
-    if calibration + held_out > len(ordered):
-        raise ValueError(
-            f"split: texts: expected at least {calibration + held_out}, got {len(ordered)}"
-        )
-    return ordered[:calibration], ordered[len(ordered) - held_out :]
-
-
-def by_length(encoder: Encoder, texts: Sequence[str]) -> list[str]:
-    """Texts ordered by their tokens: batches then hold hardly any padding."""
-    return sorted(texts, key=lambda text: (int(encoder.tokens([text])["input_ids"].numel()), text))
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How close embeddings stay to the original's.
-
-    Attributes:
-        cosine: mean cosine of each embedding to the original's.
-        worst: the lowest of them.
-        spearman: rank correlation of all pairwise similarities with the original's.
-    """
-
-    cosine: float
-    worst: float
-    spearman: float
-
-
-def fidelity(embeddings: Tensor, original: Tensor) -> Fidelity:
-    """Compare unit vectors (n, D) with the original's for the same texts."""
-    from scipy.stats import spearmanr
-
-    cosines = (embeddings.double() * original.double()).sum(-1)
-    above = torch.triu_indices(len(original), len(original), offset=1).unbind()
-    ours, theirs = ((e.double() @ e.double().T)[above] for e in (embeddings, original))
-    correlation = float(spearmanr(ours.numpy(), theirs.numpy()).statistic)
-    return Fidelity(float(cosines.mean()), float(cosines.min()), correlation)
-
-
-class PlainPair(nn.Module):
-    """The baseline a user would write: two F.linear calls on factors cut to their rank."""
-
-    def __init__(self, u: Tensor, v: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.u, self.v = nn.Parameter(u), nn.Parameter(v)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Y (..., N) for x (..., K)."""
-        return F.linear(F.linear(x, self.v), self.u, self.bias)
-
-
-def plain_pairs(model: nn.Module) -> nn.Module:
-    """A copy of a converted model whose factorised linear layers are PlainPair modules."""
-    twin = copy.deepcopy(model)
-    for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoDLinear):
-                r = child.rank
-                bias = None if child.bias is None else child.bias.detach().clone()
-                u = child.u[:, :r].detach().contiguous()
-                setattr(parent, name, PlainPair(u, child.v[:r].detach().clone(), bias))
-    return twin
-
-
-@torch.no_grad()
-def latencies(
-    models: Mapping[str, nn.Module], batch: dict[str, Tensor], seconds: float
-) -> dict[str, Stats]:
-    """Interleaved wall time of each model on one token batch."""
-    calls = {name: (lambda m=model: m(**batch)) for name, model in models.items()}
-    with keeping_memory():
-        return interleave(calls, seconds=seconds, min_rounds=5)  # type: ignore[arg-type]
 
 
 def factorised(encoder: Encoder, budget: float, init: str, calibration: Sequence[str]) -> nn.Module:

@@ -9,10 +9,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from maestro_kernels.benchmark.cases import joined
 from maestro_kernels.benchmark.rows import Change, Comparison, Row
 from maestro_kernels.benchmark.summary import Outcome, device_line, outcomes, refusals, verdict
 from maestro_kernels.measure import plots, report
+from maestro_kernels.measure.cases import joined
 from maestro_kernels.measure.report import Cell, Html
 from maestro_kernels.measure.wording import DASH, duration, geometric_mean, times, when
 

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from maestro_kernels.benchmark.cases import joined
 from maestro_kernels.files import check_file
 from maestro_kernels.measure import records
+from maestro_kernels.measure.cases import joined
 from maestro_kernels.measure.noise import Times, beyond_noise
 
 __all__ = [

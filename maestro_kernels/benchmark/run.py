@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import datetime
-import functools
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
 
 from maestro_kernels import hardware
-from maestro_kernels.benchmark.cases import Case
-from maestro_kernels.benchmark.providers import (
-    Bound,
-    Family,
-    Inputs,
-    Provider,
-    Unavailable,
-    default_providers,
-    dense_forward,
-    make_case_inputs,
-    two_forward,
-)
+from maestro_kernels.benchmark.providers import default_providers
 from maestro_kernels.benchmark.rows import Gate, Row, with_speedups
-from maestro_kernels.measure.timing import (
-    Clock,
-    CpuClock,
-    CudaClock,
-    CudaGraphClock,
-    Stats,
-    interleave,
-    prepared,
-)
-from maestro_kernels.testing import accuracy_error, rounding_errors
+from maestro_kernels.measure.accuracy import References, Rings, gate, walk
+from maestro_kernels.measure.cases import Case
+from maestro_kernels.measure.providers import Bound, Provider, Unavailable, make_case_inputs
+from maestro_kernels.measure.timing import Clock, Stats, interleave, launch_modes, prepared
+from maestro_kernels.measure.wording import first_line
 
-__all__ = ["Options", "Reference", "Rings", "checked", "gate", "run", "run_case", "walk"]
-
-# A ring has at most this many sets of weights: a tiny layer would otherwise need thousands.
-_MAX_RING = 512
+__all__ = ["Options", "run", "run_case"]
 
 
 @dataclass(frozen=True)
@@ -64,13 +41,6 @@ class Options:
     ring_bytes: int = 256 << 20
     compiled: bool = True
     command: str = ""
-
-    @property
-    def launches(self) -> dict[str, Callable[[], Clock]]:
-        """Launch mode -> its clock."""
-        if torch.device(self.device).type == "cuda":
-            return {"eager": CudaClock, "graph": CudaGraphClock}
-        return {"eager": CpuClock}
 
 
 def run(
@@ -114,11 +84,11 @@ def run_case(
     blank = _row(case, device, started, options)
     rows: list[Row] = []
     with torch.set_grad_enabled(case.mode == "training"):
-        references = _References(case, inputs)
+        references = References(case, inputs)
         for cache in options.caches:
             rings = Rings(inputs, options.ring_bytes if cache == "cold" else 0)
             bounds, refused = _admit(case, providers, rings, references)
-            for launch, clock in options.launches.items():
+            for launch, clock in launch_modes(options.device).items():
                 stats, unfit = _time(bounds, cache == "cold", clock(), options.seconds)
                 for provider in providers:
                     row = replace(
@@ -140,136 +110,8 @@ def run_case(
     return with_speedups(rows)
 
 
-class Rings:
-    """Copies of a case's inputs, per family, because dense weights are larger than factors."""
-
-    def __init__(self, inputs: Inputs, ring_bytes: int) -> None:
-        self._inputs, self._bytes = inputs, ring_bytes
-        self._rings: dict[bool, list[Inputs]] = {}
-
-    def __getitem__(self, family: Family) -> list[Inputs]:
-        dense = family == "dense"
-        if dense not in self._rings:
-            own = replace(self._inputs, us=(), vs=()) if dense else replace(self._inputs, dense=())
-            copies = math.ceil(self._bytes / own.bytes(family)) if self._bytes else 1
-            copies = min(max(copies, 2), _MAX_RING) if self._bytes else 1
-            self._rings[dense] = [own, *(own.copy() for _ in range(copies - 1))]
-        return self._rings[dense]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What results are held to, in the order in which a Bound gives them.
-
-    Attributes:
-        torch_out: from plain torch in the same dtype.
-        exact: in float64.
-        rounding: gives the errors that rounding may leave in each; None where torch's are the only
-            measure.
-    """
-
-    torch_out: Sequence[Tensor]
-    exact: Sequence[Tensor]
-    rounding: Callable[[], Sequence[Tensor]] | None = None
-
-
-class _References:
-    """The reference of each family."""
-
-    def __init__(self, case: Case, inputs: Inputs) -> None:
-        self._case, self._inputs = case, inputs
-        self._results: dict[bool, Reference] = {}
-
-    def __getitem__(self, family: Family) -> Reference:
-        dense = family == "dense"
-        if dense not in self._results:
-            self._results[dense] = Reference(
-                _compute(self._inputs, self._case.torch_dtype, dense),
-                _compute(self._inputs, torch.float64, dense),
-                None if dense else functools.cache(lambda: _rounding(self._inputs)),
-            )
-        return self._results[dense]
-
-
-def _rounding(inputs: Inputs) -> tuple[Tensor, ...]:
-    """`rounding_errors` of the factorised layers, in the order of Bound."""
-    layers = [
-        rounding_errors(inputs.x, u, v, rank=r, bias=b, dy=dy)
-        for u, v, b, r, dy in zip(
-            inputs.us,
-            inputs.vs,
-            inputs.biases,
-            inputs.ranks,
-            inputs.dys or [None] * len(inputs.us),
-            strict=True,
-        )
-    ]
-    ys = tuple(layer["y"] for layer in layers)
-    if not inputs.dys:
-        return ys
-    # dx adds up what the layers give, and the errors of different layers are independent.
-    dx = torch.stack([layer["dx"] for layer in layers]).square().sum(0).sqrt()
-    weights = [layer[name] for name in ("du", "dv") for layer in layers]
-    biases = [e["dbias"] for e, b in zip(layers, inputs.biases, strict=True) if b is not None]
-    return (*ys, dx, *weights, *biases)
-
-
-def _compute(inputs: Inputs, dtype: torch.dtype, dense: bool) -> tuple[Tensor, ...]:
-    """The formula in plain torch, and its gradients in training, in the order of Bound."""
-
-    def cast(t: Tensor) -> Tensor:
-        return t.detach().to(dtype).requires_grad_(t.requires_grad)
-
-    x = cast(inputs.x)
-    biases = [None if b is None else cast(b) for b in inputs.biases]
-    weights = [cast(w) for w in (inputs.dense if dense else (*inputs.us, *inputs.vs))]
-    n = len(inputs.ranks)
-    if dense:
-        ys = dense_forward(x, weights, biases)
-    else:
-        ys = two_forward(x, weights[:n], weights[n:], biases, inputs.ranks)
-    leaves = (x, *weights, *(b for b in biases if b is not None))
-    return Bound(lambda: ys, leaves, tuple(dy.to(dtype) for dy in inputs.dys))()
-
-
-def gate(bound: Bound, reference: Reference) -> str | None:
-    """Why a provider's results are refused, or None when all meet the derived tolerance.
-
-    Args:
-        bound: the provider on one set of inputs.
-        reference: the same results from elsewhere.
-    """
-    results, exact, rounding = bound(), reference.exact, reference.rounding
-    if len(results) != len(exact):
-        return f"expected {len(exact)} results, got {len(results)}"
-    for k, (out, same, ref) in enumerate(zip(results, reference.torch_out, exact, strict=True)):
-        problem = accuracy_error(out, same, ref, rounding and (lambda k=k: rounding()[k]))
-        if problem is not None:
-            return f"{_result_name(k, len(exact), bound)}: {problem}"
-    return None
-
-
-def _result_name(k: int, total: int, bound: Bound) -> str:
-    """Name result k of a call: outputs first, then gradients in the order of its leaves."""
-    outputs = total - len(bound.leaves) if bound.dys else total
-    if k < outputs:
-        return "y" if outputs == 1 else f"y[{k}]"
-    leaf = bound.leaves[k - outputs]
-    return "dx" if k == outputs else f"gradient of the {tuple(leaf.shape)} parameter"
-
-
-def checked(case: Case, provider: Provider, inputs: Inputs) -> tuple[Bound, str | None]:
-    """One provider bound to one set of inputs, and what its gate says; for other timers.
-
-    Raises:
-        Unavailable: the provider cannot run the case.
-    """
-    (bound,) = provider.bound(case, [inputs])
-    return bound, gate(bound, _References(case, inputs)[provider.family])
-
-
 def _admit(
-    case: Case, providers: Sequence[Provider], rings: Rings, references: _References
+    case: Case, providers: Sequence[Provider], rings: Rings, references: References
 ) -> tuple[dict[str, list[Bound]], dict[str, tuple[Gate, str]]]:
     """Bind and gate the providers: (name -> calls), (name -> (gate, reason))."""
     bounds: dict[str, list[Bound]] = {}
@@ -284,7 +126,7 @@ def _admit(
             refused[provider.name] = ("unavailable", str(reason))
         except RuntimeError as error:
             # Compilation, memory and launch errors of one candidate must not end the others.
-            refused[provider.name] = ("error", f"{type(error).__name__}: {_first_line(error)}")
+            refused[provider.name] = ("error", f"{type(error).__name__}: {first_line(error)}")
         else:
             if problem is None:
                 bounds[provider.name] = bound
@@ -304,19 +146,6 @@ def _time(
     if not calls:
         return {}, unfit
     return interleave(calls, seconds=seconds, prime=not cold, clock=clock), unfit
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
-
-
-def walk(ring: list[Bound]) -> Callable[[], object]:
-    """A call that uses the next set of inputs each time."""
-    calls: list[Callable[[], object]] = [b if b.dys else b.forward for b in ring]
-    if len(calls) == 1:
-        return calls[0]
-    turns = itertools.cycle(calls)
-    return lambda: next(turns)()
 
 
 def _row(case: Case, device: hardware.Device, started: str, options: Options) -> Row:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maestro_kernels.benchmark.cases import joined
 from maestro_kernels.benchmark.rows import Row
+from maestro_kernels.measure.cases import joined
 from maestro_kernels.measure.noise import beyond_noise
 from maestro_kernels.measure.wording import count, geometric_mean, times
 

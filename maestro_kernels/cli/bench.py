@@ -22,9 +22,9 @@ from maestro_kernels.cli.output import (
 from maestro_kernels.files import write_text
 
 if TYPE_CHECKING:
-    from maestro_kernels.benchmark.cases import Case
     from maestro_kernels.benchmark.rows import Row
     from maestro_kernels.benchmark.run import Options
+    from maestro_kernels.measure.cases import Case
 
 
 def register(commands: Any) -> None:
@@ -114,7 +114,9 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 def _plan(cases: list[Case], how: Options) -> str:
     """What is about to run and for how long: samples, copies for cold caches, compilation."""
-    sampling = how.seconds * len(how.caches) * len(how.launches)
+    from maestro_kernels.measure.timing import launch_modes
+
+    sampling = how.seconds * len(how.caches) * len(launch_modes(how.device))
     each = 1.5 * sampling + 2 + (8 if how.compiled else 0)
     where = count(torch.get_num_threads(), "thread") if how.device == "cpu" else how.device
     return f"{count(len(cases), 'case')} on {where}, {about(len(cases) * each)}"

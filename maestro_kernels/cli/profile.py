@@ -27,6 +27,7 @@ from maestro_kernels.cli.output import (
     user_error,
 )
 from maestro_kernels.files import write_text
+from maestro_kernels.measure.wording import first_line
 
 if TYPE_CHECKING:
     from maestro_kernels.search.drawings import Front
@@ -194,9 +195,9 @@ def _hugging_face(path: Path) -> nn.Module:
             with torch.device("meta"):
                 model = transformers.AutoModel.from_config(config)
     except Exception as error:  # what damaged weights raise is up to each format's reader
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error, type(error).__name__)
         raise ValueError(
-            f"profile: target: expected a Hugging Face configuration, got {path.name!r}: {first}"
+            f"profile: target: expected a Hugging Face configuration, got {path.name!r}: {why}"
         ) from None
     return model.eval()
 

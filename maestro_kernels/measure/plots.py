@@ -30,6 +30,7 @@ __all__ = [
     "Point",
     "Ratio",
     "add_line",
+    "curves",
     "frame",
     "inline",
     "legend",
@@ -48,6 +49,8 @@ SERIES = (
 )
 MARKERS = "os^DvPXh"
 
+# Points of a curve that can still be told apart, and letters of a name in a legend of two columns.
+_POINTS, _LETTERS = 240, 24
 # Two of these fit beside each other on a desk and one fills a phone; text stays readable on both.
 _WIDTH = 4.6
 
@@ -107,6 +110,35 @@ def line_plot(
         axes.minorticks_off()
     legend(figure, axes)
     return figure
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], *, title: str, xlabel: str
+) -> list[Figure]:
+    """Long lines without markers, as many to a drawing as there are colours.
+
+    Args:
+        series: name -> points (x, y) in order of x; long ones are thinned, dotted names shortened.
+        title: heading of the drawing; of several, with the place of the first line in them all.
+        xlabel: label of the horizontal axis.
+    """
+    names, drawn = list(series), []
+    for first in range(0, len(names), len(SERIES)):
+        lines = {}
+        for name in names[first : first + len(SERIES)]:
+            # Backwards, so that the last point is always there.
+            few = series[name][:: -1 - len(series[name]) // _POINTS]
+            lines[_short(name)] = [Point(x, y) for x, y in few]
+        heading = f"{title} {first + 1} and on" if len(names) > len(SERIES) else title
+        options: dict[str, Any] = {"xlabel": xlabel, "ylabel": "", "log": False, "markers": False}
+        drawn.append(line_plot(lines, title=heading, **options))
+    return drawn
+
+
+def _short(name: str) -> str:
+    """What fits a legend: enc.lay.0.att.self.query."""
+    *parents, last = name.split(".")
+    return name if len(name) <= _LETTERS else ".".join([*(p[:3] for p in parents), last])
 
 
 def ratio_plot(

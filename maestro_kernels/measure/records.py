@@ -19,7 +19,14 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from maestro_kernels.files import append_lines, cache_folder, locked_file, whole_lines, write_at
+from maestro_kernels.files import (
+    append_lines,
+    cache_folder,
+    locked_file,
+    whole_lines,
+    write_at,
+    write_text,
+)
 
 __all__ = [
     "Journal",
@@ -31,6 +38,7 @@ __all__ = [
     "load",
     "load_document",
     "located",
+    "write",
 ]
 
 T = TypeVar("T")
@@ -54,6 +62,19 @@ def append(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
         OSError: it cannot be written; what was there before still is.
     """
     append_lines(path, map(line, records))
+
+
+def write(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Put records in the place of a file: all of them, or the file stays as it was.
+
+    Folders are made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(place, "".join(f"{line(record)}\n" for record in records))
 
 
 def load(path: str | Path, *, schema: int | None = None, fn: str = "load") -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The interleaved timer: candidates take turns, so that a busy machine is busy for all of them.
 
-It times callables and knows nothing of layers; what it may time is decided in run.py.
+It times callables and knows nothing of layers; what it may time is decided by accuracy.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from maestro_kernels.measure.noise import Times, beyond_noise
+from maestro_kernels.measure.wording import first_line
 
 __all__ = [
     "Clock",
@@ -26,6 +27,7 @@ __all__ = [
     "SmallGraphClock",
     "Stats",
     "interleave",
+    "launch_modes",
     "prepared",
     "race",
     "rounds",
@@ -176,6 +178,13 @@ def _nothing() -> None:
 Clock = CpuClock | CudaClock | CudaGraphClock | SmallGraphClock
 
 
+def launch_modes(device: torch.device | str) -> dict[str, type[Clock]]:
+    """Launch mode -> its clock, for the modes that a device has."""
+    if torch.device(device).type == "cuda":
+        return {"eager": CudaClock, "graph": CudaGraphClock}
+    return {"eager": CpuClock}
+
+
 def rounds(names: Sequence[str]) -> Iterator[list[str]]:
     """Orders to call the candidates in: rotated by one every second round, reversed in between.
 
@@ -197,7 +206,7 @@ def prepared(clock: Clock, calls: Mapping[str, Call]) -> tuple[dict[str, Call], 
         try:
             clock.prepare(name, call)
         except RuntimeError as error:
-            unfit[name] = (str(error).strip() or "no message").splitlines()[0]
+            unfit[name] = first_line(error)
         else:
             fit[name] = call
     return fit, unfit

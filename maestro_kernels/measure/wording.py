@@ -6,7 +6,16 @@ import datetime
 import math
 from collections.abc import Iterable
 
-__all__ = ["DASH", "TIMES", "count", "duration", "geometric_mean", "times", "when"]
+__all__ = [
+    "DASH",
+    "TIMES",
+    "count",
+    "duration",
+    "first_line",
+    "geometric_mean",
+    "times",
+    "when",
+]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 DASH = "\N{EN DASH}"
@@ -37,6 +46,11 @@ def geometric_mean(values: Iterable[float]) -> float | None:
 def count(number: int, noun: str) -> str:
     """A number with its noun: 1 thread, 2 threads."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def first_line(error: BaseException, otherwise: str = "no message") -> str:
+    """What an error says, without what follows its first line."""
+    return (str(error).strip() or otherwise).splitlines()[0]
 
 
 def when(time: str) -> str:

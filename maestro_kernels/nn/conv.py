@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_int
 from maestro_kernels.functional import lod_linear
-from maestro_kernels.nn.factorize import factor_bounds, merge
+from maestro_kernels.nn.factorize import merge
 from maestro_kernels.nn.layer import LoDLayer, check_dtype
 from maestro_kernels.nn.linear import check_rank, copied, initial_factors, trainable
 from maestro_kernels.ops.eager import autocast_dtype
@@ -33,17 +33,11 @@ class LoDConv2d(LoDLayer):
         in_channels: channels of x.
         out_channels: channels of y.
         kernel_size: k or (k_h, k_w).
-        stride: as in nn.Conv2d; also padding (int, pair, "same", "valid"), dilation, groups, bias,
-            padding_mode ("zeros", "reflect", "replicate", "circular"), device and dtype.
-        padding: see stride.
-        dilation: see stride.
-        groups: see stride.
-        bias: see stride.
-        padding_mode: see stride.
-        device: see stride.
-        dtype: see stride.
         max_rank: R per group, 0..min(N, K) where N = out_channels / groups and K = in_channels /
             groups * k_h * k_w; None means min(N, K).
+
+    The other arguments are those of nn.Conv2d, padding "same" and "valid" and all padding modes
+    among them.
 
     Attributes:
         u: (out_channels, R). v: (groups * R, in_channels / groups, k_h, k_w). bias: or None.
@@ -98,15 +92,6 @@ class LoDConv2d(LoDLayer):
             torch.empty(out_channels, **factory) if bias else None,
         )
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the factors and the bias afresh; the active rank stays."""
-        N, K = self.matrix_shape
-        bound_u, bound_v = factor_bounds(N, K, self.max_rank)
-        nn.init.uniform_(self.u, -bound_u, bound_u)
-        nn.init.uniform_(self.v, -bound_v, bound_v)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -(K**-0.5), K**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Y (B, C_out, H', W') for x (B, C_in, H, W); also without the batch."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from maestro_kernels.arguments import check_int
 from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.measure import cost
+from maestro_kernels.nn.factorize import factor_bounds
 from maestro_kernels.nn.weight import MergedWeight
 from maestro_kernels.problem import DTYPES
 
@@ -72,6 +73,16 @@ class LoDLayer(nn.Module):
         self.register_parameter("bias", None if bias is None else _parameter(bias))
         self._rank, self._forwards = self.max_rank, deque(maxlen=_MAX_FORWARDS)
         self.register_buffer("active_rank", self._new_rank_buffer())
+
+    def reset_parameters(self) -> None:
+        """Draw the factors and the bias afresh; the active rank stays."""
+        N, K = self.matrix_shape
+        bound_u, bound_v = factor_bounds(N, K, self.max_rank)
+        nn.init.uniform_(self.u, -bound_u, bound_u)
+        nn.init.uniform_(self.v, -bound_v, bound_v)
+        if self.bias is not None:
+            bound = max(K, 1) ** -0.5
+            nn.init.uniform_(self.bias, -bound, bound)
 
     @property
     def max_rank(self) -> int:

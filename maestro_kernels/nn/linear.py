@@ -11,13 +11,14 @@ from torch.compiler import is_compiling
 from maestro_kernels.arguments import check_int
 from maestro_kernels.dispatch import is_capturing
 from maestro_kernels.functional import lod_linear
-from maestro_kernels.nn.factorize import factor_bounds, factorize, merge, random_factors
+from maestro_kernels.nn.factorize import factorize, merge, random_factors
 from maestro_kernels.nn.layer import LoDLayer, check_dtype
 from maestro_kernels.problem import check_choices
 
 if TYPE_CHECKING:
     from maestro_kernels.nn.grouping import LayerGroup
     from maestro_kernels.nn.packing import PackedLinear
+    from maestro_kernels.nn.pivoted import PivotedLinear
 
 __all__ = ["LoDLinear"]
 
@@ -83,15 +84,6 @@ class LoDLinear(LoDLayer):
             torch.empty(N, device=device, dtype=dtype) if bias else None,
         )
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the factors and the bias afresh; the active rank stays."""
-        bound_u, bound_v = factor_bounds(self.out_features, self.in_features, self.max_rank)
-        nn.init.uniform_(self.u, -bound_u, bound_u)
-        nn.init.uniform_(self.v, -bound_v, bound_v)
-        if self.bias is not None:
-            bound = max(self.in_features, 1) ** -0.5
-            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """Y (..., N) for x (..., K)."""
@@ -194,17 +186,8 @@ class LoDLinear(LoDLayer):
         Raises:
             ValueError: the layer has an activation, which an nn.Linear has not.
         """
-        if self.activation is not None:
-            raise ValueError(
-                "LoDLinear.to_linear: activation: expected None, which is all an nn.Linear can do, "
-                f"got {self.activation!r}"
-            )
-        has_bias = self.bias is not None
-        linear = nn.Linear(self.in_features, self.out_features, has_bias, "meta", self.u.dtype)
-        linear.weight = trainable(merge(self.u[:, : self.rank], self.v[: self.rank]), self.u)
-        if self.bias is not None:
-            linear.bias = copied(self.bias)
-        return linear.train(self.training)
+        merged = merge(self.u[:, : self.rank], self.v[: self.rank])
+        return dense_linear(self, trainable(merged, self.u))
 
     def extra_repr(self) -> str:  # noqa: D102
         return (
@@ -220,6 +203,25 @@ class LoDLinear(LoDLayer):
     def matrix_shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.out_features, self.in_features
+
+
+def dense_linear(layer: LoDLinear | PivotedLinear, weight: nn.Parameter) -> nn.Linear:
+    """An nn.Linear of this weight with the rest of a layer.
+
+    Raises:
+        ValueError: the layer has an activation, which an nn.Linear has not.
+    """
+    if layer.activation is not None:
+        raise ValueError(
+            f"{type(layer).__name__}.to_linear: activation: expected None, which is all an "
+            f"nn.Linear can do, got {layer.activation!r}"
+        )
+    N, K = layer.matrix_shape
+    linear = nn.Linear(K, N, layer.bias is not None, "meta", weight.dtype)
+    linear.weight = weight
+    if layer.bias is not None:
+        linear.bias = copied(layer.bias)
+    return linear.train(layer.training)
 
 
 def check_rank(fn: str, rank: int | None, full: int, name: str = "rank") -> int:

@@ -85,6 +85,14 @@ class ModelSummary:
         return sum(layer.parameters for layer in self._counted)
 
     @property
+    def deployed_weights(self) -> int:
+        """Those weights with each factorised layer in its smaller form: min(r (N + K), N K)."""
+        return sum(
+            layer.parameters if layer.rank is None else min(layer.macs, layer.dense_parameters)
+            for layer in self._counted
+        )
+
+    @property
     def dense_macs(self) -> int:
         """Multiply-adds per row were every one of those layers dense."""
         return self.dense_weights
@@ -159,31 +167,36 @@ def summary(model: nn.Module, *, rows: int = 1) -> ModelSummary:
     kept = {} if report is None else report.kept
     layers = []
     for name, candidate in candidates.items():
-        module = modules[name]
-        if isinstance(module, LoDLayer):
-            layers.append(_factorised(candidate, module, rows))
-        elif isinstance(module, PivotedLinear):
-            layers.append(_pivoted(candidate, module))
-        else:
-            layers.append(_dense(candidate, kept.get(name) or candidate.reason or ""))
+        note = kept.get(name) or candidate.reason or ""
+        layers.append(_summarised(candidate, modules[name], rows, note))
     return ModelSummary(tuple(layers), sum(p.numel() for p in model.parameters()), rows)
 
 
-def _factorised(candidate: Candidate, layer: LoDLayer, rows: int) -> LayerSummary:
-    N, K = layer.matrix_shape
+def _summarised(candidate: Candidate, module: nn.Module, rows: int, note: str) -> LayerSummary:
+    """One layer; `note` is why it is dense, if it is."""
+    rank = max_rank = backend = None
+    weights = macs = candidate.dense_weights
+    if isinstance(module, LoDLayer | PivotedLinear):
+        rank, max_rank, note = module.rank, module.max_rank, ""
+        weights = module.u.numel() + module.v.numel()
+    if isinstance(module, PivotedLinear):
+        macs, backend = weights, "two matmuls and a permutation"
+    elif isinstance(module, LoDLayer):
+        macs = candidate.factor_weights(module.rank)
+        backend = _runs_on(module, rows) if isinstance(module, LoDLinear) else "convolutions"
     return LayerSummary(
         name=candidate.name,
         kind=candidate.kind,
-        N=N,
-        K=K,
-        rank=layer.rank,
-        max_rank=layer.max_rank,
-        break_even_rank=layer.break_even_rank,
-        dense_parameters=layer.groups * N * K,
-        parameters=layer.u.numel() + layer.v.numel(),
-        macs=layer.groups * layer.rank * (N + K),
-        backend=_runs_on(layer, rows) if isinstance(layer, LoDLinear) else "convolutions",
-        note="",
+        N=candidate.N,
+        K=candidate.K,
+        rank=rank,
+        max_rank=max_rank,
+        break_even_rank=candidate.break_even_rank,
+        dense_parameters=candidate.dense_weights,
+        parameters=weights,
+        macs=macs,
+        backend=backend,
+        note=note,
     )
 
 
@@ -218,38 +231,3 @@ def _runs_on(layer: LoDLinear, rows: int) -> str:
         backend=layer.backend,
     ).plan
     return f"{plan.backend}, as a group"
-
-
-def _pivoted(candidate: Candidate, layer: PivotedLinear) -> LayerSummary:
-    weights = layer.u.numel() + layer.v.numel()
-    return LayerSummary(
-        name=candidate.name,
-        kind=candidate.kind,
-        N=candidate.N,
-        K=candidate.K,
-        rank=layer.rank,
-        max_rank=layer.max_rank,
-        break_even_rank=candidate.break_even_rank,
-        dense_parameters=candidate.dense_weights,
-        parameters=weights,
-        macs=weights,
-        backend="two matmuls and a permutation",
-        note="",
-    )
-
-
-def _dense(candidate: Candidate, note: str) -> LayerSummary:
-    return LayerSummary(
-        name=candidate.name,
-        kind=candidate.kind,
-        N=candidate.N,
-        K=candidate.K,
-        rank=None,
-        max_rank=None,
-        break_even_rank=candidate.break_even_rank,
-        dense_parameters=candidate.dense_weights,
-        parameters=candidate.dense_weights,
-        macs=candidate.dense_weights,
-        backend=None,
-        note=note,
-    )

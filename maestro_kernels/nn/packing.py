@@ -8,6 +8,7 @@ whole, so that any number of threads may call a layer while others set its rank.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,7 +43,7 @@ class _State:
 
     Attributes:
         made: the values, one entry per layer.
-        biases: theirs, which are not packed.
+        bias: what forms take beside x: the layer's bias, the biases of a group.
         dtype: theirs.
         threads: torch's when forms were chosen.
         choices: largest M of a bucket -> name of the form that runs there.
@@ -51,7 +52,7 @@ class _State:
     """
 
     made: tuple[Made, ...] = ()
-    biases: tuple[Tensor | None, ...] = ()
+    bias: Any = None
     dtype: torch.dtype | None = None
     threads: int = 0
     choices: Mapping[int, str] = field(default_factory=dict)
@@ -59,14 +60,14 @@ class _State:
     runs: dict[torch.Size, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(made: tuple[Made, ...], old: _State) -> _State:
+    def of(made: tuple[Made, ...], bias: Any, old: _State) -> _State:
         """A state for these values; what is packed of the same ones is kept."""
-        biases, threads = tuple([m.bias for m in made]), torch.get_num_threads()
+        threads = torch.get_num_threads()
         if len(made) == len(old.made) and all(map(Made.packs_like, made, old.made)):
             if old.threads == threads:
-                return replace(old, made=made, biases=biases)
-            return replace(old, made=made, biases=biases, threads=threads, choices={}, runs={})
-        return _State(made, biases, made[0].u.dtype, threads)
+                return replace(old, made=made, bias=bias)
+            return replace(old, made=made, bias=bias, threads=threads, choices={}, runs={})
+        return _State(made, bias, made[0].u.dtype, threads)
 
     def choosing(self, bucket: int, name: str, form: Any) -> _State:
         """The state with one more choice, without the forms that run nowhere."""
@@ -84,7 +85,7 @@ class _State:
 _NOTHING = _State()
 
 
-class _Packed:
+class _Packed(ABC):
     """Packed copies for one layer or one group.
 
     Attributes:
@@ -116,14 +117,58 @@ class _Packed:
         """Let go of everything packed."""
         self._state = _NOTHING
 
-    def _renew(self, made: tuple[Made, ...]) -> _State | None:
+    def _renew(self, made: tuple[Made, ...], bias: Any) -> _State | None:
         """The state for other values than so far, or None where they cannot be packed."""
         dtype = made[0].u.dtype
         for m in made:
             if not (m.u.is_cpu and m.v.is_cpu and m.u.dtype == m.v.dtype == dtype):
                 return None
-        self._state = state = _State.of(made, self._state)
+        self._state = state = _State.of(made, bias, self._state)
         return state
+
+    def _other(self, state: _State, layers: Sequence[LoDLinear], x: Tensor) -> Any:
+        """What a call gives for an x of a new shape, or one that is not contiguous."""
+        K = state.made[0].v.shape[1]
+        if not K or x.shape[-1:] != (K,) or not x.numel():
+            return None
+        rows = x.numel() // K
+        chosen = self._prepared(state, layers, rows, wait=False)
+        if chosen is None:
+            return None
+        name = chosen.choices[_bucket(rows)]
+        form = chosen.forms.get(name)
+        if form is None:
+            return self._without_form(chosen, x)
+        if x.dim() != 2 and (name != "fused" or x.dim() > _MAX_DIMS):
+            form = partial(_flattened, form, K)
+        if x.is_contiguous():
+            chosen.remember(x.shape, form)
+        elif x.dim() != 2 or x.stride(1) != 1:
+            x = x.contiguous()
+        return form(x, chosen.bias)
+
+    def _prepared(
+        self, state: _State, layers: Sequence[LoDLinear], rows: int, *, wait: bool
+    ) -> _State | None:
+        """The state with a form for M = rows, or None while another thread is measuring."""
+        bucket = _bucket(rows)
+        if bucket in state.choices:
+            return state
+        found = self._choose(state, layers, bucket, wait)
+        if found is None:
+            return None
+        self._state = state = state.choosing(bucket, *found)
+        return state
+
+    @abstractmethod
+    def _choose(
+        self, state: _State, layers: Sequence[LoDLinear], bucket: int, wait: bool
+    ) -> tuple[str, Any] | None:
+        """(name, form) of what is to run at this M; None while another thread is measuring."""
+
+    def _without_form(self, state: _State, x: Tensor) -> Any:
+        """What a call gives where the choice is to run from the factors."""
+        return None
 
 
 class PackedLinear(_Packed):
@@ -141,69 +186,41 @@ class PackedLinear(_Packed):
             and state.made[0].same(layer, rank)
             and state.threads == torch.get_num_threads()
         ):
-            if layer.backend is not None or not Made.can_tell(layer):
-                self.forget()
-                return None
-            renewed = self._renew((Made(layer, rank),))
+            renewed = self._made_again(layer, rank)
             if renewed is None:
                 return None
             state = renewed
         if x.dtype is not state.dtype:
             return None
-        made = state.made[0]
         try:
             run = state.runs.get(x.shape)
             if run is None or not x.is_contiguous():
-                return self._other(state, x)
-            y: Tensor = run(x, made.bias)
+                other: Tensor | None = self._other(state, (layer,), x)
+                return other
+            y: Tensor = run(x, state.bias)
         except RuntimeError:
             # An x that does not fit gets the words of an unpacked call; else it is raised as it is.
             _unpacked(layer, x, rank)
             raise
         return y
 
-    def _other(self, state: _State, x: Tensor) -> Tensor | None:
-        """The output for an x of a new shape, or one that is not contiguous."""
-        made = state.made[0]
-        K = made.v.shape[1]
-        rows = _rows(x, K)
-        if not rows:
+    def _made_again(self, layer: LoDLinear, rank: int) -> _State | None:
+        """The state of the layer as it is, or None where that cannot be told or packed."""
+        if layer.backend is not None or not Made.can_tell(layer):
+            self.forget()
             return None
-        bucket = _bucket(rows)
-        if bucket not in state.choices:
-            chosen = self._choose(state, bucket)
-            if chosen is None:
-                return None
-            state = chosen
-        name = state.choices[bucket]
-        form = state.forms.get(name)
-        if form is None:
-            return None
-        if x.dim() != 2 and (name != "fused" or x.dim() > _MAX_DIMS):
-            form = partial(_flattened, form, K)
-        if x.is_contiguous():
-            state.remember(x.shape, form)
-        elif x.dim() != 2 or x.stride(1) != 1:
-            x = x.contiguous()
-        y: Tensor = form(x, made.bias)
-        return y
+        made = Made(layer, rank)
+        return self._renew((made,), made.bias)
 
     def prepare(self, layer: LoDLinear, rows: int) -> None:
         """Choose for M = rows now, waiting for what another thread measures."""
-        state = self._state
-        rank = layer.forward_rank()
-        if not (state.made and state.made[0].same(layer, rank)):
-            if layer.backend is not None or not Made.can_tell(layer):
-                return
-            renewed = self._renew((Made(layer, rank),))
-            if renewed is None:
-                return
-            state = renewed
-        if _bucket(rows) not in state.choices:
-            self._choose(state, _bucket(rows), wait=True)
+        state = self._made_again(layer, layer.forward_rank())
+        if state is not None:
+            self._prepared(state, (layer,), rows, wait=True)
 
-    def _choose(self, state: _State, bucket: int, wait: bool = False) -> _State | None:
-        """The state with a form for this bucket, or None while another thread is measuring."""
+    def _choose(
+        self, state: _State, layers: Sequence[LoDLinear], bucket: int, wait: bool
+    ) -> tuple[str, Any] | None:
         made = state.made[0]
         u, v, bias, rank, activation = made.u, made.v, made.bias, made.rank, made.activation
         (N, R), K = u.shape, v.shape[1]
@@ -236,14 +253,17 @@ class PackedLinear(_Packed):
             name = packed.fastest(key, {**calls, "unpacked": unpacked}, wait=wait)
         if name is None:
             return None
-        self._state = state = state.choosing(bucket, name, form(name) if name in can else None)
-        return state
+        return name, form(name) if name in can else None
 
 
-def _flattened(form: packed.Form, K: int, x: Tensor, bias: Tensor | None) -> Tensor:
+def _flattened(form: Callable[[Tensor, Any], Any], K: int, x: Tensor, bias: Any) -> Any:
     """A form that takes matrices on any x of rows."""
-    y = form(x.view(-1, K), bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    found = form(x.view(-1, K), bias)
+
+    def shaped(y: Tensor) -> Tensor:
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    return shaped(found) if isinstance(found, Tensor) else list(map(shaped, found))
 
 
 class PackedGroup(_Packed):
@@ -270,9 +290,12 @@ class PackedGroup(_Packed):
         super().forget()
         self._alone = {}
 
-    def _renew(self, made: tuple[Made, ...]) -> _State | None:
+    def _renew(self, made: tuple[Made, ...], bias: Any) -> _State | None:
         self._alone = {}
-        return super()._renew(made)
+        return super()._renew(made, bias)
+
+    def _made_again(self, made: tuple[Made, ...]) -> _State | None:
+        return self._renew(made, tuple([m.bias for m in made]))
 
     def __call__(
         self, layers: Sequence[LoDLinear], x: Tensor, made: tuple[Made, ...]
@@ -285,7 +308,7 @@ class PackedGroup(_Packed):
             return None
         state = self._state
         if state.made is not made or state.threads != torch.get_num_threads():
-            renewed = self._renew(made)
+            renewed = self._made_again(made)
             if renewed is None:
                 return None
             state = renewed
@@ -296,57 +319,37 @@ class PackedGroup(_Packed):
         try:
             run = state.runs.get(x.shape)
             if run is None or not x.is_contiguous():
-                return self._other(state, layers, x)
-            ys: list[Tensor] = run(x, state.biases)
+                other: Sequence[Tensor] | None = self._other(state, layers, x)
+                return other
+            ys: list[Tensor] = run(x, state.bias)
         except RuntimeError:
             # An x that does not fit gets the words of an unpacked call; else it is raised as it is.
             lod_linear_grouped(
                 x,
                 [m.u for m in made],
                 [m.v for m in made],
-                state.biases,
+                state.bias,
                 ranks=[m.rank for m in made],
                 activation=[m.activation for m in made],
             )
             raise
         return ys
 
-    def _other(
-        self, state: _State, layers: Sequence[LoDLinear], x: Tensor
-    ) -> Sequence[Tensor] | None:
-        """The outputs for an x of a new shape, or one that is not contiguous."""
-        rows = _rows(x, state.made[0].v.shape[1])
-        if not rows or x.dim() > _MAX_DIMS:
-            return None
-        bucket = _bucket(rows)
-        if bucket not in state.choices:
-            chosen = self._choose(state, layers, bucket)
-            if chosen is None:
-                return None
-            state = chosen
-        run = state.forms.get(state.choices[bucket])
-        if run is None:
-            if len(self._alone) >= _MAX_SHAPES:
-                self._alone = {}
-            self._alone[x.shape] = tuple([m.rank for m in state.made])
-            return ()
-        if x.is_contiguous():
-            state.remember(x.shape, run)
-        elif x.dim() != 2 or x.stride(1) != 1:
-            x = x.contiguous()
-        ys: list[Tensor] = run(x, state.biases)
-        return ys
+    def _without_form(self, state: _State, x: Tensor) -> Sequence[Tensor]:
+        if len(self._alone) >= _MAX_SHAPES:
+            self._alone = {}
+        self._alone[x.shape] = tuple([m.rank for m in state.made])
+        return ()
 
     def prepare(self, layers: Sequence[LoDLinear], made: tuple[Made, ...], rows: int) -> None:
         """Choose for M = rows now, waiting for what another thread measures."""
-        state = self._state if self._state.made is made else self._renew(made)
-        if state is not None and _bucket(rows) not in state.choices:
-            self._choose(state, layers, _bucket(rows), wait=True)
+        state = self._state if self._state.made is made else self._made_again(made)
+        if state is not None:
+            self._prepared(state, layers, rows, wait=True)
 
     def _choose(
-        self, state: _State, layers: Sequence[LoDLinear], bucket: int, wait: bool = False
-    ) -> _State | None:
-        """The state with a form for this bucket, or None while another thread is measuring."""
+        self, state: _State, layers: Sequence[LoDLinear], bucket: int, wait: bool
+    ) -> tuple[str, Any] | None:
         made = state.made
         name: str | None = ALONE
         grouped = None
@@ -362,8 +365,7 @@ class PackedGroup(_Packed):
             name = self._fastest(state, layers, bucket, grouped, wait)
         if name is None:
             return None
-        self._state = state = state.choosing(bucket, name, grouped if name == "fused" else None)
-        return state
+        return name, grouped if name == "fused" else None
 
     def _fastest(
         self, state: _State, layers: Sequence[LoDLinear], bucket: int, grouped: Any, wait: bool
@@ -409,11 +411,6 @@ def _is_as_it_is(x: Tensor) -> bool:
 def _wants_grad(x: Tensor, layer: LoDLinear) -> bool:
     factors = layer._parameters.values()
     return x.requires_grad or any(p is not None and p.requires_grad for p in factors)
-
-
-def _rows(x: Tensor, K: int) -> int:
-    """M, or 0 where x is empty or does not fit."""
-    return x.numel() // K if K and x.shape[-1:] == (K,) else 0
 
 
 def _bucket(rows: int) -> int:

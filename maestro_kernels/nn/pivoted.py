@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.backends.reference import ACTIVATIONS
 from maestro_kernels.nn.factorize import merge
-from maestro_kernels.nn.linear import LoDLinear, copied, trainable
+from maestro_kernels.nn.linear import LoDLinear, copied, dense_linear, trainable
 from maestro_kernels.nn.weight import MergedWeight
 from maestro_kernels.problem import check_choices
 
@@ -143,18 +143,8 @@ class PivotedLinear(nn.Module):
         Raises:
             ValueError: the layer has an activation, which an nn.Linear has not.
         """
-        if self.activation is not None:
-            raise ValueError(
-                "PivotedLinear.to_linear: activation: expected None, which is all an nn.Linear can "
-                f"do, got {self.activation!r}"
-            )
-        has_bias = self.bias is not None
-        linear = nn.Linear(self.in_features, self.out_features, has_bias, "meta", self.v.dtype)
         dense = torch.cat((self.v.detach(), merge(self.u, self.v))).index_select(0, self.order)
-        linear.weight = trainable(dense, self.v)
-        if self.bias is not None:
-            linear.bias = copied(self.bias)
-        return linear.train(self.training)
+        return dense_linear(self, trainable(dense, self.v))
 
     def extra_repr(self) -> str:  # noqa: D102
         return (

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from maestro_kernels.arguments import check_int
+from maestro_kernels.measure.progress import Advance, progress_bar
 from maestro_kernels.nn.candidates import Selector
 from maestro_kernels.nn.moments import input_moments
 from maestro_kernels.search.allocation import Allocation, LayerChoice, reachable
@@ -25,8 +26,7 @@ from maestro_kernels.search.costs import (
     layer_latency,
     multiples,
 )
-from maestro_kernels.search.descent import Choice, hull_path
-from maestro_kernels.search.layer_profile import Advance, progress_bar
+from maestro_kernels.search.knapsack import Choice, hull_path
 from maestro_kernels.search.layers import (
     Layer,
     at_full_rank,

@@ -67,7 +67,26 @@ class MACs(_Fraction):
 
 
 @dataclass(frozen=True)
-class Latency:
+class _Amount:
+    """A positive finite number, in the unit itself where a class does not say otherwise."""
+
+    def __post_init__(self) -> None:
+        (name,) = vars(self)
+        object.__setattr__(self, name, _positive(type(self).__name__, name, vars(self)[name]))
+
+    def limit(self, dense: float) -> float:
+        """What is allowed, whatever the dense model costs."""
+        amount: float
+        (amount,) = vars(self).values()
+        return amount
+
+    def value(self, cost: float, dense: float) -> float:
+        """The cost, whatever the dense model costs."""
+        return cost
+
+
+@dataclass(frozen=True)
+class Latency(_Amount):
     """At most `ms` milliseconds for a batch.
 
     Raises:
@@ -78,20 +97,9 @@ class Latency:
     unit: ClassVar[str] = "ms"
     ms: float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ms", _positive("Latency", "ms", self.ms))
-
-    def limit(self, dense: float) -> float:
-        """Milliseconds allowed, whatever the dense model takes."""
-        return self.ms
-
-    def value(self, cost: float, dense: float) -> float:
-        """Milliseconds, whatever the dense model takes."""
-        return cost
-
 
 @dataclass(frozen=True)
-class Speedup:
+class Speedup(_Amount):
     """At least `x` times as fast as dense: at most dense / x milliseconds for a batch.
 
     Raises:
@@ -101,9 +109,6 @@ class Speedup:
 
     unit: ClassVar[str] = "ms"
     x: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "x", _positive("Speedup", "x", self.x))
 
     def limit(self, dense: float) -> float:
         """Milliseconds allowed where the dense model takes `dense`."""
@@ -115,7 +120,7 @@ class Speedup:
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(_Amount):
     """At most `bytes` bytes of parameters and buffers in the whole model.
 
     Raises:
@@ -125,17 +130,6 @@ class Memory:
 
     unit: ClassVar[str] = "bytes"
     bytes: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "bytes", _positive("Memory", "bytes", self.bytes))
-
-    def limit(self, dense: float) -> float:
-        """Bytes allowed, whatever the dense model takes."""
-        return self.bytes
-
-    def value(self, cost: float, dense: float) -> float:
-        """Bytes, whatever the dense model takes."""
-        return cost
 
 
 Budget = Params | MACs | Latency | Speedup | Memory

@@ -20,7 +20,7 @@ from maestro_kernels.search.measure import Point, Sweep, point_from
 from maestro_kernels.search.strategies import AUTO, DENSE, TWO
 from maestro_kernels.search.targets import default_device, default_dtype, shapes_of
 
-__all__ = ["Advance", "Profile", "profile", "progress_bar"]
+__all__ = ["profile"]
 
 # Rounds of refinement after the coarse ranks; each adds at most four ranks where the curve bends.
 _ROUNDS = 2

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from maestro_kernels import hardware
-from maestro_kernels.benchmark.cases import Case, Layer
-from maestro_kernels.benchmark.providers import Inputs, Provider, Unavailable
-from maestro_kernels.benchmark.run import Options, Rings, checked, walk
 from maestro_kernels.measure import records
-from maestro_kernels.measure.timing import Stats, interleave, prepared
+from maestro_kernels.measure.accuracy import Rings, checked, walk
+from maestro_kernels.measure.cases import Case, Layer
+from maestro_kernels.measure.providers import Inputs, Provider, Unavailable
+from maestro_kernels.measure.timing import Stats, interleave, launch_modes, prepared
 from maestro_kernels.search.strategies import DENSE, TWO, for_profile
 from maestro_kernels.testing import make_inputs
 
@@ -173,7 +173,7 @@ def timed(
         seconds: of samples per call.
         rounds: fewest and most samples.
     """
-    for launch, clock in Options(device=str(device)).launches.items():
+    for launch, clock in launch_modes(device).items():
         timer = clock()
         fit, _ = prepared(timer, calls)
         yield (

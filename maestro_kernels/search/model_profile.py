@@ -30,6 +30,7 @@ from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, run_batch
 from maestro_kernels.search.layers import Layer, considered, count_rows
 from maestro_kernels.search.staircase import on_lines
+from maestro_kernels.search.whole_model import present
 
 __all__ = ["ModelProfile", "profile_model"]
 
@@ -162,8 +163,8 @@ def profile_model(
     layers = considered(model, include, exclude, fn=_FN)
     _check_on_cpu(model, layers)
     rows = count_rows(model, layers, batch, fn=_FN)
-    present = _present(model, layers)
-    copies = {"as given": (_shell(model), present)}
+    given = present(model, layers)
+    copies = {"as given": (_shell(model), given)}
     for k, fraction in enumerate(_FRACTIONS):
         ranks: dict[str, int | str] = {
             name: _timed_rank(layer, fraction, step) for name, layer in layers.items()
@@ -171,9 +172,9 @@ def profile_model(
         if any(ranks == known for _, known in copies.values()):
             continue
         copies[str(k)] = (_at(_shell(model), layers, ranks), ranks)
-    if any(layer.can_be_dense and present[name] != "dense" for name, layer in layers.items()):
+    if any(layer.can_be_dense and given[name] != "dense" for name, layer in layers.items()):
         dense: dict[str, int | str] = {
-            n: "dense" if layer.can_be_dense else present[n] for n, layer in layers.items()
+            n: "dense" if layer.can_be_dense else given[n] for n, layer in layers.items()
         }
         copies["dense"] = (_at(_shell(model), layers, dense), dense)
     deployed = {
@@ -194,11 +195,6 @@ def _check_on_cpu(model: nn.Module, layers: Mapping[str, Layer]) -> None:
                     f"{_FN}: model: expected layers on the CPU, whose calls end when they return, "
                     f"got {name!r} on {parameter.device}; search.profile measures other devices"
                 )
-
-
-def _present(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, int | str]:
-    modules = dict(model.named_modules())
-    return {n: m.rank if isinstance(m := modules[n], LoDLayer) else "dense" for n in layers}
 
 
 def _shell(model: nn.Module) -> nn.Module:
@@ -336,7 +332,7 @@ def _combined(
         rest=max(statistics.median(rests), 0.0),
         rows=rows,
         layers={name: dict(table[kinds[name]]) for name in layers},
-        ranks=_present(model, layers),
+        ranks=present(model, layers),
     )
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from maestro_kernels.search import knapsack
-from maestro_kernels.search.descent import Choice, Options, hull_path
+from maestro_kernels.search.knapsack import Choice, Options, exact, hull_path
 
 __all__ = ["Refinement", "refine"]
 
@@ -191,7 +190,7 @@ def _candidates(options: Options, curves: list[_Curve], now: Choice, limit: floa
             (costs[k], getattr(c, curve)[k])
             for (costs, _), c, k in zip(options, curves, known, strict=True)
         ]
-        solution = knapsack.exact(narrowed, limit)
+        solution = exact(narrowed, limit)
         if solution is not None and solution.error < 0:
             found.append(tuple(int(k[j]) for k, j in zip(known, solution.choice, strict=True)))
     found += _pairs(options, curves, now, limit)

@@ -1,7 +1,8 @@
 """Which layer gets which rank under a budget: the problem that `allocate` and `extract` solve.
 
 What is known of the choices is made elsewhere; here they are chosen, and the choice is improved by
-measuring the whole model.
+measuring the whole model. Beside the knapsack stand rules that set all ranks by one number: each
+gives, for every value of its number, the choice of each layer, and `best_of` picks the value.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from maestro_kernels.search import knapsack, rules
 from maestro_kernels.search.budget import Budget
 from maestro_kernels.search.costs import Choices, Costs
-from maestro_kernels.search.descent import Choice, Options, Solution, greedy
+from maestro_kernels.search.knapsack import Choice, Options, Solution, exact, greedy
 from maestro_kernels.search.refine import Refinement, refine
 from maestro_kernels.search.sensitivities import LayerSensitivity
 
-__all__ = ["METHODS", "Problem", "refined", "solve"]
+__all__ = ["METHODS", "Problem", "best_of", "by_threshold", "refined", "solve", "uniform"]
 
 METHODS = ("exact", "greedy", "threshold", "uniform")
 Array = NDArray[np.float64]
+Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ def solve(
     """The choice, None where none fits, and the least that the layers cost by this method."""
     options, limit = problem.options(budget), problem.limit(budget)
     if method == "uniform":
-        return rules.best_of(rules.uniform(problem.choices), options, limit)
+        return best_of(uniform(problem.choices), options, limit)
     if method == "threshold":
-        return rules.best_of(rules.by_threshold(problem.choices, sensitivities), options, limit)
+        return best_of(by_threshold(problem.choices, sensitivities), options, limit)
     least = sum(float(costs.min()) for costs, _ in options)
-    return (knapsack.exact if method == "exact" else greedy)(options, limit), least
+    return (exact if method == "exact" else greedy)(options, limit), least
 
 
 def refined(
@@ -105,10 +106,10 @@ def refined(
     """
     options: Options = problem.options(budget)
     limit = problem.limit(budget)
-    uniform, _ = rules.best_of(rules.uniform(problem.choices), options, limit)
+    even, _ = best_of(uniform(problem.choices), options, limit)
     starts = [start]
-    if uniform is not None and fits(uniform.choice):
-        starts.append(uniform.choice)
+    if even is not None and fits(even.choice):
+        starts.append(even.choice)
     total = max(16 + 4 * len(options) if passes is None else passes, len(starts))
     advance(f"refining {len(options)} layers: at most {total} passes", 0, total)
     done = itertools.count(1)
@@ -122,3 +123,75 @@ def refined(
         found = refine(options, starts, limit, loss, total, fits)
     advance("done", total, total)
     return found
+
+
+def uniform(layers: Sequence[Choices]) -> list[Index]:
+    """R = floor(f N K / (N + K)) down to a choice, for every f at which a rank changes; dense last.
+
+    This is what `convert(rank=f)` does.
+    """
+    numbers = [_shares(c) for c in layers]
+    fractions = np.unique(np.concatenate([n[n <= 1] for n in numbers]))
+    chosen = []
+    for n in numbers:
+        low = int(np.isfinite(n).sum())
+        index = np.searchsorted(n[:low], fractions * (1 + 1e-12), side="right") - 1
+        chosen.append(np.append(np.clip(index, 0, max(low - 1, 0)), len(n) - 1))
+    return chosen
+
+
+def by_threshold(layers: Sequence[Choices], values: Sequence[LayerSensitivity]) -> list[Index]:
+    """R = the number of values with (s - min) / (max - min) >= t, up to a choice, for every t.
+
+    A layer whose factors would then save nothing is dense.
+
+    Source: WeLore (arXiv 2407.11239).
+    """
+    scaled = [_scaled(s.values) for s in values]
+    thresholds = np.unique(np.concatenate(scaled))
+    chosen = []
+    for c, s in zip(layers, scaled, strict=True):
+        rank = len(s) - np.searchsorted(s, thresholds, side="left")
+        index = np.searchsorted(_numbers(c), rank, side="left")
+        chosen.append(np.minimum(index, len(c.ranks) - 1))
+    return chosen
+
+
+def best_of(
+    chosen: Sequence[Index], options: Options, limit: float
+) -> tuple[Solution | None, float]:
+    """The value of the number with least error within the limit, and the least cost of any.
+
+    Returns:
+        The solution, None where no value fits, and the least total cost that the rule reaches.
+    """
+    cost = sum(costs[index] for (costs, _), index in zip(options, chosen, strict=True))
+    error = sum(errors[index] for (_, errors), index in zip(options, chosen, strict=True))
+    cost, error = np.asarray(cost), np.asarray(error)
+    fits = np.flatnonzero(cost <= limit * (1 + 1e-9))
+    if not len(fits):
+        return None, float(cost.min())
+    at = fits[np.lexsort((cost[fits], error[fits]))[0]]
+    choice = tuple(int(index[at]) for index in chosen)
+    # Optimal for the rule's own one-dimensional family, which says nothing of all choices.
+    return Solution(choice, float(cost[at]), float(error[at]), float("nan")), float(cost.min())
+
+
+def _numbers(c: Choices) -> NDArray[np.float64]:
+    """The choices as ranks; dense is above all of them."""
+    return np.array([np.inf if isinstance(rank, str) else rank for rank in c.ranks], float)
+
+
+def _shares(c: Choices) -> NDArray[np.float64]:
+    """The weights of each choice in those of the dense layer; dense is above all of them.
+
+    Where forms change with the rank, one of fewer weights than a smaller rank counts as that one.
+    """
+    shares = np.maximum.accumulate(c.costs.weights / c.layer.dense_weights)
+    return np.where(np.isinf(_numbers(c)), np.inf, shares)
+
+
+def _scaled(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """To 0..1, rising."""
+    low, high = values.min(), values.max()
+    return np.sort((values - low) / ((high - low) or 1.0))

@@ -14,15 +14,11 @@ from torch import Tensor
 
 from maestro_kernels import dispatch, problem, tables
 from maestro_kernels.backends import KERNELS, packed
-from maestro_kernels.benchmark.cases import Case
-from maestro_kernels.benchmark.providers import (
-    Forward,
-    Inputs,
-    Provider,
-    Unavailable,
-    default_providers,
-)
 from maestro_kernels.call import Call
+from maestro_kernels.functional import lod_linear
+from maestro_kernels.measure import providers
+from maestro_kernels.measure.cases import Case
+from maestro_kernels.measure.providers import Forward, Inputs, Provider, Unavailable
 from maestro_kernels.ops import gradient
 
 __all__ = [
@@ -62,10 +58,10 @@ def for_profile(case: Case) -> list[Provider]:
 
     The merged matrix of `prepack` is "dense, packed": its time does not depend on the rank.
     """
-    known = {p.name: p for p in default_providers(case)}
-    providers = [known[DENSE], known[TWO], known[AUTO]]
-    providers.append(replace(known["dense, oneDNN packed"], name=DENSE_PACKED))
-    return [*providers, *_strategies(), *_forms("merged dense")]
+    packed_dense = replace(providers.DENSE_ONEDNN, name=DENSE_PACKED)
+    auto = Provider(AUTO, "ours", _bind_auto)
+    known = [providers.DENSE, providers.TWO, auto, packed_dense]
+    return [*known, *_strategies(), *_forms("merged dense")]
 
 
 def for_table(case: Case) -> list[Provider]:
@@ -90,6 +86,13 @@ def _strategies() -> list[Provider]:
 def _forms(without: str = "") -> list[Provider]:
     names = [name for name in packed.FORMS if name not in (without, "unpacked")]
     return [Provider(PACKED + n, "ours", partial(_bind_form, n), trains=False) for n in names]
+
+
+def _bind_auto(case: Case, ring: Sequence[Inputs]) -> list[Forward]:
+    def forward(i: Inputs) -> list[Tensor]:
+        return [lod_linear(i.x, i.us[0], i.vs[0], i.biases[0], rank=i.ranks[0])]
+
+    return [partial(forward, i) for i in ring]
 
 
 def _bind_strategy(

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from maestro_kernels import hardware, tables
-from maestro_kernels.benchmark.cases import Case, Layer
-from maestro_kernels.benchmark.providers import Provider, make_case_inputs
-from maestro_kernels.benchmark.run import Rings, walk
+from maestro_kernels.measure.accuracy import Rings, walk
+from maestro_kernels.measure.cases import Case, Layer
 from maestro_kernels.measure.cost import break_even_rank
+from maestro_kernels.measure.providers import Provider, make_case_inputs
 from maestro_kernels.measure.records import Journal
 from maestro_kernels.search.layer_profile import software
 from maestro_kernels.search.measure import passing, ring_bytes, timed

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from maestro_kernels.measure.heap import keeping_memory
-from maestro_kernels.measure.timing import Clock, CpuClock, CudaClock, interleave
+from maestro_kernels.measure.timing import interleave, launch_modes
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, check_batches, run_batch
 from maestro_kernels.search.layers import first_tensor
@@ -178,7 +178,9 @@ def measure_models(
         for model in models.values():
             stack.enter_context(calibrating(model))
         calls = {name: partial(call, model, batch) for name, model in models.items()}
-        found = interleave(calls, seconds=seconds, clock=_clock(models))
+        on_gpu = any(p.is_cuda for model in models.values() for p in model.parameters())
+        clock = launch_modes("cuda" if on_gpu else "cpu")["eager"]()
+        found = interleave(calls, seconds=seconds, clock=clock)
     return {n: Measurement(s.p50 * 1e3, s.p20 * 1e3, s.p80 * 1e3) for n, s in found.items()}
 
 
@@ -186,8 +188,3 @@ def present(model: nn.Module, names: Iterable[str]) -> dict[str, int | str]:
     """What the named layers run at now: a rank, or "dense"."""
     modules = dict(model.named_modules())
     return {n: m.rank if isinstance(m := modules[n], LoDLayer) else "dense" for n in names}
-
-
-def _clock(models: Mapping[str, nn.Module]) -> Clock:
-    on_gpu = any(p.is_cuda for model in models.values() for p in model.parameters())
-    return CudaClock() if on_gpu else CpuClock()

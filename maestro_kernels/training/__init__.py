@@ -18,6 +18,7 @@ from maestro_kernels.training.penalties import (
 )
 from maestro_kernels.training.resize import load_shrunken
 from maestro_kernels.training.rewrapping import rewrap
+from maestro_kernels.training.runner import Task
 from maestro_kernels.training.samplers import (
     FixedSampler,
     FullSampler,
@@ -26,7 +27,6 @@ from maestro_kernels.training.samplers import (
     SinglePairSampler,
 )
 from maestro_kernels.training.shrinking import shrink
-from maestro_kernels.training.task import Task
 
 __all__ = [
     "Extraction",

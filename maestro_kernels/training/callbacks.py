@@ -7,10 +7,43 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from maestro_kernels.training.loop import Maestro
+from maestro_kernels.training.loop import Maestro, NonFiniteLoss, first_non_finite
 
-__all__ = ["check_options", "packed", "unpacked"]
+__all__ = ["Callback", "check_options", "packed", "unpacked"]
+
+
+class Callback:
+    """A Maestro that a framework's events drive.
+
+    Attributes:
+        options: as `Maestro` takes them.
+        maestro: of the run, None before it starts.
+    """
+
+    # The event that makes the Maestro.
+    _first_event: str
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = check_options("MaestroCallback", options)
+        self.maestro: Maestro | None = None
+
+    def _running(self) -> Maestro:
+        if self.maestro is None:
+            raise RuntimeError(
+                f"MaestroCallback: expected {self._first_event} first, got another event"
+            )
+        return self.maestro
+
+    def _check_finite(self, model: nn.Module, step: int, kept: str) -> None:
+        where = first_non_finite(model)
+        if where is not None:
+            raise NonFiniteLoss(
+                f"MaestroCallback: expected a finite model after step {step}, got a non-finite "
+                f"{where}; {kept}"
+            )
 
 
 def check_options(fn: str, options: Mapping[str, Any]) -> dict[str, Any]:

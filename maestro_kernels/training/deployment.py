@@ -17,7 +17,7 @@ from maestro_kernels.nn.conversion import dense_form, in_place_of, swap_layers
 from maestro_kernels.nn.pivoted import PivotedLinear, error_ratio
 from maestro_kernels.search.budget import Budget, Speedup
 from maestro_kernels.search.costs import Choices, Costs, below_steps, choices, current_bytes
-from maestro_kernels.search.descent import Choice
+from maestro_kernels.search.knapsack import Choice
 from maestro_kernels.search.layers import Observed, factorised_layer, storage_bytes
 from maestro_kernels.search.solver import Problem
 from maestro_kernels.search.whole_model import measure_models

@@ -19,11 +19,10 @@ import numpy as np
 from torch import nn
 
 from maestro_kernels.arguments import check_int
-from maestro_kernels.measure.progress import told
+from maestro_kernels.measure.progress import Advance, progress_bar, told
 from maestro_kernels.nn.moments import calibrating
 from maestro_kernels.search.budget import Budget, Params, check_budget
-from maestro_kernels.search.descent import Choice, descend, fits
-from maestro_kernels.search.layer_profile import Advance, progress_bar
+from maestro_kernels.search.knapsack import Choice, descend, fits
 from maestro_kernels.search.layers import Observed, observe
 from maestro_kernels.search.refine import Refinement
 from maestro_kernels.search.solver import refined
@@ -138,14 +137,8 @@ class ExtractionPath:
     Args:
         model: copied at once.
         kind: Params, MACs, Latency, Speedup or Memory: what the path saves.
-        batches: this and the other arguments as in `extract`.
-        loss_fn: see batches.
-        errors: see batches.
-        levels: see batches.
-        min_rank: see batches.
-        multiple_of: see batches.
-        forms: see batches.
-        method: see batches.
+
+    The other arguments are those of `extract`.
 
     Attributes:
         unit: of costs: "weights", "MACs", "ms" or "bytes".

@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from torch import nn
-
-from maestro_kernels.training.callbacks import check_options, packed, unpacked
+from maestro_kernels.training.callbacks import Callback, packed, unpacked
 from maestro_kernels.training.checkpoint import resize_on_load
 from maestro_kernels.training.layers import require_layers
-from maestro_kernels.training.loop import Maestro, NonFiniteLoss, first_non_finite
+from maestro_kernels.training.loop import Maestro
 
 try:
     from transformers import TrainerCallback
@@ -27,7 +25,7 @@ except ModuleNotFoundError as error:
 __all__ = ["MaestroCallback"]
 
 
-class MaestroCallback(TrainerCallback, ExportableState):
+class MaestroCallback(Callback, TrainerCallback, ExportableState):
     """Rank sampling, penalty and shrinking inside `transformers.Trainer`.
 
         model = mk.convert(model, allow_larger=True)
@@ -55,10 +53,8 @@ class MaestroCallback(TrainerCallback, ExportableState):
             shrinking, a model wrapped by DDP or FSDP (use shrink_every=0 and `training.rewrap`).
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.options = check_options("MaestroCallback", options)
-        self.maestro: Maestro | None = None
-        self._sees_loads: Any = None
+    _first_event = "on_train_begin"
+    _sees_loads: Any = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the model early, and let it load checkpoints of shrunken layers."""
@@ -92,7 +88,8 @@ class MaestroCallback(TrainerCallback, ExportableState):
         """Full rank again; refuse to save or log a model that is not finite."""
         self._running().step_end()
         if control.should_save or control.should_log:
-            self._check(kwargs["model"], state)
+            kept = "no checkpoint was written since it was finite"
+            self._check_finite(kwargs["model"], state.global_step, kept)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Shrink."""
@@ -109,16 +106,3 @@ class MaestroCallback(TrainerCallback, ExportableState):
         # As text, because the Trainer sorts keys, and the order of layers means something.
         text = json.dumps(packed(self.maestro.state_dict()))
         return {"args": {}, "attributes": {"maestro": text}}
-
-    def _running(self) -> Maestro:
-        if self.maestro is None:
-            raise RuntimeError("MaestroCallback: expected on_train_begin first, got another event")
-        return self.maestro
-
-    def _check(self, model: nn.Module, state: Any) -> None:
-        where = first_non_finite(model)
-        if where is not None:
-            raise NonFiniteLoss(
-                f"MaestroCallback: expected a finite model after step {state.global_step}, "
-                f"got a non-finite {where}; no checkpoint was written since it was finite"
-            )

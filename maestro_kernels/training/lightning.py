@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from maestro_kernels.training.callbacks import check_options, packed, unpacked
+from maestro_kernels.training.callbacks import Callback, packed, unpacked
 from maestro_kernels.training.checkpoint import resize_on_load
 from maestro_kernels.training.layers import require_layers
-from maestro_kernels.training.loop import Maestro, NonFiniteLoss, check_loss, first_non_finite
+from maestro_kernels.training.loop import Maestro, check_loss
 
 __all__ = ["MaestroCallback"]
 
@@ -41,7 +41,7 @@ else:
     _Callback = _callback_class()
 
 
-class MaestroCallback(_Callback):
+class MaestroCallback(Callback, _Callback):
     """Rank sampling, penalty and shrinking inside a Lightning Trainer.
 
         class Module(LightningModule):
@@ -72,12 +72,9 @@ class MaestroCallback(_Callback):
             `training.Maestro` there.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.options = check_options("MaestroCallback", options)
-        self.maestro: Maestro | None = None
-        self._pending: dict[str, Any] | None = None
-        self._handle: Any = None
+    _first_event = "on_train_start"
+    _pending: dict[str, Any] | None = None
+    _handle: Any = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let the module load checkpoints of shrunken layers."""
@@ -143,7 +140,8 @@ class MaestroCallback(_Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse to write a checkpoint that is not finite."""
-        self._check(pl_module)
+        steps = 0 if self.maestro is None else self.maestro.steps
+        self._check_finite(pl_module, steps, "the last checkpoint is from before")
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
@@ -152,17 +150,3 @@ class MaestroCallback(_Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is an optimizer."""
         self._pending = state_dict.get("maestro")
-
-    def _running(self) -> Maestro:
-        if self.maestro is None:
-            raise RuntimeError("MaestroCallback: expected on_train_start first, got another event")
-        return self.maestro
-
-    def _check(self, pl_module: Any) -> None:
-        where = first_non_finite(pl_module)
-        if where is not None:
-            steps = 0 if self.maestro is None else self.maestro.steps
-            raise NonFiniteLoss(
-                f"MaestroCallback: expected a finite model after step {steps}, "
-                f"got a non-finite {where}; the last checkpoint is from before"
-            )

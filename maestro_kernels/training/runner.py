@@ -1,4 +1,4 @@
-"""The engine behind `maestro-kernels train`: one configured run, resumable at any point.
+"""What `maestro-kernels train` trains (a task) and one run of it, resumable at any point.
 
 Everything that moves a run (weights, optimizer, sampler, random states, place in the data) is in
 its checkpoint, and the order of the data is a function of (seed, epoch); so a run that was killed
@@ -11,7 +11,9 @@ import math
 import pkgutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,26 +23,48 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from maestro_kernels import hardware
 from maestro_kernels.files import check_folder, sole_user
 from maestro_kernels.measure.records import Log
-from maestro_kernels.nn import convert, save_pretrained, summary
-from maestro_kernels.nn.active_ranks import lod_layers
+from maestro_kernels.nn import convert, lod_layers, save_pretrained, summary
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
 from maestro_kernels.training.checkpoint import load_checkpoint, save_checkpoint, seed_random_state
 from maestro_kernels.training.loop import Maestro, check_loss
-from maestro_kernels.training.task import Task
 
 if TYPE_CHECKING:
     from maestro_kernels.training.config import TrainConfig
 
-__all__ = ["Run"]
+__all__ = ["Run", "Task"]
+
+
+@dataclass
+class Task:
+    """A model with data; what a user's `module:function` returns.
+
+    Attributes:
+        model: dense, or already factorised; `maestro-kernels train` converts a dense one. Built
+            after torch.manual_seed(seed), so ordinary initialisation is repeatable.
+        train: a map-style dataset (`len` and `[i]`).
+        loss: loss(model, batch) -> scalar tensor; a batch is what torch's default collate makes of
+            samples, on the training device.
+        test: the dataset that `evaluate` sees, or None.
+        evaluate: evaluate(model, batches) -> {name: figure}, after every epoch, in eval mode and
+            without gradients; None reports the mean of `loss` over `test`.
+    """
+
+    model: nn.Module
+    train: Dataset
+    loss: Callable[[nn.Module, Any], Tensor]
+    test: Dataset | None = None
+    evaluate: Callable[[nn.Module, Iterable[Any]], Mapping[str, float]] | None = None
 
 
 class Run:
     """One training run; modules in the folder `beside` are found before installed ones."""
+
+    log: Log
 
     def __init__(self, config: TrainConfig, folder: Path, beside: Path, device: str) -> None:
         self.config, self.device = config, device
@@ -60,7 +84,6 @@ class Run:
         # How far the run is; `last` is the row of the last epoch.
         self.at = SimpleNamespace(epoch=0, batch=0, step=0, loss_sum=0.0, seconds=0.0, last={})
         self.saved_step = 0
-        self.log: Log | None = None
 
     def train(self, resume: bool, progress: Callable[[str, int, int], None]) -> int | None:
         """Train to the end; the step that the run went on from, None for a fresh one.
@@ -71,14 +94,11 @@ class Run:
             NonFiniteLoss: training diverged; the last good checkpoint is kept.
         """
         with sole_user("train", "folder", self.folder):
-            try:
+            with closing(self.maestro):
                 resumed_at = self._start(resume)
-                while self.at.epoch < self.config.train.epochs:
-                    self._train_epoch(progress)
-            finally:
-                self.maestro.close()
-                if self.log is not None:
-                    self.log.close()
+                with closing(self.log):
+                    while self.at.epoch < self.config.train.epochs:
+                        self._train_epoch(progress)
             save_pretrained(self.model.eval(), self.folder / "model")
         return resumed_at
 
@@ -100,7 +120,7 @@ class Run:
         layers = {y.name: {"N": y.N, "K": y.K, "rank": y.rank} for y in summary(self.model).layers}
         about = {"device": self.device, "versions": hardware.versions(), "layers": layers}
         samples = len(self.task.train)  # type: ignore[arg-type]
-        self._write(event="start", config=self.table, samples=samples, **about)
+        self.log.append(event="start", config=self.table, samples=samples, **about)
         self._save()
         return None
 
@@ -126,10 +146,9 @@ class Run:
             if at.step % train.log_steps == 0:
                 penalty = None if maestro.last_penalty is None else float(maestro.last_penalty)
                 place = {"step": at.step, "epoch": at.epoch + 1, "lr": group["lr"]}
-                self._write(event="step", **place, loss=value, penalty=penalty)
-            progress(
-                f"epoch {at.epoch + 1}, training loss {value:.3f}", at.step, train.epochs * batches
-            )
+                self.log.append(event="step", **place, loss=value, penalty=penalty)
+            text = f"epoch {at.epoch + 1}, training loss {value:.3f}"
+            progress(text, at.step, train.epochs * batches)
             if train.checkpoint_steps and at.step % train.checkpoint_steps == 0:
                 self._save()
         maestro.epoch_end()
@@ -138,7 +157,7 @@ class Run:
             few = islice(self._batches(self.task.train), count)
             recalibrate_batchnorm(self.model, few, run=self.task.loss)
         at.last = self._epoch_row()
-        self._write(event="epoch", **at.last)
+        self.log.append(event="epoch", **at.last)
         at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
         self._save()
 
@@ -167,8 +186,7 @@ class Run:
         return {name: float(x) if math.isfinite(x) else None for name, x in figures.items()}
 
     def _epoch_row(self) -> dict[str, Any]:
-        layers = lod_layers(self.model)
-        weights, dense_weights = deployed_weights(self.model)
+        layers, sizes = lod_layers(self.model), summary(self.model)
         return {
             "epoch": self.at.epoch + 1,
             "step": self.at.step,
@@ -176,18 +194,13 @@ class Run:
             "metrics": self._evaluate(),
             "ranks": {name: layer.rank for name, layer in layers.items()},
             "stored_ranks": {name: layer.max_rank for name, layer in layers.items()},
-            "weights": weights,
-            "dense_weights": dense_weights,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "weights": sizes.deployed_weights,
+            "dense_weights": sizes.dense_weights,
+            "parameters": sizes.parameters,
             "seconds": self.at.seconds,
         }
 
-    def _write(self, **row: Any) -> None:
-        assert self.log is not None
-        self.log.append(**row)
-
     def _save(self) -> None:
-        assert self.log is not None
         state = {"config": self.table, "metrics_bytes": self.log.sync(), **vars(self.at)}
         save_checkpoint(self.model, self.checkpoint, self.optimizer, self.maestro, **state)
         self.saved_step = self.at.step
@@ -200,14 +213,6 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
         return train.lr * 0.5 * (1 + math.cos(math.pi * share))
     drops = (share >= 0.5) + (share >= 0.75) if train.schedule == "steps" else 0
     return train.lr * 0.1**drops
-
-
-def deployed_weights(model: nn.Module) -> tuple[int, int]:
-    """(weights with each layer in its smaller form, min(r (N + K), N K); weights when dense)."""
-    report = summary(model)
-    factors = [layer for layer in report.layers if layer.rank is not None]
-    saved = sum(layer.parameters - min(layer.macs, layer.dense_parameters) for layer in factors)
-    return report.weights - saved, report.dense_weights
 
 
 def _task(config: TrainConfig, beside: Path) -> Task:

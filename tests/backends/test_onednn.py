@@ -21,8 +21,8 @@ CAPS = ["AVX2", "AVX512_CORE", "AVX512_CORE_BF16", "ALL"]
 # Asks the op itself, so that the guard is held to what it does and not to what it says.
 WHAT_IT_TAKES = """
 import json, torch
-from maestro_kernels import hardware
 from maestro_kernels.backends import onednn
+from maestro_kernels.measure import probes
 found = {}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     weight = torch.ones(8, 8, dtype=dtype)
@@ -32,7 +32,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         takes = True
     except RuntimeError:
         takes = False
-    peak = hardware._grow(hardware._mm, dtype, torch.device("cpu"))
+    peak = probes.grown(probes.matmul, dtype, torch.device("cpu"))
     found[str(dtype)] = takes, onednn.unsupported(dtype), peak
 print(json.dumps(found))
 """

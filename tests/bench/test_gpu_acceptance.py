@@ -10,9 +10,9 @@ import torch
 from places import ROOT
 
 from maestro_kernels.benchmark import rows
-from maestro_kernels.benchmark.cases import Case, Layer
 from maestro_kernels.benchmark.providers import default_providers
 from maestro_kernels.benchmark.summary import outcomes
+from maestro_kernels.measure.cases import Case, Layer
 
 SCRIPT = ROOT / "bench" / "gpu_acceptance.sh"
 sys.path.insert(0, str(ROOT))

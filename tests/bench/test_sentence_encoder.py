@@ -14,12 +14,14 @@ from bench import encoder_forms as forms
 from bench import encoder_results as results
 from bench.encoder_results import BATCHES, DEPLOYED, Form, verdict
 from bench.stages import Stages
+from examples import encoder_texts as judging
+from examples.encoder_texts import Fidelity, fidelity
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark.encoder import Encoder, Fidelity, fidelity
+from maestro_kernels.benchmark.encoder import Encoder
 
 
 def test_sentences_are_english_prose():
-    found = library.sentences()
+    found = judging.sentences()
     assert len(found) > 1000
     assert len(set(found)) == len(found)
     for text in found:
@@ -30,26 +32,26 @@ def test_sentences_are_english_prose():
 
 
 def test_listings_and_grammars_are_not_text():
-    assert library._prose("   >>> This is not a sentence of the English language at all.") == []
+    assert judging._prose("   >>> This is not a sentence of the English language at all.") == []
     assert (
-        library._prose('expr_stmt ::= "a" "b" And this is how the grammar would go on here.') == []
+        judging._prose('expr_stmt ::= "a" "b" And this is how the grammar would go on here.') == []
     )
-    assert library._prose("Short one.") == []
-    assert library._prose('The *with*\nstatement is used to wrap the "execution" of a block.') == [
+    assert judging._prose("Short one.") == []
+    assert judging._prose('The *with*\nstatement is used to wrap the "execution" of a block.') == [
         "The with statement is used to wrap the execution of a block."
     ]
 
 
 def test_split_is_disjoint_and_stable():
     texts = [f"sentence {i}" for i in range(100)]
-    calibration, held_out = library.split(texts, 30, 40)
+    calibration, held_out = judging.split(texts, 30, 40)
     assert set(calibration).isdisjoint(held_out)
     assert (len(calibration), len(held_out)) == (30, 40)
-    again, wider = library.split(list(reversed(texts)), 30, 50)
+    again, wider = judging.split(list(reversed(texts)), 30, 50)
     assert again == calibration
     assert set(held_out) < set(wider)
     with pytest.raises(ValueError, match="split: texts: expected at least 120, got 100"):
-        library.split(texts, 60, 60)
+        judging.split(texts, 60, 60)
 
 
 def test_pooling_ignores_padding():
@@ -80,7 +82,7 @@ def test_plain_pairs_compute_the_same():
     torch.manual_seed(0)
     model = mk.convert(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), rank=12)
     model[0].rank = 5
-    pairs = library.plain_pairs(model)
+    pairs = forms.plain_pairs(model)
     x = torch.randn(3, 64)
     assert [type(m).__name__ for m in pairs] == ["PlainPair", "Tanh", "PlainPair"]
     assert pairs[0].v.shape == (5, 64)
@@ -351,7 +353,7 @@ PLANTED = {
     "search ranks by measured loss": ("forms.search_ranks", "searched ranks: not run"),
     "compare embeddings: dense": ("forms.int8", ""),
     "compare embeddings: uniform ranks": ("forms.uniform_ranks", ""),
-    "time whole models": ("library.latencies", ""),
+    "time whole models": ("judging.latencies", ""),
     "save, reload, compare": ("command_line", ""),
     "write the rows": ("results.save", ""),
     "write the report": ("page.sections", ""),

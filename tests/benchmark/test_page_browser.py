@@ -16,8 +16,8 @@ from maestro_kernels import hardware
 from maestro_kernels.benchmark import report as benchmark_report
 from maestro_kernels.benchmark import rows
 from maestro_kernels.cli import profile as cli
+from maestro_kernels.cli.train import html_report as training_page
 from maestro_kernels.search import profile_report
-from maestro_kernels.training.report import html_report as training_page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here (.ci/run installs it)")

@@ -1,6 +1,5 @@
 import io
 import re
-from xml.etree import ElementTree
 
 import pytest
 from benchmark_support import failed, row
@@ -9,7 +8,6 @@ from rich.console import Console
 from bench import publish
 from maestro_kernels.benchmark import report
 from maestro_kernels.benchmark.rows import append, compare, with_speedups
-from maestro_kernels.measure import plots
 from maestro_kernels.measure import report as html
 
 
@@ -79,16 +77,6 @@ def test_element_ids_are_unique_and_resolve():
         assert (a or b) in ids
 
 
-def test_drawings_of_one_title_have_their_own_ids():
-    def ids(y):
-        series = {"a": [plots.Point(1, 2), plots.Point(4, y)]}
-        svg = plots.inline(plots.line_plot(series, title="T", xlabel="x", ylabel="y", log=False))
-        return set(re.findall(r'\bid="([^"]+)"', svg))
-
-    assert ids(3.0) == ids(3.0)
-    assert not ids(3.0) & ids(3.01)
-
-
 def test_page_is_the_same_for_the_same_rows():
     assert report.html_report(run_rows()) == report.html_report(run_rows())
 
@@ -142,35 +130,6 @@ def test_blocks_escape_text_and_keep_html():
     assert "<title>t&lt;</title>" in page
     assert "<section><h2>s</h2><p>p</p><svg/></section>" in page
     assert not re.search(r"\$|\{\{|\{%", page)
-
-
-def test_line_plot_draws_every_series_with_its_name():
-    points = [plots.Point(1, 2, 1.5, 2.5), plots.Point(4, 3)]
-    drawing = plots.line_plot(
-        {"ours": points, "a & b": points}, title='T "q"', xlabel="x", ylabel="y", log=False
-    )
-    svg = html.figure(drawing, "x < y")
-    assert '<div role="img" aria-label="T &#34;q&#34;"><svg ' in svg
-    assert "<figcaption>x &lt; y</figcaption>" in svg
-    assert "ours" in svg
-    assert "a &amp; b" in svg
-    assert set(plots.SERIES[:2]) <= set(re.findall(r"#\w{6}", svg))
-
-
-def test_a_drawing_is_a_file_as_matplotlib_writes_it():
-    def draw():
-        points = [plots.Point(1, 2), plots.Point(4, 3)]
-        return plots.line_plot({"a & b": points}, title="T & q", xlabel="x", ylabel="y")
-
-    text = plots.standalone(draw())
-    root = ElementTree.fromstring(text)
-    name = "{http://www.w3.org/2000/svg}"
-    assert root.tag == f"{name}svg"
-    assert root.findtext(f"{name}title") == "T & q"
-    assert any(element.text == "a & b" for element in root.iter(f"{name}text"))
-    assert plots.CARD in text
-    assert not re.search(r"var\(|<date|matplotlib\.org", text)
-    assert text == plots.standalone(draw())
 
 
 def test_the_same_table_is_written_for_a_terminal_and_for_a_document():

@@ -10,26 +10,18 @@ from maestro_kernels.benchmark.cases import (
     CPU_FLOP_LIMIT,
     MODELS,
     SUITES,
-    Case,
-    Layer,
     parse_shape,
     suite,
 )
-from maestro_kernels.benchmark.providers import (
+from maestro_kernels.benchmark.providers import default_providers
+from maestro_kernels.benchmark.run import Options, run, run_case
+from maestro_kernels.measure.accuracy import Reference, References, checked, gate
+from maestro_kernels.measure.cases import Case, Layer
+from maestro_kernels.measure.providers import (
     Provider,
     Unavailable,
-    default_providers,
     make_case_inputs,
     two_forward,
-)
-from maestro_kernels.benchmark.run import (
-    Options,
-    Reference,
-    _References,
-    checked,
-    gate,
-    run,
-    run_case,
 )
 from maestro_kernels.measure.timing import CpuClock
 
@@ -123,7 +115,7 @@ def test_a_lucky_baseline_does_not_refuse_what_rounds_well(mode):
     case = Case("test", 1, layers, bias=True, mode=mode)
     inputs = make_case_inputs(case, "cpu")
     with torch.set_grad_enabled(mode == "training"):
-        found = _References(case, inputs)["ours"]
+        found = References(case, inputs)["ours"]
         (bound,) = provider("two matmuls", two).bound(case, [inputs])
         rounding = found.rounding()
         assert [e.shape for e in rounding] == [e.shape for e in found.exact]
@@ -177,7 +169,7 @@ class PickyClock(CpuClock):
 
 def test_launch_modes_are_rows_and_what_cannot_be_captured_says_so(monkeypatch):
     clocks = {"eager": CpuClock, "graph": PickyClock}
-    monkeypatch.setattr(Options, "launches", property(lambda self: clocks))
+    monkeypatch.setattr("maestro_kernels.benchmark.run.launch_modes", lambda device: clocks)
     rows = rows_of(CASE, [provider("two matmuls", two), provider("other", two)])
     found = {(r.provider, r.launch): (r.gate, r.reason) for r in rows if r.cache == "warm"}
     assert [key for key, (gate, _) in found.items() if gate == "passed"] == [

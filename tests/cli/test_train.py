@@ -15,10 +15,9 @@ from places import ROOT, SUPPORT
 import maestro_kernels as mk
 from maestro_kernels import training
 from maestro_kernels.cli import main
-from maestro_kernels.training import report
+from maestro_kernels.cli.train import html_report, verdict
 from maestro_kernels.training.config import TrainConfig, load_config
-from maestro_kernels.training.report import html_report, verdict
-from maestro_kernels.training.runner import Run, deployed_weights, learning_rate
+from maestro_kernels.training.runner import Run, Task, learning_rate
 
 EXAMPLES = ROOT / "examples"
 
@@ -374,17 +373,6 @@ def test_schedules():
     assert cosine == sorted(cosine, reverse=True)
 
 
-def test_deployed_weights_count_the_smaller_form():
-    sizes = ((64, 128), (128, 128), (128, 10))
-    model = torch.nn.Sequential(*(torch.nn.Linear(K, N) for K, N in sizes))
-    dense = 64 * 128 + 128 * 128 + 128 * 10
-    assert deployed_weights(model) == (dense, dense)
-    model = mk.convert(model, allow_larger=True)
-    assert deployed_weights(model) == (dense, dense)
-    model[0].rank = 16
-    assert deployed_weights(model) == (dense - 64 * 128 + 16 * 192, dense)
-
-
 def rows_of(ranks, metrics, epochs=2):
     layers = {f"l{i}": {"N": 64, "K": 64, "kind": "lod_linear", "rank": 64} for i in range(2)}
     config = TrainConfig(task="m:f", train={"epochs": epochs}).model_dump()
@@ -411,13 +399,5 @@ def test_the_verdict_says_what_happened_and_what_did_not():
     assert "f1 &lt;score&gt; not finite" in page
 
 
-def test_long_names_fit_a_legend_and_stay_apart():
-    long = [f"bert.encoder.layer.{i}.attention.output.dense" for i in (0, 11)]
-    short = ["ber.enc.lay.0.att.out.dense", "ber.enc.lay.11.att.out.dense"]
-    assert [report._short(name) for name in [*long, "head"]] == [*short, "head"]
-
-
 def test_training_exports_what_a_task_needs():
-    from maestro_kernels.training.task import Task
-
     assert training.Task is Task

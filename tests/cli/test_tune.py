@@ -8,8 +8,8 @@ from table_support import COLD, TRAIN, WARM, plan
 
 from maestro_kernels import dispatch, hardware, tables
 from maestro_kernels.backends import matmul, native
-from maestro_kernels.benchmark.providers import Unavailable, make_case_inputs
 from maestro_kernels.cli import main
+from maestro_kernels.measure.providers import Unavailable, make_case_inputs
 from maestro_kernels.search import strategies, tuning
 from maestro_kernels.tables import Mode
 

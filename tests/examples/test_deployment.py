@@ -1,11 +1,12 @@
 """The evidence behind docs/guide/deployment.md: steps agree, and the page shows the rows kept."""
 
 import importlib
-import json
 
 import pytest
 import torch
 from places import ROOT
+
+from maestro_kernels.measure.records import load
 
 PAGE = ROOT / "docs" / "guide" / "deployment.md"
 
@@ -13,11 +14,6 @@ PAGE = ROOT / "docs" / "guide" / "deployment.md"
 @pytest.fixture(autouse=True)
 def _examples(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-
-
-def rows_of(name):
-    text = (ROOT / "examples" / "results" / name).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_both_training_steps_do_the_same():
@@ -36,7 +32,7 @@ def test_a_straightforward_step_that_ignores_ranks_is_noticed(monkeypatch):
 
 def test_the_page_shows_the_rows_of_training_speed(tmp_path):
     speed = importlib.import_module("training_speed")
-    rows = rows_of("training-speed.jsonl")
+    rows = load(ROOT / "examples" / "results" / "training-speed.jsonl")
     order = [(case, measure) for case in speed.CASES for measure in ("ms", "MiB")]
     rows.sort(key=lambda row: order.index((row["case"], row["measure"])))
     assert speed.markdown(rows) in PAGE.read_text(encoding="utf-8")

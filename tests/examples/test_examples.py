@@ -1,7 +1,6 @@
 """The evidence under examples/: it runs, its figures are right, and the docs show its rows."""
 
 import importlib
-import json
 import sys
 from xml.etree import ElementTree
 
@@ -9,8 +8,7 @@ import pytest
 from places import ROOT
 
 import maestro_kernels as mk
-from maestro_kernels.measure import plots
-from maestro_kernels.measure.plots import Point
+from maestro_kernels.measure.records import load
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +123,7 @@ def test_the_docs_show_the_rows_that_are_kept(name):
         text = theory.markdown(theory.load(rows))
     else:
         report = importlib.import_module("digits_report")
-        text = report.markdown([json.loads(line) for line in rows.read_text().splitlines()])
+        text = report.markdown(load(rows))
     page = ROOT / "docs" / "guide" / "examples.md"
     assert text in page.read_text()
     for line in text.splitlines():
@@ -133,14 +131,6 @@ def test_the_docs_show_the_rows_that_are_kept(name):
             figure = page.parent / line[line.index("(") + 1 : -1]
             drawing = ElementTree.fromstring(figure.read_text())
             assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
-
-
-def test_levels_are_dashed_lines_across():
-    points = {"one": [Point(0, 1), Point(1, 2)]}
-    drawing = plots.line_plot(points, title="T", xlabel="x", ylabel="y", log=False, levels=[1.5])
-    assert "stroke-dasharray" in plots.standalone(drawing)
-    plain = plots.line_plot(points, title="T", xlabel="x", ylabel="y", log=False)
-    assert "stroke-dasharray" not in plots.standalone(plain)
 
 
 def test_examples_are_modules_without_side_effects(capsys):

@@ -147,3 +147,12 @@ def test_a_log_goes_on_after_what_it_was_told_to_keep(tmp_path):
         records.Log(path, 999, fn="train")
     records.Log(path).close()
     assert path.read_bytes() == b""
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    records.write(path, [{"a": 1}, {"b": "é"}])
+    assert records.load(path) == [{"a": 1}, {"b": "é"}]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        records.write(path, [{"a": 2}, {"a": float("nan")}])
+    assert records.load(path) == [{"a": 1}, {"b": "é"}]

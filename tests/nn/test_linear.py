@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_support import K, N, R, layer, merged
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -17,20 +18,6 @@ from maestro_kernels.backends.reference import lod_linear_ref
 from maestro_kernels.nn import LoDLinear
 from maestro_kernels.nn import layer as layers
 from maestro_kernels.testing import assert_accurate
-
-N, K, R = 12, 20, 7
-
-
-def layer(dtype=torch.float64, **options):
-    made = LoDLinear(K, N, R, dtype=dtype, **options)
-    made.rank = 4
-    return made
-
-
-def merged(factorised):
-    r = factorised.rank
-    return factorised.u[:, :r] @ factorised.v[:r]
-
 
 # --- forward --------------------------------------------------------------------------------------
 

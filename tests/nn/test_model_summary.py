@@ -298,3 +298,16 @@ def test_layers_that_do_not_fit_are_not_grouped():
     model = Attention()
     model.v_proj = nn.Linear(32, 24)
     assert groups(mk.group(model)) == [("q_proj", "k_proj")]
+
+
+def test_deployed_weights_count_the_smaller_form():
+    sizes = ((64, 128), (128, 128), (128, 10))
+    model = nn.Sequential(*(nn.Linear(K, N) for K, N in sizes))
+    dense = 64 * 128 + 128 * 128 + 128 * 10
+    assert mk.summary(model).deployed_weights == dense
+    model = mk.convert(model, allow_larger=True)
+    assert mk.summary(model).deployed_weights == dense
+    model[0].rank = 16
+    found = mk.summary(model)
+    assert found.deployed_weights == dense - 64 * 128 + 16 * 192
+    assert found.dense_weights == dense

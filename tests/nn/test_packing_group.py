@@ -5,32 +5,21 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
-from packing_support import CHANGES, FORMS, check, make, needs_library
+from layer_support import siblings
+from packing_support import (
+    CHANGES,
+    FORMS,
+    check,
+    check_output,
+    make,
+    needs_library,
+)
 from torch import nn
 from torch.nn.utils import parametrize
 
 import maestro_kernels as mk
 from maestro_kernels.backends import native, packed
-from maestro_kernels.backends.reference import ACTIVATIONS, lod_linear_ref
 from maestro_kernels.nn import packing
-from maestro_kernels.testing import assert_accurate
-
-
-def block(form="fused"):
-    """Three siblings of one x, grouped and packed."""
-    layers = {"q_proj": make(40, 24), "k_proj": make(40, 24), "v_proj": make(40, 24)}
-    return mk.prepack(mk.group(nn.ModuleDict(layers).eval()), form=form)
-
-
-def check_output(layer, x, y):
-    """y is the layer's output for x."""
-    with torch.no_grad():
-        r = layer.rank
-        act = layer.activation
-        pair = ACTIVATIONS[act](F.linear(F.linear(x, layer.v[:r]), layer.u[:, :r], layer.bias))
-        doubled = [None if t is None else t.double() for t in (x, layer.u, layer.v, layer.bias)]
-        assert_accurate("y", y, pair, lod_linear_ref(*doubled, rank=r, activation=act))
 
 
 def replace_bias(layer):
@@ -73,7 +62,7 @@ ALL_CHANGES = [
 @pytest.mark.parametrize("change", ALL_CHANGES)
 @pytest.mark.parametrize("name", ["q_proj", "v_proj"])
 def test_a_changed_layer_of_a_group_is_noticed(change, name):
-    layers = block()
+    layers = siblings()
     x = torch.randn(6, 40)
     with torch.no_grad():
         before = {n: layer(x) for n, layer in layers.items()}
@@ -88,7 +77,7 @@ def test_a_changed_layer_of_a_group_is_noticed(change, name):
 @needs_library
 @pytest.mark.parametrize("change", ALL_CHANGES)
 def test_a_change_between_siblings_is_noticed(change):
-    layers = block()
+    layers = siblings()
     x = torch.randn(6, 40)
     with torch.no_grad():
         layers["q_proj"](x)
@@ -101,7 +90,7 @@ def test_a_change_between_siblings_is_noticed(change):
 
 @needs_library
 def test_waiting_outputs_are_handed_out_once_and_are_the_ones_computed():
-    layers = block()
+    layers = siblings()
     x = torch.randn(6, 40)
     with torch.no_grad():
         layers["q_proj"](x)
@@ -113,7 +102,7 @@ def test_waiting_outputs_are_handed_out_once_and_are_the_ones_computed():
 
 @needs_library
 def test_a_written_input_and_another_mode_are_noticed_between_siblings():
-    layers = block()
+    layers = siblings()
     x = torch.randn(6, 40)
     with torch.no_grad():
         layers["q_proj"](x)
@@ -128,7 +117,7 @@ def test_a_written_input_and_another_mode_are_noticed_between_siblings():
 
 @needs_library
 def test_outputs_of_a_group_can_be_written_to():
-    layers = block()
+    layers = siblings()
     x = torch.randn(6, 40)
     with torch.no_grad():
         layers["q_proj"](x).fill_(7)
@@ -139,7 +128,7 @@ def test_outputs_of_a_group_can_be_written_to():
 @needs_library
 def test_inference_mode():
     with torch.inference_mode():
-        layers = block()
+        layers = siblings()
         x = torch.randn(6, 40)
         assert x.is_inference()
         for _ in range(2):
@@ -150,7 +139,7 @@ def test_inference_mode():
 
 @needs_library
 def test_one_inference_tensor_among_others_hides_no_write():
-    layers = block()
+    layers = siblings()
     with torch.inference_mode():
         frozen = nn.Parameter(torch.randn(24))
     x = torch.randn(6, 40)
@@ -166,7 +155,7 @@ def test_one_inference_tensor_among_others_hides_no_write():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("grouped", [False, True])
 def test_inputs_of_every_layout(form, grouped):
-    layers = block(form) if grouped else {"only": mk.prepack(make(40, 24), form=form)}
+    layers = siblings(form) if grouped else {"only": mk.prepack(make(40, 24), form=form)}
     wide = torch.randn(5, 60)
     forms = {
         "plain": torch.randn(5, 40),
@@ -195,7 +184,7 @@ def test_a_parametrised_bias_runs_unpacked_with_its_gradient(form, grouped):
         def forward(self, bias):
             return 2 * bias
 
-    layers = block(form) if grouped else {"only": mk.prepack(make(40, 24), form=form)}
+    layers = siblings(form) if grouped else {"only": mk.prepack(make(40, 24), form=form)}
     layer = list(layers.values())[-1]
     x = torch.randn(6, 40)
     with torch.no_grad():
@@ -223,7 +212,7 @@ def test_a_bias_that_is_no_parameter_counts(form):
 
 @needs_library
 def test_a_new_bias_packs_nothing_again(monkeypatch):
-    layers, layer, x = block(), mk.prepack(make(40, 24), form="fused"), torch.randn(6, 40)
+    layers, layer, x = siblings(), mk.prepack(make(40, 24), form="fused"), torch.randn(6, 40)
     members = (*layers.values(), layer)
     for member in members:
         check(member, x)
@@ -237,7 +226,7 @@ def test_a_new_bias_packs_nothing_again(monkeypatch):
 
 @needs_library
 def test_a_backend_of_ones_own_is_respected_by_a_group():
-    layers = block()
+    layers = siblings()
     x = torch.randn(6, 40)
     with torch.no_grad():
         for backend in (None, "reference", None):
@@ -251,20 +240,20 @@ def test_a_backend_of_ones_own_is_respected_by_a_group():
 
 @needs_library
 def test_wrong_inputs_of_a_group_are_named():
-    layers = block()
+    layers = siblings()
     with torch.no_grad():
         layers["q_proj"](torch.randn(6, 40))
         with pytest.raises(ValueError, match=r"lod_linear_grouped: .*expected"):
             layers["q_proj"](torch.randn(6, 39))
-        layers = block()
+        layers = siblings()
         with pytest.raises(TypeError, match=r"lod_linear_grouped: .*expected"):
             layers["q_proj"](torch.randn(6, 40).bfloat16())
-        assert block()["q_proj"](torch.randn(0, 40)).shape == (0, 24)
+        assert siblings()["q_proj"](torch.randn(0, 40)).shape == (0, 24)
 
 
 @needs_library
 def test_a_group_of_two_dtypes_is_refused_in_the_validators_words():
-    layers = block()
+    layers = siblings()
     layers["k_proj"].to(torch.bfloat16)
     with torch.no_grad(), pytest.raises(TypeError, match=r"lod_linear_grouped: .*expected"):
         layers["q_proj"](torch.randn(6, 40))
@@ -279,7 +268,7 @@ def test_the_form_of_a_group_that_lost_is_freed(choice, monkeypatch):
         return choice if choice in calls else "unpacked"
 
     monkeypatch.setattr(packed, "fastest", fastest)
-    layers = block(None)
+    layers = siblings(None)
     x = torch.randn(2, 3, 40)
     with torch.no_grad():
         for _ in range(2):
@@ -294,7 +283,7 @@ def test_the_form_of_a_group_that_lost_is_freed(choice, monkeypatch):
 @needs_library
 def test_shapes_of_inputs_do_not_pile_up(monkeypatch):
     monkeypatch.setattr(packing, "_MAX_SHAPES", 3)
-    layer, layers = mk.prepack(make(), form="fused"), block()
+    layer, layers = mk.prepack(make(), form="fused"), siblings()
     for rows in range(1, 9):
         check(layer, torch.randn(rows, 40))
         for member in layers.values():
@@ -306,7 +295,7 @@ def test_shapes_of_inputs_do_not_pile_up(monkeypatch):
 
 @needs_library
 def test_copies_and_pickles_of_a_group_hold_no_outputs_and_no_bytes():
-    layers = block()
+    layers = siblings()
     x = torch.randn(6, 40)
     with torch.no_grad():
         layers["q_proj"](x)
@@ -354,7 +343,7 @@ def test_a_packed_call_is_given_the_bytes_the_input_and_the_biases_only(monkeypa
         return lambda *arguments: given.append((name, arguments)) or call(*arguments)
 
     monkeypatch.setattr(packed.native, "raw", raw)
-    layers = block()
+    layers = siblings()
     x = torch.randn(6, 40)
     with torch.no_grad():
         for layer in layers.values():

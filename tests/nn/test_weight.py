@@ -6,24 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
+from layer_support import K, N, layer, merged
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
 from maestro_kernels.nn import LoDLinear
-
-N, K, R = 12, 20, 7
-
-
-def layer(dtype=torch.float64, **options):
-    made = LoDLinear(K, N, R, dtype=dtype, **options)
-    made.rank = 4
-    return made
-
-
-def merged(factorised):
-    r = factorised.rank
-    return factorised.u[:, :r] @ factorised.v[:r]
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from maestro_kernels.search.descent import descend, greedy, hull, hull_path
-from maestro_kernels.search.knapsack import exact
+from maestro_kernels.search.knapsack import descend, exact, greedy, hull, hull_path
 
 
 def problem(seed, *, integers, layers=5, options=5):

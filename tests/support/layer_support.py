@@ -1,4 +1,4 @@
-"""Layers that the tests of threads, freshness and gradients share."""
+"""Layers, and what is asked of them, that tests share."""
 
 import torch
 from packing_support import make
@@ -6,8 +6,22 @@ from torch import nn
 
 import maestro_kernels as mk
 
+N, K, R = 12, 20, 7
+
+
+def layer(dtype=torch.float64, **options):
+    made = mk.LoDLinear(K, N, R, dtype=dtype, **options)
+    made.rank = 4
+    return made
+
+
+def merged(factorised):
+    r = factorised.rank
+    return factorised.u[:, :r] @ factorised.v[:r]
+
 
 def siblings(form="fused", prepacked=True):
+    """Three layers that read one x, grouped."""
     layers = nn.ModuleDict({n: make(40, 24) for n in ("q_proj", "k_proj", "v_proj")}).eval()
     mk.group(layers)
     return mk.prepack(layers, form=form) if prepacked else layers

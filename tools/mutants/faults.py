@@ -466,7 +466,7 @@ FAULTS = (
     # --- search -----------------------------------------------------------------------------
     Fault(
         "budget-missed-by-rounding",
-        f"{_MK}/search/descent.py",
+        f"{_MK}/search/knapsack.py",
         "return 1e-9 * abs(limit)",
         "return 0.0",
         "tests/search/test_knapsack.py::test_rounding_does_not_cost_a_solution",
@@ -474,7 +474,7 @@ FAULTS = (
     ),
     Fault(
         "hull-turned-over",
-        f"{_MK}/search/descent.py",
+        f"{_MK}/search/knapsack.py",
         "_slope(costs, errors, kept[-1], j) <= _slope(",
         "_slope(costs, errors, kept[-1], j) >= _slope(",
         "tests/search/test_knapsack.py::test_hull_path_is_optimal_at_its_own_costs",

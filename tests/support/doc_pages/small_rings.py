@@ -5,6 +5,7 @@ that the documentation's examples do. Importing this changes the process.
 """
 
 from maestro_kernels.benchmark import run
+from maestro_kernels.measure import accuracy
 from maestro_kernels.search import measure, tuning
 
 __all__ = ["Rings"]
@@ -12,8 +13,8 @@ __all__ = ["Rings"]
 _BYTES = 8 << 20
 
 
-class Rings(run.Rings):
-    """As run.Rings, of at most a few copies."""
+class Rings(accuracy.Rings):
+    """As accuracy.Rings, of at most a few copies."""
 
     def __init__(self, inputs, num_bytes):
         super().__init__(inputs, min(num_bytes, _BYTES))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import maestro_kernels as mk
-from maestro_kernels.search import rules
+from maestro_kernels.search import solver
 from maestro_kernels.search.costs import below_steps, choices, multiples
 from maestro_kernels.search.layers import Layer, considered, count_rows, observe
 from maestro_kernels.search.sensitivities import LayerSensitivity
@@ -66,7 +66,7 @@ def test_choices(one, step, low, expected):
 
 
 def test_uniform_is_what_convert_does(layers):
-    found = as_ranks(layers, rules.uniform(layers))
+    found = as_ranks(layers, solver.uniform(layers))
     model = nn.Sequential(*(nn.Linear(K, N) for N, K in SIZES))
     for fraction in (0.1, 0.37, 0.5, 0.77, 0.99):
         converted = mk.convert(model, rank=fraction, init="random", inplace=False)
@@ -78,7 +78,7 @@ def test_threshold_is_welores_rule(layers):
     rng = np.random.default_rng(0)
     values = [np.sort(rng.exponential(size=min(N, K)))[::-1] for N, K in SIZES]
     known = [LayerSensitivity(c.layer, np.zeros(1), v) for c, v in zip(layers, values, strict=True)]
-    found = as_ranks(layers, rules.by_threshold(layers, known))
+    found = as_ranks(layers, solver.by_threshold(layers, known))
     for threshold in (0.02, 0.1, 0.3, 0.7):
         expected = {}
         for c, v in zip(layers, values, strict=True):
@@ -97,12 +97,12 @@ def test_best_of():
         (np.array([1.0, 4.0]), np.array([9.0, 0.0])),
     ]
     chosen = [np.array([0, 1, 2, 2]), np.array([0, 0, 0, 1])]
-    found, least = rules.best_of(chosen, options, 4.0)
+    found, least = solver.best_of(chosen, options, 4.0)
     assert (found.choice, found.cost, found.error) == ((2, 0), 4.0, 9.0)
     assert math.isnan(found.gap)
     assert least == 2.0
-    assert rules.best_of(chosen, options, 3.9)[0].choice == (1, 0)
-    assert rules.best_of(chosen, options, 1.9) == (None, 2.0)
+    assert solver.best_of(chosen, options, 3.9)[0].choice == (1, 0)
+    assert solver.best_of(chosen, options, 1.9) == (None, 2.0)
 
 
 @pytest.mark.parametrize(
