@@ -175,7 +175,7 @@ def _nothing() -> None:
     """What a graph holds that only flushes."""
 
 
-Clock = CpuClock | CudaClock | CudaGraphClock | SmallGraphClock
+Clock = CpuClock | CudaClock | CudaGraphClock
 
 
 def launch_modes(device: torch.device | str) -> dict[str, type[Clock]]:
@@ -286,7 +286,7 @@ def race(
     candidates: Mapping[str, Call],
     *,
     seconds: float,
-    clock: Clock | None = None,
+    clock: Clock | SmallGraphClock | None = None,
     sample_seconds: float = 2e-4,
     max_rounds: int = 25,
 ) -> Race:

@@ -41,6 +41,8 @@ _TURNS = 4
 # Kinds of call of which a process compiles kernels to measure them.
 _MAX_COMPILED = 64
 
+_MakeClock = Callable[[], timing.Clock | timing.SmallGraphClock]
+
 _measuring = threading.Lock()
 # Bucket -> strategy -> seconds of the program's own calls.
 _turns: dict[str, dict[str, list[float]]] = {}
@@ -135,7 +137,7 @@ def _race(plan: Plan, call: Call, save_h: bool) -> None:
 def _one_race(
     plan: Plan,
     bucket: str,
-    clock: Callable[[], timing.Clock],
+    clock: _MakeClock,
     seconds: float,
     candidates: dict[str, Callable[[], object]],
     half: str = "",
@@ -180,7 +182,7 @@ def _candidates_of_halves(
     ]
 
 
-def _clocks(plan: Plan) -> list[tuple[Mode, Callable[[], timing.Clock]]]:
+def _clocks(plan: Plan) -> list[tuple[Mode, _MakeClock]]:
     """How a call is timed in each mode that its device has; a clock is made for each race."""
     device = plan.problems[0].device
     if device.type != "cuda":

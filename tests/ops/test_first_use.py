@@ -69,6 +69,18 @@ def test_two_matmuls_stay_where_the_gain_is_small(times):  # noqa: F811
     assert mk.explain(X, U, V).plan.backend == "matmul"
 
 
+def test_close_calls_are_not_kept(times, measuring):  # noqa: F811
+    def kept():
+        return [line for f in measuring.rglob("*.jsonl") for line in f.read_text().splitlines()[1:]]
+
+    times(two=100, native=99)
+    mk.lod_linear(X, U, V)
+    assert not kept()
+    times(two=100, native=50)
+    mk.lod_linear(X[:4], U, V)
+    assert len(kept()) == 1
+
+
 def test_explain_measures_nothing_and_says_what_the_first_call_will(times):  # noqa: F811
     clock = times()
     text = str(mk.explain(X, U, V, B))
