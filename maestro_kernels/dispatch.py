@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maestro_kernels import choices, hardware, tuned
-from maestro_kernels.backends import KERNELS
+from maestro_kernels.backends import KERNELS, matmul
 from maestro_kernels.call import Call
 from maestro_kernels.measure.cost import Cost, Size, count
 from maestro_kernels.problem import LoDProblem, check_call, describe_call
@@ -46,9 +46,6 @@ __all__ = [
     "select",
     "unsupported",
 ]
-
-
-_TWO = "two matmuls"
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Plan:
         """
         if self.problems[0].rank is None:
             return False
-        return self.strategy == "fused" or (self.backend, self.strategy) == ("matmul", _TWO)
+        return self.strategy == "fused" or (self.backend, self.strategy) == ("matmul", matmul.TWO)
 
     @cached_property
     def raw(self) -> Callable[..., Tensor]:
@@ -260,7 +257,7 @@ def select(
         servable = [name for name, why in reasons.items() if why is None]
         chosen, strategy, why_auto, is_known = _choose(group, servable, mode, bucket)
         if not (is_known or degenerate):
-            rivals = _rivals(group, servable)
+            rivals = _rivals(group, servable, shared_x=shared_x)
     others = {
         name: why or ("not forced" if forced else _NOT_CHOSEN)
         for name, why in reasons.items()
@@ -274,7 +271,7 @@ def select(
     if strategy is None and chosen in KERNELS:
         strategy, why = backend_module(chosen).choose_strategy(group)
         why_auto = f"{why_auto}; {why}"
-    strategy = strategy or ("formula" if chosen == "reference" else _TWO)
+    strategy = strategy or ("formula" if chosen == "reference" else matmul.TWO)
     found = Plan(
         fn, group, chosen, strategy, why_auto, others, shared_x, mode, bucket, tuple(rivals)
     )
@@ -379,10 +376,12 @@ def _predict(
     return "matmul", None, why_not
 
 
-def _rivals(group: tuple[LoDProblem, ...], servable: Sequence[str]) -> list[str]:
+def _rivals(group: tuple[LoDProblem, ...], servable: Sequence[str], *, shared_x: bool) -> list[str]:
     """What to measure against two matmuls: of each family what it would choose, then the others."""
     kind = group[0].device.type
     first, others = [], []
+    if matmul.takes_one_shrink(group, shared_x=shared_x):
+        first.append(f"matmul: {matmul.ONE_SHRINK}")
     for name in servable:
         module = backend_module(name)
         strategies = module.STRATEGIES.get(kind, ())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +17,11 @@ from maestro_kernels.backends import reference
 if TYPE_CHECKING:
     from maestro_kernels.call import Call, Grads, Needs
     from maestro_kernels.problem import LoDProblem
+
+
+TWO = "two matmuls"
+# Of a group that reads one x: the products with all v as one, then one product per layer.
+ONE_SHRINK = "one shrink"
 
 
 def unsupported(problem: LoDProblem) -> str | None:
@@ -27,6 +33,8 @@ def forward(
     call: Call, *, save_h: bool, strategy: str
 ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
     """Ys = act(x @ v[:r].T @ u[:, :r].T + bias), and Hs."""
+    if strategy == ONE_SHRINK:
+        return _one_shrink(call)
     ys, hs = [], []
     for i in range(call.n):
         y, h = layer(*call.layer(i), save_h=save_h)
@@ -75,6 +83,8 @@ def backward(
     strategy: str,
 ) -> tuple[Grads, Grads, Grads, Grads]:
     """(dxs, dus, dvs, dbiases) by library matmuls; what `needs` does not ask for is None."""
+    if strategy == ONE_SHRINK:
+        return _one_shrink_backward(call, dys, hs, ys, needs)
     call, hs = _on_host(call, hs)
     return reference.backward(call, dys, hs, ys, needs=needs, strategy=strategy)
 
@@ -104,6 +114,61 @@ def _on_host(call: Call, hs: Sequence[Tensor | None]) -> tuple[Call, Sequence[Te
     ranks: list[Any] = [host_rank(r, v.shape[0]) for r, v in zip(given, call.vs, strict=True)]
     hs = [h if h is None else h[:, :r] for h, r in zip(hs, ranks, strict=True)]
     return call._replace(ranks=ranks), hs
+
+
+# --- groups that read one x --------------------------------------------------------------------
+
+
+def takes_one_shrink(problems: Sequence[LoDProblem], *, shared_x: bool) -> bool:
+    """Whether the layers can share the product with their v."""
+    return shared_x and len(problems) > 1 and all(p.rank for p in problems)
+
+
+def _concatenated(vs: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+    """All v_i[:r_i] as one (r_1 + r_2 + ..., K).
+
+    Copied for each call: parameters that share memory are refused by safetensors.save_model.
+    """
+    return torch.cat([v[:r] for r, v in zip(ranks, vs, strict=True)])
+
+
+def _one_shrink(call: Call) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Hs = x @ cat(v_i[:r_i]).T cut apart, then y_i = act_i(H_i @ u_i[:, :r_i].T + bias_i)."""
+    ranks = list(call.ranks)
+    hs = F.linear(call.xs[0], _concatenated(call.vs, ranks)).split(ranks, dim=1)
+    ys = []
+    for i, (h, r) in enumerate(zip(hs, ranks, strict=True)):
+        y = F.linear(h, call.us[i][:, :r], call.biases[i])
+        activation = call.activations[i]
+        ys.append(y if activation is None else reference.ACTIVATIONS[activation](y))
+    return ys, hs
+
+
+def _one_shrink_backward(
+    call: Call,
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
+    needs: Needs,
+) -> tuple[Grads, Grads, Grads, Grads]:
+    """dH_i = dz_i @ u_i[:, :r_i], then dx = cat(dH_i) @ cat(v_i[:r_i]) and dv = cat(dH_i).T @ x."""
+    needs_x, needs_u, needs_v, needs_bias = needs
+    ranks = list(call.ranks)
+    _, dzs, hs, dhs = reference.input_grads(
+        call, dys, hs, ys, needs=(False, needs_u, needs_x or needs_v, needs_bias), strategy=TWO
+    )
+    dxs: Grads = [None]
+    dvs: Grads = [None] * call.n
+    if needs_x or needs_v:
+        dh = torch.cat([part for part in dhs if part is not None], dim=1)
+        if needs_x:
+            dxs = [dh @ _concatenated(call.vs, ranks)]
+        if needs_v:
+            parts = (dh.mT @ call.xs[0]).split(ranks)
+            beyond = [v.shape[0] - r for r, v in zip(ranks, call.vs, strict=True)]
+            dvs = [F.pad(part, (0, 0, 0, rest)) for part, rest in zip(parts, beyond, strict=True)]
+    dus, _, dbiases = weight_grads(call, dzs, hs, dhs, needs=(False, needs_u, False, needs_bias))
+    return dxs, dus, dvs, dbiases
 
 
 def host_rank(rank: int | Tensor, R: int) -> int | Tensor:
