@@ -313,7 +313,7 @@ def _choose(
         why = f"{choice.reason}; but {choice.strategy} does not take this call"
         return "matmul", None, why, True
     if not is_here(group[0].device):
-        return *_predict(group, servable, choice), True
+        return *_predict(group, servable, choice, mode), True
     # What this machine measured in passing would not repeat bit for bit on the next run.
     only_given = tuning != "first-use" or _is_deterministic()
     if tuning != "off":
@@ -326,7 +326,7 @@ def _choose(
                 and backend_module(backend).takes(strategy.removesuffix(WITH_HALVES), group)
             ):
                 return backend, strategy, str(measured), True
-    return *_predict(group, servable, choice), only_given
+    return *_predict(group, servable, choice, mode), only_given
 
 
 # What a bucket's name ends in where a half of the backward was measured by itself.
@@ -362,10 +362,12 @@ def halves(plan: Plan) -> tuple[str, str] | None:
 
 
 def _predict(
-    group: tuple[LoDProblem, ...], servable: Sequence[str], why_not: str
+    group: tuple[LoDProblem, ...], servable: Sequence[str], why_not: str, mode: Mode
 ) -> tuple[str, str | None, str]:
     """(backend, strategy, reason) where nothing was measured."""
-    if group[0].device.type == "cpu" and "native" in servable:
+    # A gradient of our own costs such a call more than the native library saves.
+    by_torch = mode.training and len(group) == 1 and group[0].activation is None
+    if group[0].device.type == "cpu" and "native" in servable and not by_torch:
         factors = [p.max_active_rank * (p.K + p.N) for p in group]
         flop = sum(2 * p.M * f for p, f in zip(group, factors, strict=True))
         if flop <= _SMALL_FLOP and sum(factors) <= _SMALL_FACTORS:
@@ -436,10 +438,15 @@ def quick_plan(
         # True is equal to 1 as a key, but is no rank.
         if rank is None or type(rank) is int:
             given = _given(training)
+            if training:  # then library matmuls are the likely ones
+                found = _plans.get(_matmul_key(x, u, v, bias, rank, activation, given))
+                if found is not None:
+                    return found
             found = _plans.get((x.shape, u.shape, x.dtype, rank, activation, given))
             if found is not None and x.is_cpu:
                 return found
-            return _plans.get(_matmul_key(x, u, v, bias, rank, activation, given))
+            if not training:
+                return _plans.get(_matmul_key(x, u, v, bias, rank, activation, given))
     except _NO_KEY:
         pass  # `plan`, which comes next, says what is wrong
     return None
@@ -459,9 +466,14 @@ def _matmul_key(
     activation: Any,
     given: tuple[Any, ...],
 ) -> tuple[Any, ...]:
-    # A product with a meta tensor is none, and no error.
-    of_bias = None if bias is None else (bias.shape, bias.device)
-    where = x.device, u.device, v.device, x.is_cuda and is_capturing(x)
+    where: Any
+    if x.is_cpu:
+        # A product with a meta tensor is none, and no error.
+        where = u.is_cpu and v.is_cpu and (bias is None or bias.is_cpu)
+    else:
+        others = None if bias is None else bias.device
+        where = x.device, u.device, v.device, others, x.is_cuda and is_capturing(x)
+    of_bias = None if bias is None else bias.shape
     return x.shape, u.shape, v.shape, of_bias, where, x.dtype, rank, activation, given
 
 
