@@ -30,10 +30,10 @@ def check_int(fn: str, name: str, value: Any, low: int, high: int | None = None)
     return number
 
 
-def check_model(fn: str, model: Any, name: str = "model") -> None:
+def check_model(fn: str, model: Any) -> None:
     """Raise TypeError unless it is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{fn}: {name}: expected an nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{fn}: model: expected an nn.Module, got {type(model).__name__}")
 
 
 def renamed(**names: str) -> Callable[[Function], Function]:

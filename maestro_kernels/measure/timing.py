@@ -27,6 +27,7 @@ __all__ = [
     "launch_modes",
     "prepared",
     "rounds",
+    "timed",
 ]
 
 Call = Callable[[], object]
@@ -206,6 +207,39 @@ def interleave(
                     call()
                 samples[name].append(clock.time(name, call, repeats) / repeats)
     return {name: Stats.of(samples[name], calls[name]) for name in candidates}
+
+
+def timed(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    cache: str,
+    seconds: float,
+    *,
+    rounds: tuple[int, int],
+) -> Iterator[tuple[str, dict[str, Stats]]]:
+    """(launch mode, what its clock can time, in turns) for every launch mode of a device.
+
+    Args:
+        calls: by name.
+        device: where they run.
+        cache: "warm" or "cold".
+        seconds: of samples per call.
+        rounds: fewest and most samples.
+    """
+    for launch, clock in launch_modes(device).items():
+        timer = clock()
+        fit, _ = prepared(timer, calls)
+        yield (
+            launch,
+            interleave(
+                fit,
+                seconds=seconds * len(fit),
+                min_rounds=rounds[0],
+                max_rounds=rounds[1],
+                prime=cache == "warm",
+                clock=timer,
+            ),
+        )
 
 
 def _repeats(call: Call, sample_seconds: float) -> int:
