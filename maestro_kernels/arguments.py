@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["check_int", "check_model", "model_first", "renamed"]
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

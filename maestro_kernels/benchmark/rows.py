@@ -17,19 +17,6 @@ from maestro_kernels.measure import records
 from maestro_kernels.measure.cases import joined
 from maestro_kernels.measure.noise import Times, beyond_noise
 
-__all__ = [
-    "SCHEMA",
-    "Change",
-    "Comparison",
-    "Gate",
-    "Row",
-    "append",
-    "compare",
-    "latest_run",
-    "load",
-    "with_speedups",
-]
-
 SCHEMA = 1
 Gate = Literal["passed", "failed", "unavailable", "error"]
 _LAYERS = ("N", "R", "rank")

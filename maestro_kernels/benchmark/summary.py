@@ -13,8 +13,6 @@ from maestro_kernels.measure.cases import joined
 from maestro_kernels.measure.noise import beyond_noise
 from maestro_kernels.measure.wording import count, geometric_mean, times
 
-__all__ = ["Outcome", "device_line", "outcomes", "refusals", "verdict"]
-
 
 @dataclass(frozen=True)
 class Outcome:

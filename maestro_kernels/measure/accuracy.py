@@ -27,8 +27,6 @@ from maestro_kernels.measure.providers import (
 )
 from maestro_kernels.testing import accuracy_error, rounding_errors
 
-__all__ = ["Reference", "References", "Rings", "checked", "gate", "passing", "ring_bytes", "walk"]
-
 # Walking through this many times the private caches leaves nothing in them.
 _CACHES = 4
 _LEAST_BYTES, _MOST_BYTES = 32 << 20, 512 << 20

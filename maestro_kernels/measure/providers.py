@@ -18,22 +18,6 @@ from maestro_kernels.backends import onednn
 from maestro_kernels.measure.cases import Case
 from maestro_kernels.testing import make_inputs
 
-__all__ = [
-    "DENSE",
-    "DENSE_ONEDNN",
-    "TWO",
-    "Bound",
-    "Family",
-    "Forward",
-    "Inputs",
-    "Provider",
-    "Unavailable",
-    "dense_forward",
-    "make_case_inputs",
-    "packed_weight",
-    "two_forward",
-]
-
 Family = Literal["dense", "two matmuls", "ours"]
 Forward = Callable[[], Sequence[Tensor]]
 

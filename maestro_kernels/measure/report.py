@@ -22,24 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-__all__ = [
-    "Cell",
-    "Html",
-    "cards",
-    "details",
-    "facts",
-    "figure",
-    "grid",
-    "markdown_table",
-    "page",
-    "prose",
-    "section",
-    "table",
-    "terminal_table",
-    "verdict",
-    "warning",
-]
-
 # Text that is HTML already and is not escaped again.
 Html = Markup
 _COLOURS = {"good": "green", "bad": "red", "muted": "dim"}

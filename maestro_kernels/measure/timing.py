@@ -17,19 +17,6 @@ import torch
 
 from maestro_kernels.measure.wording import first_line
 
-__all__ = [
-    "Clock",
-    "CpuClock",
-    "CudaClock",
-    "CudaGraphClock",
-    "Stats",
-    "interleave",
-    "launch_modes",
-    "prepared",
-    "rounds",
-    "timed",
-]
-
 Call = Callable[[], object]
 
 

@@ -24,17 +24,6 @@ from maestro_kernels.nn.linear import LoDLinear, copied, trainable
 from maestro_kernels.nn.moments import check_batches, input_moments
 from maestro_kernels.nn.pivoted import PivotedLinear
 
-__all__ = [
-    "Candidate",
-    "ConversionReport",
-    "conversion_report",
-    "convert",
-    "dense_form",
-    "in_place_of",
-    "swap_layers",
-    "to_dense",
-]
-
 LayerRank = int | float | str | None
 Rank = LayerRank | Mapping[str, LayerRank] | Callable[[str, nn.Module], LayerRank]
 _INITS = ("svd", "data", "random")

@@ -30,8 +30,6 @@ from maestro_kernels.nn.structure import (
     version_of,
 )
 
-__all__ = ["check_destination", "load_pretrained", "save_pretrained"]
-
 # Another checkpoint in the folder, which a model.safetensors would hide from its readers.
 _INDEX = "model.safetensors.index.json"
 # See saved_file: of the old format two files have to be of one save.

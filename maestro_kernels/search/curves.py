@@ -16,26 +16,6 @@ import numpy as np
 
 from maestro_kernels.measure.cost import break_even_rank
 
-__all__ = [
-    "Fit",
-    "Knot",
-    "Step",
-    "break_even",
-    "coarse_ranks",
-    "curve_of",
-    "edges",
-    "fit",
-    "interpolate",
-    "left_out",
-    "left_out_shapes",
-    "odd_penalty",
-    "on_lines",
-    "over_rows",
-    "preferred",
-    "refine",
-    "steps",
-]  # fmt: skip
-
 # Ranks are proposed in multiples of this: what fast kernels and library matmuls like.
 GRID = 8
 # Most ranks that one round of refinement adds.

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from maestro_kernels.search.allocation import Allocation
     from maestro_kernels.search.latencies import Profile
 
-__all__ = ["Front", "latency", "pareto", "rank_chart", "roofline"]
-
 # The order of colours and of the legend; what is drawn last lies on top.
 _ORDER = (AUTO, PREPACKED, TWO, "native: fused", "triton: two_phase", "triton: row")
 # A latency below this is easier read in microseconds.

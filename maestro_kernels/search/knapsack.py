@@ -17,18 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Choice",
-    "Options",
-    "Solution",
-    "descend",
-    "exact",
-    "fits",
-    "greedy",
-    "hull",
-    "hull_path",
-]
-
 Array = NDArray[np.float64]
 Options = Sequence[tuple[Array, Array]]
 # Index of the option of each layer.

@@ -26,8 +26,6 @@ from maestro_kernels.search.strategies import (
 )
 from maestro_kernels.search.targets import Shape
 
-__all__ = ["Errors", "Estimate", "Point", "Profile", "break_even_text", "point_from"]
-
 SCHEMA = 1
 Key = tuple[str, str, str]  # strategy, cache, launch
 

@@ -24,8 +24,6 @@ from maestro_kernels.search.strategies import AUTO, DENSE, TWO, for_profile
 from maestro_kernels.search.targets import default_device, default_dtype, shapes_of
 from maestro_kernels.testing import make_inputs
 
-__all__ = ["profile"]
-
 # Seconds of samples for one candidate: about ten of a millisecond, each with an untimed call.
 _SECONDS = 0.025
 # Rounds of refinement after the coarse ranks; each adds at most four ranks where the curve bends.

@@ -32,8 +32,6 @@ from maestro_kernels.search.curves import on_lines
 from maestro_kernels.search.layers import Layer, considered, count_rows
 from maestro_kernels.search.whole_model import present
 
-__all__ = ["ModelProfile", "profile_model"]
-
 _FN = "profile_model"
 _SCHEMA = 1
 Deploy = Callable[[nn.Module], nn.Module]

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from maestro_kernels.hardware import Device
     from maestro_kernels.search.drawings import Front
 
-__all__ = ["page", "save_pngs", "sentences", "terminal_table"]
-
 # Sizes that get a drawing; the table has them all.
 _DRAWN = 6
 

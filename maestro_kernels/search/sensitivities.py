@@ -26,8 +26,6 @@ from maestro_kernels.search.spectra import singular_values, tail_shares, truncat
 from maestro_kernels.search.trial import Factors, Trial, factors_of, matrices
 from maestro_kernels.search.whole_model import LossFn
 
-__all__ = ["LayerSensitivity", "Sensitivity", "sensitivity"]
-
 _UNITS = {
     "svd": "share of ||W||^2",
     "data": "share of the layer's output energy",

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["singular_values", "tail_shares", "truncation_shares"]
-
 
 def singular_values(weight: Tensor, moment: Tensor | None = None) -> Tensor:
     """Singular values of W S, float64 (min(N, K),), non-increasing; S S^T = moment or identity.

@@ -21,17 +21,6 @@ from maestro_kernels.measure.cases import Case
 from maestro_kernels.measure.providers import Forward, Inputs, Provider, Unavailable
 from maestro_kernels.ops import gradient
 
-__all__ = [
-    "AUTO",
-    "DENSE",
-    "DENSE_PACKED",
-    "PREPACKED",
-    "TWO",
-    "for_profile",
-    "for_table",
-    "strategy_names",
-]
-
 DENSE, TWO, AUTO = "dense", "two matmuls", "ours"
 DENSE_PACKED, PREPACKED = "dense, packed", "prepacked"
 PACKED = "packed: "

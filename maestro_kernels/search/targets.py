@@ -12,8 +12,6 @@ from torch import nn
 from maestro_kernels.nn.candidates import find_candidates
 from maestro_kernels.nn.conv import is_pointwise
 
-__all__ = ["Shape", "shapes_of"]
-
 _FN = "profile"
 _LINEAR = ("linear", "hf_conv1d", "lod_linear")
 _CONVOLUTIONS = ("conv2d", "lod_conv2d")

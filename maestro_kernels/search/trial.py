@@ -16,8 +16,6 @@ from maestro_kernels.nn.moments import calibrating
 from maestro_kernels.search.layers import Layer
 from maestro_kernels.search.whole_model import LossFn, MeanLoss
 
-__all__ = ["Trial", "factors_of", "matrices"]
-
 # u and v of each group, every prefix of which is the best at its rank.
 Factors = tuple[tuple[Tensor, Tensor], ...]
 

@@ -22,8 +22,6 @@ from maestro_kernels.search.layer_profile import software
 from maestro_kernels.search.strategies import for_table
 from maestro_kernels.tables import BASELINE, Modes, Row, Table
 
-__all__ = ["GROUPS", "SHAPES", "Plan", "plan", "tune"]
-
 # (N, K) that layers of published models have: encoders, GPT-2, ViT, Llama, Qwen.
 SHAPES = (
     *((384, 384), (1536, 384), (384, 1536)),

@@ -21,13 +21,6 @@ from maestro_kernels.files import check_file, check_path, replacing
 from maestro_kernels.training.loop import Maestro, NonFiniteLoss, first_non_finite
 from maestro_kernels.training.resize import load_shrunken
 
-__all__ = [
-    "load_checkpoint",
-    "restore_random_state",
-    "save_checkpoint",
-    "seed_random_state",
-]
-
 _FORMAT, _VERSION = "maestro_kernels.training", 1
 
 

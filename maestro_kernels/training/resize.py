@@ -18,8 +18,6 @@ from maestro_kernels.training.optimizer_state import (
 )
 from maestro_kernels.training.shrinking import hold_dense, refuse_wrapped
 
-__all__ = ["load_shrunken", "resize_on_load"]
-
 
 def load_shrunken(
     model: nn.Module, state_dict: Mapping[str, Any], optimizer: Optimizers = None

@@ -25,8 +25,6 @@ from maestro_kernels.training.optimizer_state import (
     replace_parameter,
 )
 
-__all__ = ["Report", "ShrinkOptions", "shrink", "shrink_plain"]
-
 Report = dict[str, tuple[int, int | str]]
 
 
