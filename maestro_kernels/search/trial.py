@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maestro_kernels.nn.conversion import matrices_of
 from maestro_kernels.nn.factorize import factorize
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating
@@ -154,7 +155,4 @@ def factors_of(layer: Layer, module: nn.Module, moment: Tensor | None, top: int)
 
 def matrices(layer: Layer, module: nn.Module) -> Tensor:
     """The dense layer's matrices, (groups, N, K)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dense = weight.detach().mT if layer.kind == "hf_conv1d" else weight.detach()
-    return dense.reshape(layer.groups, layer.N, layer.K)
+    return matrices_of(module, layer.kind, layer.groups, layer.N, layer.K).detach()
