@@ -16,14 +16,7 @@ from maestro_kernels.backends import packed
 from maestro_kernels.files import check_file, write_text
 from maestro_kernels.measure import records
 from maestro_kernels.search import curves
-from maestro_kernels.search.strategies import (
-    AUTO,
-    DENSE,
-    DENSE_PACKED,
-    PACKED,
-    PREPACKED,
-    TWO,
-)
+from maestro_kernels.search.strategies import AUTO, DENSE, DENSE_PACKED, PACKED, PREPACKED, TWO
 from maestro_kernels.search.targets import Shape
 
 SCHEMA = 1

@@ -9,11 +9,7 @@ from maestro_kernels import hardware
 from maestro_kernels.backends import native
 from maestro_kernels.benchmark.providers import default_providers
 from maestro_kernels.benchmark.run import Options, run, run_case
-from maestro_kernels.measure.providers import (
-    Provider,
-    Unavailable,
-    two_forward,
-)
+from maestro_kernels.measure.providers import Provider, Unavailable, two_forward
 from maestro_kernels.measure.timing import CpuClock
 
 DEVICE = hardware.Device(
