@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from maestro_kernels.backends import packed
 from maestro_kernels.files import check_file, write_text
 from maestro_kernels.measure import records
 from maestro_kernels.search import curves
-from maestro_kernels.search.strategies import AUTO, DENSE, DENSE_PACKED, PACKED, PREPACKED, TWO
+from maestro_kernels.search.strategies import AUTO, DENSE, TWO, prepacked
 from maestro_kernels.search.targets import Shape
 
 SCHEMA = 1
@@ -273,7 +270,7 @@ class Profile:
     def _curves(self) -> dict[Key, dict[tuple[int, int], dict[int, list[Point]]]]:
         """(strategy, cache, launch) -> (N, K) -> M -> points."""
         found: dict[Key, dict[tuple[int, int], dict[int, list[Point]]]] = {}
-        for p in (*self.points, *_prepacked(self.points)):
+        for p in (*self.points, *prepacked(self.points)):
             sizes = found.setdefault((p.strategy, p.cache, p.launch), {})
             sizes.setdefault((p.N, p.K), {}).setdefault(p.M, []).append(p)
         return found
@@ -358,26 +355,6 @@ class Profile:
                     f"rank: ms {times}"
                 )
         return "\n".join(lines)
-
-
-def _prepacked(points: Sequence[Point]) -> list[Point]:
-    """The fastest of what `prepack` chooses from: packed forms, factors as they are, merged."""
-    merged, others = {}, defaultdict(list)
-    for p in points:
-        where = (p.N, p.K, p.M, p.bias, p.cache, p.launch)
-        if p.strategy == DENSE_PACKED:
-            merged[where] = p
-        elif p.strategy == AUTO or p.strategy.startswith(PACKED):
-            others[where, p.rank].append(p)
-    found = []
-    for (where, rank), forms in others.items():
-        if len(forms) < 2:
-            continue
-        if where in merged and packed.may_merge(where[0], where[1], rank):
-            forms.append(merged[where])
-        best = min(forms, key=lambda p: p.p50)
-        found.append(replace(best, rank=rank, strategy=PREPACKED))
-    return found
 
 
 def point_from(record: dict[str, Any]) -> Point:

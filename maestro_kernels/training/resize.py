@@ -61,7 +61,6 @@ def load_shrunken(
     for layer in dense:
         weight = swaps[layer].weight
         assert isinstance(weight, nn.Parameter)
-        weight.requires_grad_(layer.u.requires_grad or layer.v.requires_grad)
         hold_dense(optimizers, layer, weight)
     if swaps:
         ungroup(model, only=swaps)
