@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from maestro_kernels.benchmark.origin import origin
+from examples.published import origin
 from maestro_kernels.files import write_text
 from maestro_kernels.measure import records, report
 from maestro_kernels.measure.noise import beyond_noise

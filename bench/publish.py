@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import encoder_results
-from maestro_kernels.benchmark.origin import origin
+from examples.published import origin
 from maestro_kernels.benchmark.rows import Row, latest_run, load
 from maestro_kernels.benchmark.summary import device_line, outcomes, verdict
 from maestro_kernels.measure import records, report

@@ -18,9 +18,9 @@ import torch
 
 from bench import encoder_forms as forms
 from examples import encoder_texts as judging
+from examples.published import stamp
 from maestro_kernels import search
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark.origin import stamp
 from maestro_kernels.measure import records
 
 BUDGETS = (0.9, 0.8, 0.7, 0.5)

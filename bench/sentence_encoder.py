@@ -27,13 +27,13 @@ from bench import encoder_results as results
 from bench.encoder_results import DEPLOYED, Form
 from bench.stages import Stages
 from examples import encoder_texts as judging
+from examples.published import origin, stamp
 from maestro_kernels import load_pretrained, summary
 from maestro_kernels.backends import native
 from maestro_kernels.benchmark import encoder as library
 from maestro_kernels.benchmark import report, rows
 from maestro_kernels.benchmark import run as kernels
 from maestro_kernels.benchmark.cases import suite
-from maestro_kernels.benchmark.origin import origin, stamp
 from maestro_kernels.benchmark.summary import verdict as kernel_verdict
 from maestro_kernels.cli import main as command_line
 from maestro_kernels.measure import report as html

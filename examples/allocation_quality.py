@@ -22,14 +22,13 @@ import allocate_random
 import allocation_study as study
 import encoder_texts as judging
 import torch
+from published import origin, stamp, write_block
 from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import search
 from maestro_kernels.benchmark import encoder as library
-from maestro_kernels.benchmark import origin
 from maestro_kernels.measure import records
-from maestro_kernels.measure.report import write_block
 
 FRACTIONS = (0.2, 0.3, 0.5, 0.7)
 ROWS = Path("bench/results/allocation-quality.jsonl")
@@ -172,7 +171,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 def block(rows: Sequence[dict[str, Any]]) -> str:
     """What docs/guide/search.md shows."""
-    return f"{table(rows)}\n\n{verdict(rows)} {origin.origin(rows[0])}."
+    return f"{table(rows)}\n\n{verdict(rows)} {origin(rows[0])}."
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -189,7 +188,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, help="of the refinement per budget")
     parser.add_argument("--docs", type=Path, help="write search.md's table here")
     args = parser.parse_args()
-    made = {"schema": 1, "job": "allocation-quality", **origin.stamp()}
+    made = {"schema": 1, "job": "allocation-quality", **stamp()}
     for name, seed in itertools.product(args.only, args.seeds):
         if any((row["model"], row["seed"]) == (name, seed) for row in read(args.rows)):
             continue

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published import origin, stamp, write_block
 from torch import nn
 
 import maestro_kernels as mk
 from maestro_kernels import search
-from maestro_kernels.benchmark import origin
 from maestro_kernels.measure import plots, records
-from maestro_kernels.measure.report import write_block
 from maestro_kernels.search.whole_model import measure_models
 
 # Rule -> (method of allocate, method of sensitivity).
@@ -188,8 +187,8 @@ def evaluate(
 
 def record(rows: Sequence[Row], path: Path, command: str) -> None:
     """Write the rows with device and versions."""
-    stamp = {"schema": 1, "job": "allocation", "command": command, **origin.stamp()}
-    records.write(path, ({**stamp, **asdict(row)} for row in rows))
+    made = {"schema": 1, "job": "allocation", "command": command, **stamp()}
+    records.write(path, ({**made, **asdict(row)} for row in rows))
 
 
 def at_equal_latency(rows: Sequence[Row], row: Row, measure: str) -> float | None:
@@ -221,7 +220,7 @@ def block(path: Path, short: str, title: str) -> str:
         [
             table(rows, measures),
             "",
-            f"Predictions are at most {off:.1%} off. {origin.origin(made)}.",
+            f"Predictions are at most {off:.1%} off. {origin(made)}.",
             "",
             f"![{title}: {measures[0]} over measured latency](figures/allocation-{short}.svg)",
         ]

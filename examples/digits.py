@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 from digits_report import SVD, Row, draw, markdown
 from digits_task import make as digits
+from published import stamp, write_block
 from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import training
-from maestro_kernels.benchmark.origin import stamp
 from maestro_kernels.measure import records
-from maestro_kernels.measure.report import write_block
 
 # Methods that train factors: the sampler, and whether the hierarchical lasso acts.
 METHODS = {

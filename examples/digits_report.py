@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maestro_kernels.benchmark.origin import origin
+from published import origin
+
 from maestro_kernels.measure import plots
 from maestro_kernels.measure.plots import Point
 

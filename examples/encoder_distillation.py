@@ -25,14 +25,13 @@ from typing import Any
 import encoder_texts as judging
 import torch
 from distillation_report import BATCHES, BUDGETS, MARKS, METHODS, TIMED, Rows, draw, markdown
+from published import stamp, write_block
 from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import search, training
 from maestro_kernels.benchmark import encoder as library
 from maestro_kernels.benchmark.encoder import Encoder
-from maestro_kernels.benchmark.origin import stamp
-from maestro_kernels.measure.report import write_block
 
 # Ranks of one step lie within this factor of a common share of the full rank.
 SPREAD = (0.5, 1.5)

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from published import origin, stamp, write_block
 from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import training
-from maestro_kernels.benchmark.origin import origin, stamp
 from maestro_kernels.measure import plots, records
 from maestro_kernels.measure.plots import Point
-from maestro_kernels.measure.report import write_block
 
 
 @dataclass

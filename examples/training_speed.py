@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from published import origin, stamp, write_block
 from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import training
-from maestro_kernels.benchmark.origin import origin, stamp
 from maestro_kernels.measure import plots, records
-from maestro_kernels.measure.report import write_block
 from maestro_kernels.measure.timing import interleave
 
 LAMBDA = 1e-6

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["check_int", "check_model", "model_first", "renamed"]
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -30,10 +28,10 @@ def check_int(fn: str, name: str, value: Any, low: int, high: int | None = None)
     return number
 
 
-def check_model(fn: str, model: Any, name: str = "model") -> None:
+def check_model(fn: str, model: Any) -> None:
     """Raise TypeError unless it is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{fn}: {name}: expected an nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{fn}: model: expected an nn.Module, got {type(model).__name__}")
 
 
 def renamed(**names: str) -> Callable[[Function], Function]:

@@ -24,23 +24,6 @@ try:
 except ImportError:  # Windows, where a file that is open cannot be removed by others
     fcntl = None  # type: ignore[assignment]
 
-__all__ = [
-    "append_lines",
-    "cache_folder",
-    "check_file",
-    "check_folder",
-    "check_path",
-    "config_folder",
-    "kind_of",
-    "locked_file",
-    "replacing",
-    "sole_user",
-    "whole_lines",
-    "write_at",
-    "write_bytes",
-    "write_text",
-]
-
 # What a killed process leaves has this name, which nobody else gives to a file. The target's name
 # is not in it: that may be as long as a name can be.
 _PARTIAL = re.compile(r"\.maestro-[0-9a-f]{16}\.partial")

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["when_imported"]
-
 
 def when_imported(name: str, call: Callable[[], object]) -> None:
     """Call `call` once, now if module `name` is imported, else right after it is.

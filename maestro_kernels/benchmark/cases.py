@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from maestro_kernels.measure.cases import Case, Layer
 from maestro_kernels.measure.cost import Mode
 
-__all__ = ["MODELS", "SUITES", "ModelLayer", "parse_shape", "suite"]
-
 
 @dataclass(frozen=True)
 class ModelLayer:

@@ -15,15 +15,6 @@ from torch import Tensor, nn
 from maestro_kernels.measure.wording import first_line
 from maestro_kernels.nn import convert
 
-__all__ = [
-    "BUNDLED",
-    "Encoder",
-    "factorised",
-    "load_encoder",
-    "pooled",
-    "quiet_transformers",
-]
-
 BUNDLED = "minilm"
 
 

@@ -32,8 +32,6 @@ from maestro_kernels.measure.providers import (
 from maestro_kernels.nn.grouping import LayerGroup
 from maestro_kernels.tables import Mode
 
-__all__ = ["default_providers"]
-
 
 def _bind_dense_compiled(case: Case, ring: Sequence[Inputs]) -> list[Forward]:
     compiled = torch.compile(dense_forward, dynamic=False)

@@ -19,8 +19,6 @@ from maestro_kernels.measure.wording import DASH, duration, geometric_mean, time
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["comparison_section", "comparison_table", "html_report", "sections", "terminal_table"]
-
 _TONES = {"faster": "good", "slower": "bad", "same": "", None: "muted"}
 # Lines of one ratio plot; more become several drawings, or labels would be too small.
 _LINES = 16

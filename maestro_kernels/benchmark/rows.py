@@ -17,19 +17,6 @@ from maestro_kernels.measure import records
 from maestro_kernels.measure.cases import joined
 from maestro_kernels.measure.noise import Times, beyond_noise
 
-__all__ = [
-    "SCHEMA",
-    "Change",
-    "Comparison",
-    "Gate",
-    "Row",
-    "append",
-    "compare",
-    "latest_run",
-    "load",
-    "with_speedups",
-]
-
 SCHEMA = 1
 Gate = Literal["passed", "failed", "unavailable", "error"]
 _LAYERS = ("N", "R", "rank")
@@ -195,8 +182,8 @@ def with_speedups(rows: Iterable[Row]) -> list[Row]:
     filled = []
     for row in rows:
         if row.p50_us:
-            two = _fastest(cases[row.case], "two matmuls")
-            dense = _fastest(cases[row.case], "dense")
+            two = fastest(cases[row.case], "two matmuls")
+            dense = fastest(cases[row.case], "dense")
             row = replace(
                 row,
                 baseline=two.provider if two else None,
@@ -207,7 +194,8 @@ def with_speedups(rows: Iterable[Row]) -> list[Row]:
     return filled
 
 
-def _fastest(rows: Iterable[Row], family: str) -> Row | None:
+def fastest(rows: Iterable[Row], family: str) -> Row | None:
+    """The row of this family with the least median; None without one."""
     return min(
         (row for row in rows if row.family == family),
         key=lambda row: row.p50_us or float("inf"),

@@ -17,8 +17,6 @@ from maestro_kernels.measure.providers import Bound, Provider, Unavailable, make
 from maestro_kernels.measure.timing import Clock, Stats, interleave, launch_modes, prepared
 from maestro_kernels.measure.wording import first_line
 
-__all__ = ["Options", "run", "run_case"]
-
 
 @dataclass(frozen=True)
 class Options:

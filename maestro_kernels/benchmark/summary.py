@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maestro_kernels.benchmark.rows import Row
+from maestro_kernels.benchmark.rows import Row, fastest
 from maestro_kernels.measure.cases import joined
 from maestro_kernels.measure.noise import beyond_noise
 from maestro_kernels.measure.wording import count, geometric_mean, times
-
-__all__ = ["Outcome", "device_line", "outcomes", "refusals", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -64,15 +61,11 @@ def outcomes(rows: Sequence[Row]) -> list[Outcome]:
         passed = {row.provider: row for row in group if row.p50_us}
         if "ours" not in passed:
             continue
-
-        def fastest(family: str, passed: dict[str, Row] = passed) -> Row | None:
-            rows = (r for r in passed.values() if r.family == family)
-            return min(rows, key=lambda r: r.p50_us or math.inf, default=None)
-
         two = passed.get("two matmuls")
         plain = passed["ours"]
         ours = passed.get("ours, prepacked", plain)
-        found.append(Outcome(ours, plain, two, fastest("two matmuls"), fastest("dense")))
+        best, dense = (fastest(passed.values(), family) for family in ("two matmuls", "dense"))
+        found.append(Outcome(ours, plain, two, best, dense))
     return found
 
 

@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from maestro_kernels.cli import options
-from maestro_kernels.cli.output import (
-    about,
-    count,
-    plots_can_be_drawn,
-    progress,
-    repeats,
-    say,
-    show,
-)
+from maestro_kernels.cli.output import about, plots_can_be_drawn, progress, repeats, say, show
 from maestro_kernels.files import write_text
+from maestro_kernels.measure.wording import count
 
 if TYPE_CHECKING:
     from maestro_kernels.benchmark.rows import Row

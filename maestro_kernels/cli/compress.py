@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from maestro_kernels.cli import options
-from maestro_kernels.cli.output import about, count, say
+from maestro_kernels.cli.output import about, say
+from maestro_kernels.measure.wording import count
 
 # FLOP per second of a decomposition in float64 and of a model on two cores without AVX-512: good
 # enough to say how long, and rather too long.

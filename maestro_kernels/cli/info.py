@@ -10,7 +10,7 @@ import torch
 
 from maestro_kernels import dispatch, hardware
 from maestro_kernels.backends import FAMILIES, native
-from maestro_kernels.cli.output import count
+from maestro_kernels.measure.wording import count
 from maestro_kernels.problem import LoDProblem
 
 

@@ -10,17 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "add_device",
-    "add_threads",
-    "new_file",
-    "new_folder",
-    "numbers",
-    "positive",
-    "text_file",
-    "use_threads",
-]
-
 # More threads than this for each CPU only wait for each other, and far more crash OpenMP.
 _THREADS_PER_CPU = 4
 

@@ -19,18 +19,6 @@ from rich.console import Console
 from maestro_kernels.measure.progress import bar
 from maestro_kernels.measure.wording import count
 
-__all__ = [
-    "about",
-    "count",
-    "plots_can_be_drawn",
-    "progress",
-    "repeats",
-    "say",
-    "show",
-    "spell_in_any_locale",
-    "user_error",
-]
-
 # Without a terminal, a line this often says how far a command is.
 _EVERY = 30.0
 # What we print beside ASCII, for streams that hold nothing else.

@@ -18,7 +18,6 @@ from torch import nn
 from maestro_kernels.cli import options
 from maestro_kernels.cli.output import (
     about,
-    count,
     plots_can_be_drawn,
     progress,
     repeats,
@@ -27,7 +26,7 @@ from maestro_kernels.cli.output import (
     user_error,
 )
 from maestro_kernels.files import write_text
-from maestro_kernels.measure.wording import first_line
+from maestro_kernels.measure.wording import count, first_line
 
 if TYPE_CHECKING:
     from maestro_kernels.search.drawings import Front

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from maestro_kernels.cli import options
-from maestro_kernels.cli.output import count, plots_can_be_drawn, progress, say
+from maestro_kernels.cli.output import plots_can_be_drawn, progress, say
 from maestro_kernels.files import write_text
 from maestro_kernels.measure import plots
 from maestro_kernels.measure import report as html
 from maestro_kernels.measure.records import load
+from maestro_kernels.measure.wording import count
 
 Rows = Sequence[Mapping[str, Any]]
 _DRAWN = {"loss": "Loss at sampled ranks", "penalty": "λ · penalty", "weights": "Weights deployed"}

@@ -13,7 +13,8 @@ import torch
 
 from maestro_kernels import dispatch, hardware, tables
 from maestro_kernels.cli import options
-from maestro_kernels.cli.output import about, count, progress, repeats, say, show
+from maestro_kernels.cli.output import about, progress, repeats, say, show
+from maestro_kernels.measure.wording import count
 
 if TYPE_CHECKING:
     from maestro_kernels.tables import Row, Table

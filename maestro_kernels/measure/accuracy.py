@@ -14,19 +14,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from maestro_kernels import hardware
 from maestro_kernels.measure.cases import Case
 from maestro_kernels.measure.providers import (
     Bound,
     Family,
     Inputs,
     Provider,
+    Unavailable,
     dense_forward,
     two_forward,
 )
 from maestro_kernels.testing import accuracy_error, rounding_errors
 
-__all__ = ["Reference", "References", "Rings", "checked", "gate", "walk"]
-
+# Walking through this many times the private caches leaves nothing in them.
+_CACHES = 4
+_LEAST_BYTES, _MOST_BYTES = 32 << 20, 512 << 20
 # A ring has at most this many sets of weights: a tiny layer would otherwise need thousands.
 _MAX_RING = 512
 
@@ -166,3 +169,26 @@ def walk(ring: list[Bound]) -> Callable[[], object]:
         return calls[0]
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
+
+
+def ring_bytes(device: torch.device) -> int:
+    """What a cold measurement walks through: several times the private caches."""
+    private = hardware.current_device(device).l2_bytes or 0
+    return min(max(_CACHES * private, _LEAST_BYTES), _MOST_BYTES)
+
+
+def passing(
+    case: Case, providers: Sequence[Provider], inputs: Inputs, yardstick: Sequence[str] = ()
+) -> list[Provider]:
+    """The providers that run and pass the accuracy gate, or are what it measures by."""
+    found = []
+    for provider in providers:
+        if provider.name not in yardstick:
+            try:
+                _, problem = checked(case, provider, inputs)
+            except (Unavailable, RuntimeError):
+                continue
+            if problem is not None:
+                continue
+        found.append(provider)
+    return found

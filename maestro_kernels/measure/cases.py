@@ -9,8 +9,6 @@ import torch
 
 from maestro_kernels.measure.cost import Cost, Form, Mode, Size, count
 
-__all__ = ["Case", "Layer", "joined"]
-
 
 @dataclass(frozen=True)
 class Layer:

@@ -17,18 +17,6 @@ from maestro_kernels.hardware import Device
 if TYPE_CHECKING:
     from maestro_kernels.problem import LoDProblem
 
-__all__ = [
-    "Cost",
-    "Form",
-    "Mode",
-    "Size",
-    "Step",
-    "backward_flop",
-    "break_even_rank",
-    "count",
-    "forward_flop",
-]
-
 Form = Literal["dense", "two matmuls", "fused"]
 Mode = Literal["forward", "backward", "training"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["MARGIN", "Times", "beyond_noise"]
-
 # Five percent is what repeated medians of one binary differ by on a shared machine.
 MARGIN = 0.05
 Times = tuple[float, float, float]

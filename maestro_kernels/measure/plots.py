@@ -20,27 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "CARD",
-    "INK",
-    "LINE",
-    "MARKERS",
-    "SERIES",
-    "SOFT",
-    "Point",
-    "Ratio",
-    "add_line",
-    "curves",
-    "frame",
-    "inline",
-    "legend",
-    "line_plot",
-    "plain_log",
-    "ratio_plot",
-    "roofline_plot",
-    "standalone",
-]
-
 # The light colours of the page, too; in the dark the page turns its drawings' colours round.
 INK, SOFT, LINE, CARD = "#1c1e21", "#5d6269", "#e3e0d8", "#ffffff"
 SERIES = (

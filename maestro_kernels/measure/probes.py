@@ -14,8 +14,6 @@ from torch import Tensor
 
 from maestro_kernels.backends import onednn
 
-__all__ = ["bandwidth", "flops", "free_bytes", "grown", "matmul"]
-
 
 def free_bytes(kind: str) -> int:
     """Memory that a probe may take from, far from all of which it should."""

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Advance", "bar", "progress_bar", "told"]
-
 Advance = Callable[[str, int, int], None]
 
 

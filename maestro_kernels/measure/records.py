@@ -28,19 +28,6 @@ from maestro_kernels.files import (
     write_text,
 )
 
-__all__ = [
-    "Journal",
-    "Log",
-    "append",
-    "checked",
-    "document",
-    "line",
-    "load",
-    "load_document",
-    "located",
-    "write",
-]
-
 T = TypeVar("T")
 
 

@@ -11,37 +11,16 @@ import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup, escape
 
-from maestro_kernels.files import write_text
 from maestro_kernels.measure import plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
-
-__all__ = [
-    "Cell",
-    "Html",
-    "cards",
-    "details",
-    "facts",
-    "figure",
-    "grid",
-    "markdown_table",
-    "page",
-    "prose",
-    "section",
-    "table",
-    "terminal_table",
-    "verdict",
-    "warning",
-    "write_block",
-]
 
 # Text that is HTML already and is not escaped again.
 Html = Markup
@@ -176,19 +155,6 @@ def markdown_table(
         f"|{rule}|",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
-
-
-def write_block(page: Path, block: str, begin: str, end: str) -> None:
-    """Put a block between two markers of a document.
-
-    Raises:
-        ValueError: the markers are not there exactly once, in order; the document is as it was.
-    """
-    text = page.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"write_block: page: expected {begin!r} and then {end!r}, once each")
-    head, _, rest = text.partition(begin)
-    write_text(page, f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}")
 
 
 def _cell(value: str | Cell) -> Cell:

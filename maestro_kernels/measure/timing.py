@@ -18,21 +18,6 @@ import torch
 from maestro_kernels.measure.noise import Times, beyond_noise
 from maestro_kernels.measure.wording import first_line
 
-__all__ = [
-    "Clock",
-    "CpuClock",
-    "CudaClock",
-    "CudaGraphClock",
-    "Race",
-    "SmallGraphClock",
-    "Stats",
-    "interleave",
-    "launch_modes",
-    "prepared",
-    "race",
-    "rounds",
-]
-
 Call = Callable[[], object]
 
 
@@ -343,6 +328,39 @@ def _decided(samples: Mapping[str, Sequence[float]]) -> bool:
 
 def _times(stats: Stats) -> Times:
     return stats.p20, stats.p50, stats.p80
+
+
+def timed(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    cache: str,
+    seconds: float,
+    *,
+    rounds: tuple[int, int],
+) -> Iterator[tuple[str, dict[str, Stats]]]:
+    """(launch mode, what its clock can time, in turns) for every launch mode of a device.
+
+    Args:
+        calls: by name.
+        device: where they run.
+        cache: "warm" or "cold".
+        seconds: of samples per call.
+        rounds: fewest and most samples.
+    """
+    for launch, clock in launch_modes(device).items():
+        timer = clock()
+        fit, _ = prepared(timer, calls)
+        yield (
+            launch,
+            interleave(
+                fit,
+                seconds=seconds * len(fit),
+                min_rounds=rounds[0],
+                max_rounds=rounds[1],
+                prime=cache == "warm",
+                clock=timer,
+            ),
+        )
 
 
 def _repeats(call: Call, sample_seconds: float) -> int:

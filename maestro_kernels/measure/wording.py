@@ -6,17 +6,6 @@ import datetime
 import math
 from collections.abc import Iterable
 
-__all__ = [
-    "DASH",
-    "TIMES",
-    "count",
-    "duration",
-    "first_line",
-    "geometric_mean",
-    "times",
-    "when",
-]
-
 TIMES = "\N{MULTIPLICATION SIGN}"
 DASH = "\N{EN DASH}"
 

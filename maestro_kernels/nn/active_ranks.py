@@ -12,8 +12,6 @@ from maestro_kernels.nn.conversion import dense_form, swap_layers
 from maestro_kernels.nn.grouping import ungroup
 from maestro_kernels.nn.layer import LoDLayer
 
-__all__ = ["find_layers", "lod_layers", "ranks", "set_ranks", "truncate"]
-
 
 def lod_layers(model: nn.Module) -> dict[str, LoDLayer]:
     """The factorised layers of a model by name, in module order.

@@ -16,17 +16,6 @@ from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.problem import DTYPES
 
-__all__ = [
-    "Candidate",
-    "Selector",
-    "Slots",
-    "classify",
-    "find_candidates",
-    "find_slots",
-    "matches",
-    "selector",
-]
-
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 Slots = dict[int, list[tuple[nn.Module, str]]]
 

@@ -16,8 +16,6 @@ from maestro_kernels.nn.layer import LoDLayer, check_dtype
 from maestro_kernels.nn.linear import check_rank, copied, initial_factors, trainable
 from maestro_kernels.ops.eager import autocast_dtype
 
-__all__ = ["LoDConv2d", "conv_factors", "is_pointwise"]
-
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 Pair = int | Sequence[int]
 

@@ -24,17 +24,6 @@ from maestro_kernels.nn.linear import LoDLinear, copied, trainable
 from maestro_kernels.nn.moments import check_batches, input_moments
 from maestro_kernels.nn.pivoted import PivotedLinear
 
-__all__ = [
-    "Candidate",
-    "ConversionReport",
-    "conversion_report",
-    "convert",
-    "dense_form",
-    "in_place_of",
-    "swap_layers",
-    "to_dense",
-]
-
 LayerRank = int | float | str | None
 Rank = LayerRank | Mapping[str, LayerRank] | Callable[[str, nn.Module], LayerRank]
 _INITS = ("svd", "data", "random")
@@ -283,17 +272,26 @@ def _check_weights(chosen: dict[str, nn.Module], init: str) -> None:
     for name, module in chosen.items():
         weight = module.weight
         assert isinstance(weight, Tensor)
-        label = f"{name}.weight" if name else "weight"
-        if weight.is_meta:
-            if init != "random":
-                raise ValueError(
-                    f"convert: model: expected weights in memory for init={init!r}, "
-                    f"got {label} on the meta device"
-                )
-        elif not bool(weight.detach().isfinite().all()):
-            raise ValueError(
-                f"convert: model: expected finite weights, got NaN or infinity in {label}"
-            )
+        if not (weight.is_meta and init == "random"):
+            label = f"{name}.weight" if name else "weight"
+            check_values("convert", label, weight, f" for init={init!r}")
+
+
+def check_values(fn: str, label: str, value: Tensor, purpose: str = "") -> None:
+    """Raise ValueError unless a weight has finite values."""
+    if value.is_meta:
+        raise ValueError(
+            f"{fn}: model: expected weights in memory{purpose}, got {label} on the meta device"
+        )
+    if not bool(value.detach().isfinite().all()):
+        raise ValueError(f"{fn}: model: expected finite weights, got NaN or infinity in {label}")
+
+
+def matrices_of(module: nn.Module, kind: str, groups: int, N: int, K: int) -> Tensor:
+    """The matrices of a dense layer, (groups, N, K)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return (weight.mT if kind == "hf_conv1d" else weight).reshape(groups, N, K)
 
 
 def _factorised(
@@ -303,8 +301,8 @@ def _factorised(
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, nn.Parameter)
-    dense = weight.mT if candidate.kind == "hf_conv1d" else weight
-    matrices = dense.reshape(candidate.groups, candidate.N, candidate.K)
+    c = candidate
+    matrices = matrices_of(module, c.kind, c.groups, c.N, c.K)
     pairs = [
         random_factors(matrix, rank)
         if init == "random"

@@ -10,8 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["factor_bounds", "factorize", "merge", "random_factors"]
-
 # Share of the mean input energy added to every direction, so that directions the data never showed
 # are ordered by the weight itself. It cannot make the result worse on the data than a plain SVD:
 # the plain SVD already minimises the term that is added.

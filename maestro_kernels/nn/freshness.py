@@ -21,8 +21,6 @@ from maestro_kernels.ops import eager
 if TYPE_CHECKING:
     from maestro_kernels.nn.linear import LoDLinear
 
-__all__ = ["Made", "refresh", "version"]
-
 _NONE: Any = object()
 _count = itertools.count(1)
 _steps = 0

@@ -24,8 +24,6 @@ from maestro_kernels.ops import eager
 if TYPE_CHECKING:
     from maestro_kernels.nn.packing import PackedGroup
 
-__all__ = ["LayerGroup", "group", "groups", "ungroup"]
-
 # Names that siblings have in transformers, timm and diffusers.
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),

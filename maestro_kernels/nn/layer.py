@@ -24,8 +24,6 @@ from maestro_kernels.problem import DTYPES
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["LoDLayer"]
-
 # What may have changed factors unseen is given the next number: no two changes ever look like one,
 # whichever threads made them.
 _changes = itertools.count(1)

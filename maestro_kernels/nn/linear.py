@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from maestro_kernels.nn.packing import PackedLinear
     from maestro_kernels.nn.pivoted import PivotedLinear
 
-__all__ = ["LoDLinear"]
-
 
 class LoDLinear(LoDLayer):
     """y = act(x @ v[:r].T @ u[:, :r].T + bias), r = `rank`, in one call.

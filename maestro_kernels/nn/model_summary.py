@@ -16,9 +16,6 @@ from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.packing import ALONE
 from maestro_kernels.nn.pivoted import PivotedLinear
 
-__all__ = ["LayerSummary", "ModelSummary", "summary"]
-
-
 # Kinds whose matrix multiplies x. A table that is looked up (an embedding) is listed, not counted.
 _PRODUCTS = ("linear", "hf_conv1d", "conv2d", "lod_linear", "lod_conv2d", "pivoted_linear")
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from maestro_kernels.nn.conv import LoDConv2d
 
-__all__ = ["calibrating", "check_batches", "input_moments", "run_batch"]
-
 # Patches of this many images at a time: im2col multiplies their size by the kernel's.
 _IMAGES = 8
 

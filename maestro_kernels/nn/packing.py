@@ -26,8 +26,6 @@ from maestro_kernels.nn.grouping import LayerGroup, distinct_groups
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.ops import eager
 
-__all__ = ["PackedGroup", "PackedLinear", "prepack", "unpack"]
-
 # Shapes of x remembered per layer; sequences of every length would fill the memory otherwise.
 _MAX_SHAPES = 256
 # Dimensions of x that the library takes.

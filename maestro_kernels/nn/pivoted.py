@@ -16,8 +16,6 @@ from maestro_kernels.nn.linear import LoDLinear, copied, dense_linear, trainable
 from maestro_kernels.nn.weight import MergedWeight
 from maestro_kernels.problem import check_choices
 
-__all__ = ["PivotedLinear", "error_ratio", "pivoted_factors"]
-
 # Largest entry of U that is left alone. At 1 the search for pivots might not end; every swap above
 # it multiplies the volume of the pivot rows by more than this, and the volume is bounded.
 _BOUND = 1.05

@@ -23,8 +23,6 @@ from maestro_kernels.nn.saved_file import TENSORS
 from maestro_kernels.nn.structure import LayerRecord, Slot, Structure, plain, slots
 from maestro_kernels.problem import DTYPES
 
-__all__ = ["Placement", "check_compiled", "commit", "fit"]
-
 
 @dataclass(frozen=True)
 class Placement:

@@ -16,8 +16,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = ["COPY", "TENSORS", "OldSave", "read", "read_header", "tensors_of", "write"]
-
 TENSORS, COPY = "model.safetensors", "maestro.json"
 _KEY, _DIGEST = "maestro_kernels", "maestro_kernels.sha256"
 # As long as a digest; its place in the file while the digest is not known, and when it is checked.

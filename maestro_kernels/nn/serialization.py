@@ -20,17 +20,7 @@ from maestro_kernels.nn.active_ranks import find_layers
 from maestro_kernels.nn.grouping import group, groups
 from maestro_kernels.nn.placing import check_compiled, commit, fit
 from maestro_kernels.nn.saved_file import COPY, TENSORS
-from maestro_kernels.nn.structure import (
-    Slot,
-    Structure,
-    describe,
-    parse,
-    plain,
-    slots,
-    version_of,
-)
-
-__all__ = ["check_destination", "load_pretrained", "save_pretrained"]
+from maestro_kernels.nn.structure import Slot, Structure, describe, parse, plain, slots, version_of
 
 # Another checkpoint in the folder, which a model.safetensors would hide from its readers.
 _INDEX = "model.safetensors.index.json"

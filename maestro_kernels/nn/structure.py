@@ -19,8 +19,6 @@ from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.problem import ACTIVATIONS
 from maestro_kernels.version import __version__
 
-__all__ = ["LayerRecord", "Slot", "Structure", "describe", "parse", "plain", "slots", "version_of"]
-
 _FORMAT, VERSION = "maestro_kernels", 2
 _KINDS = {"lod_linear": LoDLinear, "pivoted_linear": PivotedLinear, "lod_conv2d": LoDConv2d}
 _PARTS = {

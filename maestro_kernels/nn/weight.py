@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["MergedWeight"]
-
 Kwargs = dict[str, Any]
 
 

@@ -20,8 +20,6 @@ from maestro_kernels.search.layers import Layer
 from maestro_kernels.search.refine import Refinement
 from maestro_kernels.search.whole_model import measure_models, output_error
 
-__all__ = ["Allocation", "LayerChoice", "Verification"]
-
 
 @dataclass(frozen=True)
 class LayerChoice:

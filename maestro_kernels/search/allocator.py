@@ -42,8 +42,6 @@ from maestro_kernels.search.solver import METHODS, Problem, refined, solve
 from maestro_kernels.search.trial import Factors, Trial, factors_of
 from maestro_kernels.search.whole_model import LossFn, check_measured, measure_models, present
 
-__all__ = ["allocate"]
-
 _FN = "allocate"
 
 

@@ -11,8 +11,6 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-__all__ = ["Budget", "Latency", "MACs", "Memory", "Params", "Speedup", "check_budget"]
-
 
 @dataclass(frozen=True)
 class _Fraction:

@@ -14,17 +14,6 @@ from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.search.budget import Budget
 from maestro_kernels.search.layers import Layer, module_dtype
 
-__all__ = [
-    "Choices",
-    "Costs",
-    "LatencyProfile",
-    "below_steps",
-    "choices",
-    "current_bytes",
-    "layer_latency",
-    "multiples",
-]
-
 Array = NDArray[np.float64]
 Rows = Mapping[str, tuple[int, ...]]
 Amount = TypeVar("Amount", float, Array)

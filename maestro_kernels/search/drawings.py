@@ -12,7 +12,7 @@ import torch
 from maestro_kernels.measure import plots, wording
 from maestro_kernels.measure.cost import Form, Size, count
 from maestro_kernels.measure.plots import CARD, INK, SERIES, SOFT, Point
-from maestro_kernels.search import staircase
+from maestro_kernels.search import curves
 from maestro_kernels.search.strategies import AUTO, DENSE, DENSE_PACKED, PREPACKED, TWO
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from maestro_kernels.hardware import Device
     from maestro_kernels.search.allocation import Allocation
     from maestro_kernels.search.latencies import Profile
-
-__all__ = ["Front", "latency", "pareto", "rank_chart", "roofline"]
 
 # The order of colours and of the legend; what is drawn last lies on top.
 _ORDER = (AUTO, PREPACKED, TWO, "native: fused", "triton: two_phase", "triton: row")
@@ -37,13 +35,12 @@ def shown(profile: Profile) -> list[str]:
     return sorted(names, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
 
 
-def latency(profile: Profile, *, N: int, K: int, M: int, title: str = "") -> Figure:
+def latency(profile: Profile, *, N: int, K: int, M: int) -> Figure:
     """Latency over rank: every strategy, the dense layer, break-even, and ranks below a step."""
     dense = profile.latency(N=N, K=K, rank="dense", M=M)
     scale, unit = (1.0, "ms") if dense >= _MILLISECONDS else (1e3, "µs")
     rows = wording.count(M, "row")
-    title = title or f"{rows} · {K}→rank→{N}"
-    figure, axes = plots.frame(title, "rank", f"{unit} per call", 4.0)
+    figure, axes = plots.frame(f"{rows} · {K}→rank→{N}", "rank", f"{unit} per call", 4.0)
     figure.set_label(f"Latency over rank, {K} to {N}, {rows}")
     for i, name in enumerate(shown(profile)):
         curve = profile.curve(N=N, K=K, M=M, strategy=name)
@@ -98,7 +95,7 @@ def _mark(profile: Profile, axes: Any, size: tuple[int, int, int], scale: float)
             label="worth choosing",
             zorder=6,
         )
-    steps = [step.rank for step in staircase.steps(curve)]
+    steps = [step.rank for step in curves.steps(curve)]
     if steps:
         axes.plot(
             steps,
@@ -114,7 +111,7 @@ def _mark(profile: Profile, axes: Any, size: tuple[int, int, int], scale: float)
         )
 
 
-def _interval(knot: staircase.Knot, scale: float) -> tuple[float, float]:
+def _interval(knot: curves.Knot, scale: float) -> tuple[float, float]:
     return scale * (knot.ms - knot.noise), scale * (knot.ms + knot.noise)
 
 
@@ -226,5 +223,5 @@ def rank_chart(allocation: Allocation, *, first: int = 0) -> Figure:
     return figure
 
 
-def _short(name: str, limit: int = 26) -> str:
-    return name if len(name) <= limit else "…" + name[-limit + 1 :]
+def _short(name: str) -> str:
+    return name if len(name) <= 26 else "…" + name[-25:]

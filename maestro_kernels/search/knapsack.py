@@ -17,18 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Choice",
-    "Options",
-    "Solution",
-    "descend",
-    "exact",
-    "fits",
-    "greedy",
-    "hull",
-    "hull_path",
-]
-
 Array = NDArray[np.float64]
 Options = Sequence[tuple[Array, Array]]
 # Index of the option of each layer.
@@ -162,11 +150,9 @@ def _slack(limit: float) -> float:
 
 def _undominated(costs: Array, errors: Array) -> Front:
     """The options worth their cost."""
-    order = np.lexsort((errors, costs))
-    costs, errors = np.asarray(costs, float)[order], np.asarray(errors, float)[order]
-    keep = np.ones(len(order), bool)
-    keep[1:] = errors[1:] < np.minimum.accumulate(errors)[:-1]
-    return Front(costs[keep], errors[keep], order[keep])
+    costs, errors = np.asarray(costs, float), np.asarray(errors, float)
+    kept = _front(costs, errors)
+    return Front(costs[kept], errors[kept], kept)
 
 
 def _total(layers: Sequence[Front], choice: Sequence[int]) -> Solution:

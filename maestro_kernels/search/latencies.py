@@ -1,10 +1,8 @@
-"""A measured profile: latency(N, K, rank, M), staircase, break-even, errors, files."""
+"""A measured profile: latency(N, K, rank, M), steps, break-even, errors, files."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,25 +10,45 @@ from typing import Any
 
 import numpy as np
 
-from maestro_kernels.backends import packed
 from maestro_kernels.files import check_file, write_text
 from maestro_kernels.measure import records
-from maestro_kernels.search import latency_model, staircase
-from maestro_kernels.search.measure import Point, point_from
-from maestro_kernels.search.strategies import (
-    AUTO,
-    DENSE,
-    DENSE_PACKED,
-    PACKED,
-    PREPACKED,
-    TWO,
-)
+from maestro_kernels.search import curves
+from maestro_kernels.search.strategies import AUTO, DENSE, TWO, prepacked
 from maestro_kernels.search.targets import Shape
-
-__all__ = ["Errors", "Estimate", "Profile"]
 
 SCHEMA = 1
 Key = tuple[str, str, str]  # strategy, cache, launch
+
+
+@dataclass(frozen=True)
+class Point:
+    """One time: a strategy at a rank.
+
+    Attributes:
+        N: out_features.
+        K: in_features.
+        M: rows of x.
+        bias: whether the layer adds one.
+        rank: of the factors; 0 stands for the dense layer.
+        strategy: as strategies.py names it: "dense", "two matmuls", "ours", "native: fused", ...
+        cache: "warm" repeats one set of tensors, "cold" walks through copies.
+        launch: "eager" or "graph" (CUDA graph).
+        p20: milliseconds per call, 20th percentile.
+        p50: median.
+        p80: 80th percentile.
+    """
+
+    N: int
+    K: int
+    M: int
+    bias: bool
+    rank: int
+    strategy: str
+    cache: str
+    launch: str
+    p20: float
+    p50: float
+    p80: float
 
 
 @dataclass(frozen=True)
@@ -158,7 +176,7 @@ class Profile:
         if M in Ms:
             return self._at(key, N, K, r, M)
         source = "interpolated" if known else "fitted"
-        return Estimate(_over_rows(M, Ms, lambda m: self._at(key, N, K, r, m).ms), source)
+        return Estimate(curves.over_rows(M, Ms, lambda m: self._at(key, N, K, r, m).ms), source)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -194,11 +212,11 @@ class Profile:
         strategy: str | None = None,
         cache: str = "cold",
         launch: str | None = None,
-    ) -> dict[int, staircase.Knot]:
+    ) -> dict[int, curves.Knot]:
         """Rank -> measured time of one size, without the probe of an odd rank."""
         key = (strategy or self.main, cache, launch or self.launch)
         points = self._curves.get(key, {}).get((N, K), {}).get(M, [])
-        return staircase.curve_of(points)
+        return curves.curve_of(points)
 
     def break_even(self, *, N: int, K: int, M: int, cache: str = "cold") -> float | None:
         """The rank up to which low rank is faster than the dense layer, as measured.
@@ -207,22 +225,22 @@ class Profile:
         the two do the same number of operations.
         """
         curve = self.curve(N=N, K=K, M=M, cache=cache)
-        return staircase.break_even(curve, self.latency(N=N, K=K, rank="dense", M=M, cache=cache))
+        return curves.break_even(curve, self.latency(N=N, K=K, rank="dense", M=M, cache=cache))
 
-    def steps(self, *, N: int, K: int, M: int, cache: str = "cold") -> list[staircase.Step]:
+    def steps(self, *, N: int, K: int, M: int, cache: str = "cold") -> list[curves.Step]:
         """Jumps of the curve; `.rank` is just below each."""
-        return staircase.steps(self.curve(N=N, K=K, M=M, cache=cache))
+        return curves.steps(self.curve(N=N, K=K, M=M, cache=cache))
 
     def preferred(self, *, N: int, K: int, M: int, cache: str = "cold") -> list[int]:
         """Measured ranks that are worth choosing: faster than dense and than every larger rank."""
         dense = self.latency(N=N, K=K, rank="dense", M=M, cache=cache)
         curve = self.curve(N=N, K=K, M=M, cache=cache)
-        return [r for r in staircase.preferred(curve) if curve[r].ms < dense]
+        return [r for r in curves.preferred(curve) if curve[r].ms < dense]
 
     def odd_penalty(self, *, N: int, K: int, M: int, cache: str = "cold") -> float:
         """How many times as long a rank off the grid of 8 takes; 1 where none was measured."""
         key = (self.main, cache, self.launch)
-        return staircase.odd_penalty(self._curves.get(key, {}).get((N, K), {}).get(M, []))
+        return curves.odd_penalty(self._curves.get(key, {}).get((N, K), {}).get(M, []))
 
     @cached_property
     def errors(self) -> dict[str, Errors]:
@@ -236,9 +254,9 @@ class Profile:
             key = (strategy, "cold", self.launch)
             for M in self.batch_sizes:
                 samples = self._samples(key, M)
-                size_errors += latency_model.left_out_shapes(samples)
+                size_errors += curves.left_out_shapes(samples)
                 for by_M in self._curves.get(key, {}).values():
-                    rank_errors += staircase.left_out(staircase.curve_of(by_M.get(M, [])))
+                    rank_errors += curves.left_out(curves.curve_of(by_M.get(M, [])))
         found = {"interpolation": rank_errors, "fit": size_errors}
         return {
             name: Errors(float(np.median(e)), float(np.quantile(e, 0.9)), len(e))
@@ -252,16 +270,16 @@ class Profile:
     def _curves(self) -> dict[Key, dict[tuple[int, int], dict[int, list[Point]]]]:
         """(strategy, cache, launch) -> (N, K) -> M -> points."""
         found: dict[Key, dict[tuple[int, int], dict[int, list[Point]]]] = {}
-        for p in (*self.points, *_prepacked(self.points)):
+        for p in (*self.points, *prepacked(self.points)):
             sizes = found.setdefault((p.strategy, p.cache, p.launch), {})
             sizes.setdefault((p.N, p.K), {}).setdefault(p.M, []).append(p)
         return found
 
     @cached_property
-    def _fits(self) -> dict[tuple[Key, int], latency_model.Fit | None]:
+    def _fits(self) -> dict[tuple[Key, int], curves.Fit | None]:
         return {}
 
-    def _samples(self, key: Key, M: int) -> list[latency_model.Sample]:
+    def _samples(self, key: Key, M: int) -> list[curves.Sample]:
         sizes = self._curves.get(key, {})
         return [(p.N, p.K, p.rank, p.p50) for by_M in sizes.values() for p in by_M.get(M, [])]
 
@@ -273,15 +291,15 @@ class Profile:
         for p in points:
             if p.rank == rank:
                 return Estimate(p.p50, "measured")
-        curve = staircase.curve_of(points)
-        ms = staircase.interpolate(curve, rank)
-        if rank % staircase.GRID:
-            ms *= staircase.odd_penalty(points)
+        curve = curves.curve_of(points)
+        ms = curves.interpolate(curve, rank)
+        if rank % curves.GRID:
+            ms *= curves.odd_penalty(points)
         return Estimate(ms, "interpolated")
 
-    def _fitted(self, key: Key, M: int) -> latency_model.Fit:
+    def _fitted(self, key: Key, M: int) -> curves.Fit:
         if (key, M) not in self._fits:
-            self._fits[key, M] = latency_model.fit(self._samples(key, M))
+            self._fits[key, M] = curves.fit(self._samples(key, M))
         model = self._fits[key, M]
         if model is None:
             raise ValueError(f"latency: strategy: expected one measured at M {M}, got {key[0]!r}")
@@ -339,24 +357,16 @@ class Profile:
         return "\n".join(lines)
 
 
-def _prepacked(points: Sequence[Point]) -> list[Point]:
-    """The fastest of what `prepack` chooses from: packed forms, factors as they are, merged."""
-    merged, others = {}, defaultdict(list)
-    for p in points:
-        where = (p.N, p.K, p.M, p.bias, p.cache, p.launch)
-        if p.strategy == DENSE_PACKED:
-            merged[where] = p
-        elif p.strategy == AUTO or p.strategy.startswith(PACKED):
-            others[where, p.rank].append(p)
-    found = []
-    for (where, rank), forms in others.items():
-        if len(forms) < 2:
-            continue
-        if where in merged and packed.may_merge(where[0], where[1], rank):
-            forms.append(merged[where])
-        best = min(forms, key=lambda p: p.p50)
-        found.append(replace(best, rank=rank, strategy=PREPACKED))
-    return found
+def point_from(record: dict[str, Any]) -> Point:
+    """A Point from its dictionary.
+
+    Raises:
+        ValueError: fields are missing or of another kind.
+    """
+    point = records.checked(Point, record, "point")
+    if not 0 < point.p20 <= point.p50 <= point.p80:
+        raise ValueError(f"p50: expected 0 < p20 <= p50 <= p80, got {record}")
+    return point
 
 
 def break_even_text(rank: float | None) -> str:
@@ -364,18 +374,3 @@ def break_even_text(rank: float | None) -> str:
     if rank is None:
         return "never"
     return "beyond all ranks" if math.isinf(rank) else f"rank {rank:.0f}"
-
-
-def _over_rows(M: int, Ms: Sequence[int], ms: Callable[[int], float]) -> float:
-    """Between measured M on logarithmic axes; beyond them a call costs in proportion, at most.
-
-    Below the smallest M a call costs what it does there: it reads the same weights.
-    """
-    if Ms[0] >= M:
-        return ms(Ms[0])
-    if Ms[-1] <= M:
-        return ms(Ms[-1]) * M / Ms[-1]
-    high = next(i for i, m in enumerate(Ms) if m > M)
-    a, b = Ms[high - 1], Ms[high]
-    t = math.log(M / a) / math.log(b / a)
-    return math.exp((1 - t) * math.log(ms(a)) + t * math.log(ms(b)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,16 +12,20 @@ import torch
 from maestro_kernels import hardware, tables, tuned
 from maestro_kernels.arguments import renamed
 from maestro_kernels.backends import native
+from maestro_kernels.measure.accuracy import Rings, passing, ring_bytes, walk
+from maestro_kernels.measure.cases import Case, Layer
 from maestro_kernels.measure.progress import Advance, progress_bar
+from maestro_kernels.measure.providers import Inputs, Provider
 from maestro_kernels.measure.records import Journal
-from maestro_kernels.search import staircase
-from maestro_kernels.search.latencies import Profile
-from maestro_kernels.search.measure import Point, Sweep, point_from
-from maestro_kernels.search.strategies import AUTO, DENSE, TWO
+from maestro_kernels.measure.timing import timed
+from maestro_kernels.search import curves
+from maestro_kernels.search.latencies import Point, Profile, point_from
+from maestro_kernels.search.strategies import AUTO, DENSE, TWO, for_profile
 from maestro_kernels.search.targets import default_device, default_dtype, shapes_of
+from maestro_kernels.testing import make_inputs
 
-__all__ = ["profile"]
-
+# Seconds of samples for one candidate: about ten of a millisecond, each with an untimed call.
+_SECONDS = 0.025
 # Rounds of refinement after the coarse ranks; each adds at most four ranks where the curve bends.
 _ROUNDS = 2
 # A round whose dense layer is this much slower or faster than before was disturbed.
@@ -38,7 +42,7 @@ def profile(
     device: torch.device | str | None = None,
     *,
     resume: bool = True,
-    seconds: float = 0.025,
+    seconds: float = _SECONDS,
     progress: bool | Advance | None = None,
 ) -> Profile:
     """Measure latency over rank: ms(N, K, rank, M) for dense, two matmuls and every strategy.
@@ -93,6 +97,88 @@ def profile(
         points=tuple(points),
         shapes=tuple(shapes),
     )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One layer size at one M, to be measured at ranks that are decided as one goes.
+
+    Attributes:
+        N: out_features.
+        K: in_features.
+        M: rows of x.
+        bias: whether the layer adds one.
+        dtype: dtype of everything.
+        device: where.
+        seconds: of samples per candidate, cache state and launch mode.
+    """
+
+    N: int
+    K: int
+    M: int
+    bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    seconds: float = _SECONDS
+
+    def case(self, rank: int) -> Case:
+        """The benchmark's description of one rank."""
+        name = str(self.dtype).removeprefix("torch.")
+        layer = Layer(self.N, self.K, rank, rank)
+        return Case("profile", self.M, (layer,), name, bias=self.bias)
+
+    def measure(
+        self,
+        ranks: Sequence[int],
+        providers: Callable[[Case], Sequence[Provider]] = for_profile,
+    ) -> list[Point]:
+        """Time the dense layer and every strategy at every rank against each other.
+
+        What cannot run, or is less accurate than two matmuls allow, gives no point.
+        """
+        inputs, admitted = {}, {}
+        with torch.no_grad():
+            for rank in (0, *ranks):
+                case = self.case(max(rank, 1))
+                inputs[rank] = self._inputs(rank)
+                # What follows from the rank is timed at every rank, dense layers once.
+                chosen = [p for p in providers(case) if (p.family == "dense") == (rank == 0)]
+                admitted[rank] = passing(case, chosen, inputs[rank], yardstick=(DENSE, TWO))
+            points: list[Point] = []
+            for cache in ("warm", "cold"):
+                ring = ring_bytes(self.device) if cache == "cold" else 0
+                calls = {}
+                for rank, chosen in admitted.items():
+                    rings = Rings(inputs[rank], ring)
+                    case = self.case(max(rank, 1))
+                    for provider in chosen:
+                        bound = provider.bound(case, rings[provider.family])
+                        calls[f"{rank} {provider.name}"] = walk(bound)
+                points += self._time(calls, cache)
+        return points
+
+    def _inputs(self, rank: int) -> Inputs:
+        """Factors of one rank; for 0 the dense weight instead, which is no product of any."""
+        R = rank or self.N
+        outs = self.N if rank else 1
+        x, u, v, b = make_inputs(
+            self.M, outs, self.K, R, dtype=self.dtype, device=self.device, bias=False, seed=rank
+        )
+        if self.bias:
+            b = make_inputs(1, self.N, 1, 1, dtype=self.dtype, device=self.device)[3]
+        if rank:
+            return Inputs(x, (u,), (v,), (b,), (), (rank,))
+        return Inputs(x, (), (), (b,), (), (1,), dense=(v,))
+
+    def _time(self, calls: dict[str, Callable[[], object]], cache: str) -> list[Point]:
+        points = []
+        for launch, stats in timed(calls, self.device, cache, self.seconds, rounds=(5, 40)):
+            for name, s in stats.items():
+                rank, _, strategy = name.partition(" ")
+                times = (1e3 * s.p20, 1e3 * s.p50, 1e3 * s.p80)
+                where = (self.N, self.K, self.M, self.bias, int(rank), strategy, cache, launch)
+                points.append(Point(*where, *times))
+        return points
 
 
 def _positive(name: str, values: Any) -> list[int]:
@@ -158,35 +244,35 @@ def _proposals(
     if wanted is not None:
         yield lambda known: list(wanted)
         return
-    coarse = staircase.coarse_ranks(sweep.N, sweep.K)
+    coarse = curves.coarse_ranks(sweep.N, sweep.K)
     middle = coarse[len(coarse) // 2]
     # One rank off the grid beside one on it shows what odd ranks cost.
-    odd = [middle - 1] if middle > staircase.GRID and middle % staircase.GRID == 0 else []
+    odd = [middle - 1] if middle > curves.GRID and middle % curves.GRID == 0 else []
     yield lambda known: [*coarse, *odd]
 
     def bends(known: list[Point]) -> list[int]:
         curve, dense = _main_curve(known)
-        return staircase.refine(curve, dense)
+        return curves.refine(curve, dense)
 
     for _ in range(_ROUNDS):
         yield bends
-    edges = [r for r in staircase.edges(coarse) if r < min(sweep.N, sweep.K)]
+    edges = [r for r in curves.edges(coarse) if r < min(sweep.N, sweep.K)]
     yield lambda known: edges[len(edges) // 2 :][:1]
 
     def more_edges(known: list[Point]) -> list[int]:
         # A step at one tile edge suggests steps at the others.
-        return edges if staircase.steps(_main_curve(known)[0]) else []
+        return edges if curves.steps(_main_curve(known)[0]) else []
 
     yield more_edges
 
 
-def _main_curve(points: list[Point]) -> tuple[dict[int, staircase.Knot], float | None]:
+def _main_curve(points: list[Point]) -> tuple[dict[int, curves.Knot], float | None]:
     """The curve that is refined, of what auto runs with cold caches, and the dense layer's time."""
     launch = "graph" if any(p.launch == "graph" for p in points) else "eager"
     here = [p for p in points if p.cache == "cold" and p.launch == launch]
     strategy = AUTO if any(p.strategy == AUTO for p in here) else TWO
     dense = next((p.p50 for p in here if p.strategy == DENSE), None)
-    return staircase.curve_of([p for p in here if p.strategy == strategy]), dense
+    return curves.curve_of([p for p in here if p.strategy == strategy]), dense
 
 
 def _undisturbed(sweep: Sweep, ranks: Sequence[int], known: list[Point]) -> list[Point]:

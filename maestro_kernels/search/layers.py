@@ -16,19 +16,6 @@ from maestro_kernels.nn.conv import LoDConv2d
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, run_batch
 
-__all__ = [
-    "Layer",
-    "Observed",
-    "at_full_rank",
-    "considered",
-    "count_rows",
-    "factorised_layer",
-    "first_tensor",
-    "module_dtype",
-    "observe",
-    "storage_bytes",
-]
-
 
 @dataclass(frozen=True)
 class Layer:

@@ -28,11 +28,9 @@ from maestro_kernels.nn.candidates import Selector
 from maestro_kernels.nn.conversion import convert, dense_form
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, run_batch
+from maestro_kernels.search.curves import on_lines
 from maestro_kernels.search.layers import Layer, considered, count_rows
-from maestro_kernels.search.staircase import on_lines
 from maestro_kernels.search.whole_model import present
-
-__all__ = ["ModelProfile", "profile_model"]
 
 _FN = "profile_model"
 _SCHEMA = 1

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from maestro_kernels.hardware import Device
     from maestro_kernels.search.drawings import Front
 
-__all__ = ["page", "save_pngs", "sentences", "terminal_table"]
-
 # Sizes that get a drawing; the table has them all.
 _DRAWN = 6
 
@@ -157,7 +155,6 @@ def _rows(profile: Profile, shape: Shape, M: int) -> list[list[str | Cell]]:
 def page(
     profile: Profile,
     *,
-    title: str = "Rank and latency",
     device: Device | None = None,
     front: Front | None = None,
     command: str = "",
@@ -166,7 +163,6 @@ def page(
 
     Args:
         profile: what was measured.
-        title: heading.
         device: with measured peaks, for the roofline; None leaves it out.
         front: accuracy against latency of a model; None leaves it out.
         command: what repeats it.
@@ -191,7 +187,7 @@ def page(
         )
     blocks += [_table(profile), _method(profile, command)]
     footer = f"Written by {command or 'maestro_kernels.search.layer_profile'}."
-    return report.page(title, blocks, subtitle=subtitle, footer=footer)
+    return report.page("Rank and latency", blocks, subtitle=subtitle, footer=footer)
 
 
 def _cards(profile: Profile) -> Html:

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from maestro_kernels.search.knapsack import Choice, Options, exact, hull_path
 
-__all__ = ["Refinement", "refine"]
-
 Array = NDArray[np.float64]
 
 # A smaller fall of the loss is not worth another choice.

@@ -19,14 +19,18 @@ from maestro_kernels.arguments import check_int
 from maestro_kernels.files import check_file, write_text
 from maestro_kernels.measure.progress import Advance, progress_bar, told
 from maestro_kernels.nn.candidates import Selector
+from maestro_kernels.nn.conversion import check_values
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import check_batches, input_moments
 from maestro_kernels.search.layers import Layer, at_full_rank, considered, count_rows
-from maestro_kernels.search.spectra import singular_values, tail_shares, truncation_shares
+from maestro_kernels.search.spectra import (
+    singular_values,
+    tail_parts,
+    tail_shares,
+    truncation_shares,
+)
 from maestro_kernels.search.trial import Factors, Trial, factors_of, matrices
 from maestro_kernels.search.whole_model import LossFn
-
-__all__ = ["LayerSensitivity", "Sensitivity", "sensitivity"]
 
 _UNITS = {
     "svd": "share of ||W||^2",
@@ -265,16 +269,7 @@ def _check_weights(chosen: Mapping[str, nn.Module]) -> None:
     for name, module in chosen.items():
         parts = ("u", "v") if isinstance(module, LoDLayer) else ("weight",)
         for part in parts:
-            value = getattr(module, part)
-            label = f"{name}.{part}" if name else part
-            if value.is_meta:
-                raise ValueError(
-                    f"{_FN}: model: expected weights in memory, got {label} on the meta device"
-                )
-            if not bool(value.detach().isfinite().all()):
-                raise ValueError(
-                    f"{_FN}: model: expected finite weights, got NaN or infinity in {label}"
-                )
+            check_values(_FN, f"{name}.{part}" if name else part, getattr(module, part))
 
 
 def _from_weights(
@@ -284,7 +279,7 @@ def _from_weights(
     if isinstance(module, LoDLayer):
         values = module.importance()
         if method == "importance":
-            shares = truncation_of_importance(values)
+            shares = tail_parts(values.square())
         else:
             u = module.u.unflatten(0, (layer.groups, layer.N))
             v = module.v.reshape(layer.groups, layer.max_rank, layer.K)
@@ -298,14 +293,6 @@ def _from_weights(
         shares = truncation_shares(together)
         values = torch.linalg.vector_norm(together, dim=0)
     return LayerSensitivity(layer, shares.cpu().numpy(), values.cpu().numpy())
-
-
-def truncation_of_importance(importance: Tensor) -> Tensor:
-    """(importance(r) / importance(0))^2 for r = 0..R, (R + 1,)."""
-    squares = importance.square()
-    whole = squares[:1]
-    shares = squares / torch.where(whole > 0, whole, 1.0)
-    return torch.cat((shares, shares.new_zeros(1)))
 
 
 def _measured(

@@ -21,8 +21,6 @@ from maestro_kernels.search.knapsack import Choice, Options, Solution, exact, gr
 from maestro_kernels.search.refine import Refinement, refine
 from maestro_kernels.search.sensitivities import LayerSensitivity
 
-__all__ = ["METHODS", "Problem", "best_of", "by_threshold", "refined", "solve", "uniform"]
-
 METHODS = ("exact", "greedy", "threshold", "uniform")
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["singular_values", "tail_shares", "truncation_shares"]
-
 
 def singular_values(weight: Tensor, moment: Tensor | None = None) -> Tensor:
     """Singular values of W S, float64 (min(N, K),), non-increasing; S S^T = moment or identity.
@@ -46,7 +44,7 @@ def truncation_shares(values: Tensor) -> Tensor:
     """
     values = values / _peak(values)
     energies = values.square().reshape(-1, values.shape[-1]).sum(0)
-    return _shares(energies.flip(0).cumsum(0).flip(0))
+    return tail_parts(energies.flip(0).cumsum(0).flip(0))
 
 
 def tail_shares(u: Tensor, v: Tensor, moments: Tensor | None = None) -> Tensor:
@@ -65,10 +63,10 @@ def tail_shares(u: Tensor, v: Tensor, moments: Tensor | None = None) -> Tensor:
     weighted = v if moments is None else v @ (moments.double() / _peak(moments))
     gram = ((u.mT @ u) * (weighted @ v.mT)).sum(0)
     blocks = gram.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
-    return _shares(blocks.clamp_min(0))
+    return tail_parts(blocks.clamp_min(0))
 
 
-def _shares(tails: Tensor) -> Tensor:
+def tail_parts(tails: Tensor) -> Tensor:
     """Divide by the first entry, which is the whole, and append the 0 of full rank."""
     whole = tails[:1]
     shares = tails / torch.where(whole > 0, whole, 1.0)

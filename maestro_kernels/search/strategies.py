@@ -6,9 +6,11 @@ A strategy is named as a plan prints it, "backend: strategy", or "packed: form" 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,16 +23,8 @@ from maestro_kernels.measure.cases import Case
 from maestro_kernels.measure.providers import Forward, Inputs, Provider, Unavailable
 from maestro_kernels.ops import gradient
 
-__all__ = [
-    "AUTO",
-    "DENSE",
-    "DENSE_PACKED",
-    "PREPACKED",
-    "TWO",
-    "for_profile",
-    "for_table",
-    "strategy_names",
-]
+if TYPE_CHECKING:
+    from maestro_kernels.search.latencies import Point
 
 DENSE, TWO, AUTO = "dense", "two matmuls", "ours"
 DENSE_PACKED, PREPACKED = "dense, packed", "prepacked"
@@ -140,3 +134,23 @@ def _bind_form(name: str, case: Case, ring: Sequence[Inputs]) -> list[Forward]:
 
 def _packed(form: packed.Form, x: Tensor, bias: Tensor | None) -> list[Tensor]:
     return [form(x, bias)]
+
+
+def prepacked(points: Sequence[Point]) -> list[Point]:
+    """The fastest of what `prepack` chooses from: packed forms, factors as they are, merged."""
+    merged, others = {}, defaultdict(list)
+    for p in points:
+        where = (p.N, p.K, p.M, p.bias, p.cache, p.launch)
+        if p.strategy == DENSE_PACKED:
+            merged[where] = p
+        elif p.strategy == AUTO or p.strategy.startswith(PACKED):
+            others[where, p.rank].append(p)
+    found = []
+    for (where, rank), forms in others.items():
+        if len(forms) < 2:
+            continue
+        if where in merged and packed.may_merge(where[0], where[1], rank):
+            forms.append(merged[where])
+        best = min(forms, key=lambda p: p.p50)
+        found.append(replace(best, rank=rank, strategy=PREPACKED))
+    return found

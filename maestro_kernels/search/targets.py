@@ -12,8 +12,7 @@ from torch import nn
 from maestro_kernels.nn.candidates import find_candidates
 from maestro_kernels.nn.conv import is_pointwise
 
-__all__ = ["Shape", "shapes_of"]
-
+_FN = "profile"
 _LINEAR = ("linear", "hf_conv1d", "lod_linear")
 _CONVOLUTIONS = ("conv2d", "lod_conv2d")
 
@@ -35,13 +34,12 @@ class Shape:
     names: tuple[str, ...] = ()
 
 
-def shapes_of(target: Any, *, fn: str = "profile") -> list[Shape]:
+def shapes_of(target: Any) -> list[Shape]:
     """The different sizes in a target, largest first.
 
     Args:
         target: (N, K), a sequence of them, a layer or a model: its linear layers and 1 × 1
             convolutions; other convolutions are left out.
-        fn: the public function that errors name.
 
     Raises:
         TypeError: none of these.
@@ -49,9 +47,9 @@ def shapes_of(target: Any, *, fn: str = "profile") -> list[Shape]:
         NotImplementedError: only convolutions whose time depends on the image.
     """
     if isinstance(target, nn.Module):
-        found = _of_module(target, fn)
+        found = _of_module(target)
     else:
-        found = [Shape(*pair) for pair in _pairs(target, fn)]
+        found = [Shape(*pair) for pair in _pairs(target)]
     unique: dict[tuple[int, int], Shape] = {}
     for shape in found:
         known = unique.get((shape.N, shape.K), replace(shape, names=()))
@@ -61,10 +59,10 @@ def shapes_of(target: Any, *, fn: str = "profile") -> list[Shape]:
     return sorted(unique.values(), key=lambda s: (-s.N * s.K, -s.N))
 
 
-def _of_module(module: nn.Module, fn: str) -> list[Shape]:
+def _of_module(module: nn.Module) -> list[Shape]:
     modules = dict(module.named_modules())
     found, others = [], []
-    for name, c in find_candidates(fn, module).items():
+    for name, c in find_candidates(_FN, module).items():
         can_be = c.reason is None or c.kind.startswith("lod_")
         if not can_be or min(c.N, c.K) < 2:
             continue
@@ -76,34 +74,34 @@ def _of_module(module: nn.Module, fn: str) -> list[Shape]:
     if not found and others:
         kernel = " × ".join(map(str, others[0].kernel_size))  # type: ignore[arg-type]
         raise NotImplementedError(
-            f"{fn}: target: expected linear layers or 1 × 1 convolutions without stride, padding "
+            f"{_FN}: target: expected linear layers or 1 × 1 convolutions without stride, padding "
             f"and groups, whose time follows from N, K and rows, got only convolutions such as "
             f"{kernel}, whose time depends on the image; search.profile_model(model, batch) "
             f"measures these"
         )
     if not found:
         raise ValueError(
-            f"{fn}: target: expected a model with linear layers that can be factorised, got none"
+            f"{_FN}: target: expected a model with linear layers that can be factorised, got none"
         )
     return found
 
 
-def _pairs(target: Any, fn: str) -> list[tuple[int, int]]:
+def _pairs(target: Any) -> list[tuple[int, int]]:
     if not isinstance(target, Sequence) or isinstance(target, str):
         raise TypeError(
-            f"{fn}: target: expected (N, K), a list of them, a layer or a model, "
+            f"{_FN}: target: expected (N, K), a list of them, a layer or a model, "
             f"got {type(target).__name__}"
         )
     pairs = [target] if target and isinstance(target[0], int) else list(target)
     for pair in pairs:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise TypeError(f"{fn}: target: expected (N, K), got {pair!r}")
+            raise TypeError(f"{_FN}: target: expected (N, K), got {pair!r}")
         if not all(isinstance(size, int) and not isinstance(size, bool) for size in pair):
-            raise TypeError(f"{fn}: target: expected (N, K) as integers, got {pair!r}")
+            raise TypeError(f"{_FN}: target: expected (N, K) as integers, got {pair!r}")
         if min(pair) < 2:
-            raise ValueError(f"{fn}: target: expected N, K >= 2, got {tuple(pair)}")
+            raise ValueError(f"{_FN}: target: expected N, K >= 2, got {tuple(pair)}")
     if not pairs:
-        raise ValueError(f"{fn}: target: expected at least one (N, K), got none")
+        raise ValueError(f"{_FN}: target: expected at least one (N, K), got none")
     return [(pair[0], pair[1]) for pair in pairs]
 
 

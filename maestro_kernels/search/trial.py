@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maestro_kernels.nn.conversion import matrices_of
 from maestro_kernels.nn.factorize import factorize
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating
 from maestro_kernels.search.layers import Layer
 from maestro_kernels.search.whole_model import LossFn, MeanLoss
-
-__all__ = ["Trial", "factors_of", "matrices"]
 
 # u and v of each group, every prefix of which is the best at its rank.
 Factors = tuple[tuple[Tensor, Tensor], ...]
@@ -156,7 +155,4 @@ def factors_of(layer: Layer, module: nn.Module, moment: Tensor | None, top: int)
 
 def matrices(layer: Layer, module: nn.Module) -> Tensor:
     """The dense layer's matrices, (groups, N, K)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dense = weight.detach().mT if layer.kind == "hf_conv1d" else weight.detach()
-    return dense.reshape(layer.groups, layer.N, layer.K)
+    return matrices_of(module, layer.kind, layer.groups, layer.N, layer.K).detach()

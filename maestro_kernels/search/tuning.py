@@ -12,17 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from maestro_kernels import hardware, tables
-from maestro_kernels.measure.accuracy import Rings, walk
+from maestro_kernels.measure.accuracy import Rings, passing, ring_bytes, walk
 from maestro_kernels.measure.cases import Case, Layer
 from maestro_kernels.measure.cost import break_even_rank
 from maestro_kernels.measure.providers import Provider, make_case_inputs
 from maestro_kernels.measure.records import Journal
+from maestro_kernels.measure.timing import timed
 from maestro_kernels.search.layer_profile import software
-from maestro_kernels.search.measure import passing, ring_bytes, timed
 from maestro_kernels.search.strategies import for_table
 from maestro_kernels.tables import BASELINE, Modes, Row, Table
-
-__all__ = ["GROUPS", "SHAPES", "Plan", "plan", "tune"]
 
 # (N, K) that layers of published models have: encoders, GPT-2, ViT, Llama, Qwen.
 SHAPES = (

@@ -16,17 +16,6 @@ from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, check_batches, run_batch
 from maestro_kernels.search.layers import first_tensor
 
-__all__ = [
-    "LossFn",
-    "MeanLoss",
-    "Measurement",
-    "OutputError",
-    "check_measured",
-    "measure_models",
-    "output_error",
-    "present",
-]
-
 LossFn = Callable[[nn.Module, Any], Any]
 
 

@@ -5,7 +5,7 @@ Source: Horvath et al., Maestro, ICML 2024 (arXiv 2308.14929).
 """
 
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
-from maestro_kernels.training.checkpoint import load_checkpoint, resize_on_load, save_checkpoint
+from maestro_kernels.training.checkpoint import load_checkpoint, save_checkpoint
 from maestro_kernels.training.extraction import Extraction, extraction_report
 from maestro_kernels.training.extractor import ExtractionPath, extract
 from maestro_kernels.training.freezing import SequentialFreezing, below_cliff, quantize_ranks
@@ -16,7 +16,7 @@ from maestro_kernels.training.penalties import (
     group_lasso,
     hierarchical_group_lasso,
 )
-from maestro_kernels.training.resize import load_shrunken
+from maestro_kernels.training.resize import load_shrunken, resize_on_load
 from maestro_kernels.training.rewrapping import rewrap
 from maestro_kernels.training.runner import Task
 from maestro_kernels.training.samplers import (

@@ -12,8 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from maestro_kernels.arguments import check_model
 from maestro_kernels.nn.moments import calibrating, check_batches, run_batch
 
-__all__ = ["recalibrate_batchnorm"]
-
 Run = Callable[[nn.Module, Any], Any]
 
 

@@ -11,8 +11,6 @@ from torch import nn
 
 from maestro_kernels.training.loop import Maestro, NonFiniteLoss, first_non_finite
 
-__all__ = ["Callback", "check_options", "packed", "unpacked"]
-
 
 class Callback:
     """A Maestro that a framework's events drive.

@@ -14,22 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from maestro_kernels.arguments import model_first
 from maestro_kernels.files import check_file, check_path, replacing
-from maestro_kernels.nn.active_ranks import lod_layers
-from maestro_kernels.training.layers import set_full_rank
 from maestro_kernels.training.loop import Maestro, NonFiniteLoss, first_non_finite
 from maestro_kernels.training.resize import load_shrunken
-
-__all__ = [
-    "load_checkpoint",
-    "resize_on_load",
-    "restore_random_state",
-    "save_checkpoint",
-    "seed_random_state",
-]
 
 _FORMAT, _VERSION = "maestro_kernels.training", 1
 
@@ -131,29 +121,6 @@ def load_checkpoint(
     return extra
 
 
-def resize_on_load(model: nn.Module) -> Any:
-    """Let `model.load_state_dict` take the ranks of what it loads; returns a removable handle.
-
-    For trainers that load checkpoints by themselves, before they make the optimizer.
-    """
-    return model.register_load_state_dict_pre_hook(_resize_hook)
-
-
-# A function of the module, not a closure: models with this hook can still be pickled.
-def _resize_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for name, layer in lod_layers(module).items():
-        u = state_dict.get(f"{prefix}{name}.u" if name else f"{prefix}u")
-        fits = isinstance(u, Tensor) and u.dim() == 2 and u.shape[0] == layer.u.shape[0]
-        if u is None or not fits or not 0 < u.shape[1] <= min(layer.matrix_shape):
-            # Whatever is wrong with it, load_state_dict itself will say so.
-            continue
-        if u.shape[1] != layer.max_rank:
-            width = u.shape[1]
-            layer.u = _resized(layer.u, (layer.u.shape[0], width))
-            layer.v = _resized(layer.v, (width * layer.groups, *layer.v.shape[1:]))
-            set_full_rank(layer, width)
-
-
 def _read(fn: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{fn}: path: expected a checkpoint, got no file {str(path)!r}")
@@ -198,10 +165,6 @@ def _check_groups(fn: str, optimizer: torch.optim.Optimizer, state: Mapping[str,
         raise ValueError(
             f"{fn}: optimizer: expected groups of {theirs} parameters as saved, got {mine}"
         )
-
-
-def _resized(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().new_zeros(shape), requires_grad=parameter.requires_grad)
 
 
 def _random_state() -> dict[str, Any]:

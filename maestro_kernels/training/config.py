@@ -25,8 +25,6 @@ except ModuleNotFoundError as error:
         f"train: expected the package {error.name}, got none; pip install 'maestro-kernels[train]'"
     ) from None
 
-__all__ = ["TrainConfig", "load_config"]
-
 
 class _Table(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(

@@ -23,8 +23,6 @@ from maestro_kernels.search.solver import Problem
 from maestro_kernels.search.whole_model import measure_models
 from maestro_kernels.training.layers import full_rank
 
-__all__ = ["FORMS", "Deployment", "ways_to_try"]
-
 # [I; U] is "pivoted".
 FORMS = ("factors", "pivoted", "dense")
 # A rank and a form.

@@ -8,8 +8,6 @@ from torch import nn
 
 from maestro_kernels.search.refine import Refinement
 
-__all__ = ["Extraction", "Step", "extraction_report"]
-
 _REPORT = "_maestro_extraction"
 
 

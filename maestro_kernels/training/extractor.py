@@ -33,8 +33,6 @@ from maestro_kernels.training.deployment import FORMS, Deployment, ways_to_try
 from maestro_kernels.training.extraction import Extraction, Step
 from maestro_kernels.training.layers import full_rank, require_layers, unwrapped
 
-__all__ = ["ExtractionPath", "extract"]
-
 _ERRORS = ("measured", "additive")
 # What `errors` was called for as `method`.
 _METHODS = {"greedy": "measured", "additive": "additive"}

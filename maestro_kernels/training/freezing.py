@@ -12,8 +12,6 @@ from maestro_kernels.arguments import check_int
 from maestro_kernels.nn import lod_layers
 from maestro_kernels.training.layers import require_layers
 
-__all__ = ["BelowCliff", "SequentialFreezing", "below_cliff", "quantize_ranks", "thawed"]
-
 # rule(N, K, rank) -> rank.
 Rule = Callable[[int, int, int], int]
 

@@ -9,9 +9,9 @@ import json
 from typing import Any
 
 from maestro_kernels.training.callbacks import Callback, packed, unpacked
-from maestro_kernels.training.checkpoint import resize_on_load
 from maestro_kernels.training.layers import require_layers
 from maestro_kernels.training.loop import Maestro
+from maestro_kernels.training.resize import resize_on_load
 
 try:
     from transformers import TrainerCallback

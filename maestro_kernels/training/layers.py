@@ -7,8 +7,6 @@ from torch import nn
 from maestro_kernels.nn import LoDLayer
 from maestro_kernels.nn.active_ranks import find_layers
 
-__all__ = ["full_rank", "require_layers", "set_full_rank", "unwrapped"]
-
 # A plain attribute, so that copies and pickles of a layer keep it; `state_dict` stays as it was.
 _FULL_RANK = "_training_full_rank"
 # The child that holds the model in what torch.compile and data parallelism put around it.

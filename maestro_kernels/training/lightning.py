@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from maestro_kernels.training.callbacks import Callback, packed, unpacked
-from maestro_kernels.training.checkpoint import resize_on_load
 from maestro_kernels.training.layers import require_layers
 from maestro_kernels.training.loop import Maestro, check_loss
+from maestro_kernels.training.resize import resize_on_load
 
 __all__ = ["MaestroCallback"]
 

@@ -28,8 +28,6 @@ from maestro_kernels.training.samplers import (
 )
 from maestro_kernels.training.shrinking import Report, shrink
 
-__all__ = ["PENALTIES", "SAMPLERS", "Maestro", "NonFiniteLoss", "check_loss", "first_non_finite"]
-
 T = TypeVar("T")
 
 PENALTIES = ("hierarchical", "group", "funnel")

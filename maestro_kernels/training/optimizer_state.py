@@ -10,16 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = [
-    "Cut",
-    "Optimizers",
-    "check_optimizers",
-    "check_state",
-    "clear_state",
-    "drop_parameter",
-    "replace_parameter",
-]
-
 Optimizers = Optimizer | Sequence[Optimizer] | None
 # They keep parameters, or pieces of them, in places of their own.
 _OPAQUE = ("LBFGS", "ZeroRedundancyOptimizer")

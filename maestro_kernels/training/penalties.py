@@ -18,8 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from maestro_kernels.nn import LoDLayer
 from maestro_kernels.training.layers import require_layers
 
-__all__ = ["funnel", "funnel_start", "group_lasso", "hierarchical_group_lasso"]
-
 
 def hierarchical_group_lasso(model: nn.Module, *, scale_by_size: bool = False) -> Tensor:
     """sum_layers sum_{b=0..R-1} ( ||u[:, b:]||_F + ||v[b:]||_F ), a 0-d tensor.

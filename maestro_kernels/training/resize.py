@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from maestro_kernels.nn import LoDLayer, lod_layers, ungroup
 from maestro_kernels.nn.conversion import dense_form, swap_layers
 from maestro_kernels.training.layers import require_layers, set_full_rank
-from maestro_kernels.training.optimizer_state import (
-    Optimizers,
-    check_optimizers,
-    replace_parameter,
-)
+from maestro_kernels.training.optimizer_state import Optimizers, check_optimizers, replace_parameter
 from maestro_kernels.training.shrinking import hold_dense, refuse_wrapped
-
-__all__ = ["load_shrunken"]
 
 
 def load_shrunken(
@@ -67,7 +61,6 @@ def load_shrunken(
     for layer in dense:
         weight = swaps[layer].weight
         assert isinstance(weight, nn.Parameter)
-        weight.requires_grad_(layer.u.requires_grad or layer.v.requires_grad)
         hold_dense(optimizers, layer, weight)
     if swaps:
         ungroup(model, only=swaps)
@@ -78,6 +71,26 @@ def load_shrunken(
         set_full_rank(layer, max(_living(layer), rank))
         layer.rank = rank
     return model
+
+
+def resize_on_load(model: nn.Module) -> Any:
+    """Let `model.load_state_dict` take the ranks of what it loads; returns a removable handle.
+
+    For trainers that load checkpoints by themselves, before they make the optimizer.
+    """
+    return model.register_load_state_dict_pre_hook(_resize_hook)
+
+
+# A function of the module, not a closure: models with this hook can still be pickled.
+def _resize_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name, layer in lod_layers(module).items():
+        u: Any = state_dict.get(f"{prefix}{name}.u" if name else f"{prefix}u")
+        width = _width(layer, u)
+        # Whatever else is wrong with it, load_state_dict itself will say so.
+        if width and len(u) == len(layer.u) and width != layer.max_rank:
+            layer.u = _resized(layer.u, _shape(layer, "u", width))
+            layer.v = _resized(layer.v, _shape(layer, "v", width))
+            set_full_rank(layer, width)
 
 
 def _compare(

@@ -14,8 +14,6 @@ from maestro_kernels.training.optimizer_state import Optimizers, check_optimizer
 from maestro_kernels.training.shrinking import Report, ShrinkOptions, shrink_plain, wrappers
 from maestro_kernels.training.unshard import replaced_everywhere, unshard
 
-__all__ = ["rewrap"]
-
 
 def rewrap(
     model: nn.Module,

@@ -36,8 +36,6 @@ from maestro_kernels.training.loop import Maestro, check_loss
 if TYPE_CHECKING:
     from maestro_kernels.training.config import TrainConfig
 
-__all__ = ["Run", "Task"]
-
 
 @dataclass
 class Task:

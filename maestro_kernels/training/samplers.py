@@ -22,8 +22,6 @@ from maestro_kernels.arguments import check_int
 from maestro_kernels.nn import LoDLayer
 from maestro_kernels.training.layers import full_rank, require_layers, set_full_rank, unwrapped
 
-__all__ = ["FixedSampler", "FullSampler", "IndependentSampler", "RankSampler", "SinglePairSampler"]
-
 
 class RankSampler(ABC):
     """Writes this step's active ranks into the LoD layers of a model.

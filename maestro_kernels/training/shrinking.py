@@ -25,8 +25,6 @@ from maestro_kernels.training.optimizer_state import (
     replace_parameter,
 )
 
-__all__ = ["Report", "ShrinkOptions", "shrink", "shrink_plain"]
-
 Report = dict[str, tuple[int, int | str]]
 
 
@@ -320,7 +318,6 @@ def _make_dense(model: nn.Module, plans: list[_Plan], optimizers: list[Optimizer
         new = dense_form(layer, share=True)
         weight = new.weight
         assert isinstance(weight, nn.Parameter)
-        weight.requires_grad_(layer.u.requires_grad or layer.v.requires_grad)
         hold_dense(optimizers, layer, weight)
         swaps[layer] = new
     if swaps:
@@ -329,7 +326,8 @@ def _make_dense(model: nn.Module, plans: list[_Plan], optimizers: list[Optimizer
 
 
 def hold_dense(optimizers: list[Optimizer], layer: LoDLayer, weight: nn.Parameter) -> None:
-    """In the optimizers, put a dense weight where the layer's factors were."""
+    """Train a dense weight where the layer's factors were trained, by the same optimizers."""
+    weight.requires_grad_(layer.u.requires_grad or layer.v.requires_grad)
     held = {p for o in optimizers for group in o.param_groups for p in group["params"]}
     first, second = (layer.u, layer.v) if layer.u in held else (layer.v, layer.u)
     replace_parameter(optimizers, first, weight)

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["is_sharded", "like_parameter", "replaced_everywhere", "unshard", "whole"]
-
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",

@@ -4,13 +4,7 @@ import json
 import pytest
 from benchmark_support import failed, row
 
-from maestro_kernels.benchmark.rows import (
-    append,
-    compare,
-    latest_run,
-    load,
-    with_speedups,
-)
+from maestro_kernels.benchmark.rows import append, compare, latest_run, load, with_speedups
 from maestro_kernels.benchmark.summary import outcomes, verdict
 from maestro_kernels.measure.noise import beyond_noise
 from maestro_kernels.measure.wording import DASH, TIMES, duration, geometric_mean, times

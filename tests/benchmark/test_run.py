@@ -3,53 +3,23 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_support import CASE, GROUP, provider, two, without_bias
 
 from maestro_kernels import hardware
 from maestro_kernels.backends import native
-from maestro_kernels.benchmark.cases import (
-    CPU_FLOP_LIMIT,
-    MODELS,
-    SUITES,
-    parse_shape,
-    suite,
-)
 from maestro_kernels.benchmark.providers import default_providers
 from maestro_kernels.benchmark.run import Options, run, run_case
-from maestro_kernels.measure.accuracy import Reference, References, checked, gate
-from maestro_kernels.measure.cases import Case, Layer
-from maestro_kernels.measure.providers import (
-    Provider,
-    Unavailable,
-    make_case_inputs,
-    two_forward,
-)
+from maestro_kernels.measure.providers import Provider, Unavailable, two_forward
 from maestro_kernels.measure.timing import CpuClock
 
 DEVICE = hardware.Device(
     "cpu", "test", "none", 1, bandwidth=1e10, peak_flops=(("float32", 1e11), ("bfloat16", 1e11))
 )
-CASE = Case("test", 5, (Layer(24, 16, 8, 7),), bias=True)
-GROUP = Case("test", 3, (Layer(24, 16, 8, 7), Layer(8, 16, 4, 4)), bias=True)
 FAST = Options(seconds=0.01, ring_bytes=1 << 16, compiled=False)
 
 
 def rows_of(case, providers, options=FAST):
     return run_case(case, providers, DEVICE, "2026-01-01T00:00:00+00:00", options)
-
-
-def two(i):
-    return two_forward(i.x, i.us, i.vs, i.biases, i.ranks)
-
-
-def provider(name, forward, family="two matmuls", trains=True):
-    def bind(case, ring):
-        return [lambda i=i: forward(i) for i in ring]
-
-    return Provider(name, family, bind, trains)
-
-
-def without_bias(i):
-    return two_forward(i.x, i.us, i.vs, [None] * len(i.us), i.ranks)
 
 
 def rank_off_by_one(i):
@@ -106,36 +76,6 @@ def test_a_wrong_gradient_is_refused():
         for row in rows
         if row.provider == "wrong"
     )
-
-
-@pytest.mark.parametrize("mode", ["inference", "training"])
-def test_a_lucky_baseline_does_not_refuse_what_rounds_well(mode):
-    # All of y rests on one sum of many terms, which a baseline may happen to round well.
-    layers = (Layer(40, 4096, 8, 1), Layer(24, 4096, 6, 1))
-    case = Case("test", 1, layers, bias=True, mode=mode)
-    inputs = make_case_inputs(case, "cpu")
-    with torch.set_grad_enabled(mode == "training"):
-        found = References(case, inputs)["ours"]
-        (bound,) = provider("two matmuls", two).bound(case, [inputs])
-        rounding = found.rounding()
-        assert [e.shape for e in rounding] == [e.shape for e in found.exact]
-
-        class Fair(type(bound)):
-            """As far off as rounding alone may be."""
-
-            def __call__(self):
-                pairs = zip(found.exact, rounding, strict=True)
-                return [(ref + e).float() for ref, e in pairs]
-
-        fair = Fair(bound.forward, bound.leaves, bound.dys)
-        lucky = Reference([e.float() for e in found.exact], found.exact)
-        assert "error: expected <=" in gate(fair, lucky)
-        lucky = dataclasses.replace(lucky, rounding=found.rounding)
-        assert gate(fair, lucky) is None
-        assert gate(bound, lucky) is None
-        one = dataclasses.replace(inputs, biases=tuple(b + 1e-3 for b in inputs.biases))
-        (wrong,) = provider("wrong", two).bound(case, [one])
-        assert "y[0]: max error" in gate(wrong, lucky)
 
 
 def test_refusals_and_errors_are_rows_and_do_not_stop_the_others():
@@ -241,16 +181,6 @@ def test_compiled_baselines_pass_their_gate():
     assert [row.gate for row in rows] == ["passed", "passed"]
 
 
-def test_checked_serves_other_timers():
-    inputs = make_case_inputs(CASE, "cpu")
-    with torch.no_grad():
-        call, problem = checked(CASE, provider("two matmuls", two), inputs)
-        assert problem is None
-        torch.testing.assert_close(call()[0], two(inputs)[0])
-        _, problem = checked(CASE, provider("wrong", without_bias), inputs)
-    assert "expected <=" in problem
-
-
 def test_run_measures_the_device_and_reports_progress():
     seen = []
     rows = list(run([CASE], FAST, on_case=seen.append))
@@ -260,55 +190,3 @@ def test_run_measures_the_device_and_reports_progress():
     assert rows[0].device["bandwidth"] > 1e8
     assert rows[0].threads == torch.get_num_threads()
     assert rows[0].versions["torch"] == torch.__version__
-
-
-@pytest.mark.parametrize("name", SUITES)
-def test_suites_have_no_duplicates_and_fit_a_cpu(name):
-    cases = suite(name)
-    assert len({case.id for case in cases}) == len({(c.id, c.bias) for c in cases})
-    assert len(cases) == len(set(cases))
-    assert all(case.cost("dense").flops <= CPU_FLOP_LIMIT for case in cases)
-    assert {case.op for case in cases} == {"lod_linear", "lod_linear_grouped"}
-    assert {case.mode for case in cases} == {"forward", "training"}
-
-
-def test_full_suite_covers_the_contract_on_a_gpu():
-    cases = suite("full", device_type="cuda")
-    assert {1, 32768} <= {case.M for case in cases}
-    ranks = {layer.rank for case in cases for layer in case.layers}
-    assert {16, 127, 200, 1024, 1488} <= ranks
-    models = {case.source.split()[0] for case in cases}
-    assert {
-        *("Llama-2-7B", "Llama-3-8B", "Qwen2.5-7B", "GPT-2"),
-        *("ViT-B", "ViT-L", "MiniLM-L6", "ResNet-50"),
-    } <= models
-
-
-def test_suite_options():
-    cases = suite("quick", dtypes=["bfloat16"], modes=["forward"])
-    assert {(case.dtype, case.mode) for case in cases} == {("bfloat16", "forward")}
-    with pytest.raises(ValueError, match=r"suite: name: expected one of .*, got 'huge'"):
-        suite("huge")
-
-
-def test_ids_come_from_the_values():
-    assert CASE.id == "M5-N24-K16-R8-r7-float32-forward-bias"
-    assert GROUP.id == "2x-M3-N24+8-K16-R8+4-r7+4-float32-forward-bias"
-    case = MODELS["Llama-3-8B q/k/v"].case(1, 128, dtype="bfloat16")
-    assert [(s.N, s.K, s.R) for s in case.layers] == [
-        (4096, 4096, 128),
-        (1024, 4096, 128),
-        (1024, 4096, 128),
-    ]
-
-
-def test_shapes_are_parsed_and_refused():
-    assert parse_shape("16,64,32,8").layers == (Layer(64, 32, 8, 8),)
-    assert parse_shape("16, 64,32,8,0", dtype="bfloat16").layers == (Layer(64, 32, 8, 0),)
-    for text in ("1,2,3", "1,2,3,4,5,6", "1,2,3,x", "1,2,3,-4"):
-        with pytest.raises(ValueError, match=r"parse_shape: text: expected M,N,K,R\[,rank\], got"):
-            parse_shape(text)
-    with pytest.raises(ValueError, match=r"Layer: N, K, R, rank: expected .* got"):
-        parse_shape("1,2,3,4,5")
-    with pytest.raises(ValueError, match="Case: M, layers: expected M >= 1"):
-        parse_shape("0,2,3,4")

@@ -14,7 +14,7 @@ from torch import nn
 from maestro_kernels import hardware, search
 from maestro_kernels.cli import main
 from maestro_kernels.cli import profile as cli
-from maestro_kernels.search import drawings, layer_profile, measure
+from maestro_kernels.search import drawings, layer_profile
 from maestro_kernels.search import profile_report as report
 
 DEVICE = hardware.Device(
@@ -200,7 +200,7 @@ def test_a_hugging_face_config_gives_sizes_and_a_folder_gives_weights(tmp_path):
 def test_the_command_leaves_profile_plots_and_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MAESTRO_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hardware, "measured_device", lambda device, *dtypes: DEVICE)
-    monkeypatch.setattr(measure, "ring_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr(layer_profile, "ring_bytes", lambda device: 1 << 16)
     out = tmp_path / "out"
     words = ["profile", "48,40", "--ranks", "8,16", "--rows", "2,4", "--seconds", "0.001"]
     assert main([*words, "--device", "cpu", "--out", str(out)]) == 0

@@ -2,13 +2,7 @@ import pytest
 import torch
 
 from maestro_kernels.hardware import H100, Device
-from maestro_kernels.measure.cost import (
-    Size,
-    backward_flop,
-    break_even_rank,
-    count,
-    forward_flop,
-)
+from maestro_kernels.measure.cost import Size, backward_flop, break_even_rank, count, forward_flop
 from maestro_kernels.problem import describe
 
 

@@ -10,14 +10,7 @@ from convert_support import assert_unchanged, kinds, mlp, snapshot
 from torch import nn
 from torch.testing import assert_close
 
-from maestro_kernels.nn import (
-    LoDConv2d,
-    LoDLayer,
-    LoDLinear,
-    conversion_report,
-    convert,
-    to_dense,
-)
+from maestro_kernels.nn import LoDConv2d, LoDLayer, LoDLinear, conversion_report, convert, to_dense
 from maestro_kernels.nn.moments import input_moments
 
 # --- ranks ----------------------------------------------------------------------------------------

@@ -7,11 +7,7 @@ import torch
 from convert_support import assert_unchanged, mlp, snapshot
 from torch import nn
 
-from maestro_kernels.nn import (
-    LoDLinear,
-    convert,
-    to_dense,
-)
+from maestro_kernels.nn import LoDLinear, convert, to_dense
 
 
 def broken():

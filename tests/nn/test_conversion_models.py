@@ -7,14 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.testing import assert_close
 
-from maestro_kernels.nn import (
-    LoDLayer,
-    LoDLinear,
-    classify,
-    conversion_report,
-    convert,
-    to_dense,
-)
+from maestro_kernels.nn import LoDLayer, LoDLinear, classify, conversion_report, convert, to_dense
 
 # --- what stays -----------------------------------------------------------------------------------
 

@@ -6,14 +6,7 @@ import pickle
 import pytest
 import torch
 from layer_support import siblings
-from packing_support import (
-    CHANGES,
-    FORMS,
-    check,
-    check_output,
-    make,
-    needs_library,
-)
+from packing_support import CHANGES, FORMS, check, check_output, make, needs_library
 from torch import nn
 from torch.nn.utils import parametrize
 

@@ -16,11 +16,12 @@ from torch import nn
 import maestro_kernels as mk
 from maestro_kernels import dispatch, search
 from maestro_kernels.backends import native
+from maestro_kernels.measure import accuracy
 from maestro_kernels.measure.records import Journal
-from maestro_kernels.search import latency_model, layer_profile, staircase
-from maestro_kernels.search import measure as measuring
-from maestro_kernels.search.measure import Sweep, point_from
-from maestro_kernels.search.staircase import Knot
+from maestro_kernels.search import curves, layer_profile
+from maestro_kernels.search.curves import Knot
+from maestro_kernels.search.latencies import point_from
+from maestro_kernels.search.layer_profile import Sweep
 from maestro_kernels.search.targets import shapes_of
 
 N, K = 512, 512
@@ -35,52 +36,52 @@ def curve(**ms):
 
 def test_coarse_ranks_reach_beyond_break_even_on_the_grid():
     for n, k in ((512, 512), (4096, 1024), (384, 1536), (100, 40)):
-        ranks = staircase.coarse_ranks(n, k)
+        ranks = curves.coarse_ranks(n, k)
         assert ranks == sorted(set(ranks))
         assert all(r % 8 == 0 for r in ranks)
         assert ranks[0] <= 16
         assert n * k / (n + k) <= ranks[-1] <= min(n, k)
-    assert staircase.coarse_ranks(6, 5) == [2, 4] or staircase.coarse_ranks(6, 5)[-1] <= 5
+    assert curves.coarse_ranks(6, 5) == [2, 4] or curves.coarse_ranks(6, 5)[-1] <= 5
 
 
 def test_refinement_goes_where_the_curve_bends():
     straight = {r: Knot(1.0 + r) for r in (16, 64, 128, 256)}
-    assert staircase.refine(straight) == []
+    assert curves.refine(straight) == []
     bent = {16: Knot(1.0), 64: Knot(1.1), 128: Knot(1.2), 256: Knot(5.0)}
-    assert 192 in staircase.refine(bent)
+    assert 192 in curves.refine(bent)
     # A crossing with the dense layer counts like a bend, noise does not.
-    assert any(64 < r < 128 for r in staircase.refine(straight, dense=100.0))
+    assert any(64 < r < 128 for r in curves.refine(straight, dense=100.0))
     noisy = {r: Knot(k.ms, noise=10.0) for r, k in bent.items()}
-    assert staircase.refine(noisy) == []
+    assert curves.refine(noisy) == []
 
 
 def test_steps_preferred_ranks_and_break_even():
     steep = curve(r48=1.0, r64=1.1, r72=2.0, r128=2.2)
-    (step,) = staircase.steps(steep)
+    (step,) = curves.steps(steep)
     assert (step.rank, step.next) == (64, 72)
-    assert staircase.steps({r: Knot(float(r)) for r in (8, 16, 24, 32)}) == []
-    assert staircase.preferred(curve(r16=1.0, r32=2.0, r48=1.5, r64=3.0)) == [16, 48, 64]
-    assert staircase.break_even(curve(r16=1.0, r32=3.0), 2.0) == 24
-    assert staircase.break_even(curve(r16=1.0, r32=3.0), 0.5) is None
-    assert staircase.break_even(curve(r16=1.0, r32=3.0), 9.0) == math.inf
+    assert curves.steps({r: Knot(float(r)) for r in (8, 16, 24, 32)}) == []
+    assert curves.preferred(curve(r16=1.0, r32=2.0, r48=1.5, r64=3.0)) == [16, 48, 64]
+    assert curves.break_even(curve(r16=1.0, r32=3.0), 2.0) == 24
+    assert curves.break_even(curve(r16=1.0, r32=3.0), 0.5) is None
+    assert curves.break_even(curve(r16=1.0, r32=3.0), 9.0) == math.inf
     # One disturbed rank is no crossing while a larger one is faster; a real one is.
     bump = {16: Knot(1.0), 32: Knot(3.0, noise=2.5), 48: Knot(1.5), 64: Knot(2.5)}
-    assert staircase.break_even(bump, 2.0) == 56
-    assert staircase.break_even({**bump, 32: Knot(3.0, noise=0.5)}, 2.0) == 24
-    assert staircase.break_even({16: Knot(2.2, noise=1.0), 32: Knot(1.0)}, 2.0) == math.inf
-    assert staircase.break_even({16: Knot(2.2, noise=0.1), 32: Knot(1.0)}, 2.0) is None
+    assert curves.break_even(bump, 2.0) == 56
+    assert curves.break_even({**bump, 32: Knot(3.0, noise=0.5)}, 2.0) == 24
+    assert curves.break_even({16: Knot(2.2, noise=1.0), 32: Knot(1.0)}, 2.0) == math.inf
+    assert curves.break_even({16: Knot(2.2, noise=0.1), 32: Knot(1.0)}, 2.0) is None
 
 
 def test_a_rank_off_the_grid_is_a_probe_and_no_part_of_the_curve():
     points = [point(N, K, 1, r, "ours", ms) for r, ms in ((56, 1.0), (63, 3.0), (64, 2.0))]
-    assert list(staircase.curve_of(points)) == [56, 64]
-    assert staircase.odd_penalty(points) == pytest.approx(3.0 / 1.875)
-    assert staircase.odd_penalty(points[:1]) == 1.0
+    assert list(curves.curve_of(points)) == [56, 64]
+    assert curves.odd_penalty(points) == pytest.approx(3.0 / 1.875)
+    assert curves.odd_penalty(points[:1]) == 1.0
 
 
 def test_held_out_ranks_measure_the_interpolation():
-    assert max(staircase.left_out({r: Knot(1.0 + r) for r in (8, 16, 64, 128)})) < 1e-12
-    (error,) = staircase.left_out(curve(r10=1.0, r20=1.0, r30=2.0))
+    assert max(curves.left_out({r: Knot(1.0 + r) for r in (8, 16, 64, 128)})) < 1e-12
+    (error,) = curves.left_out(curve(r10=1.0, r20=1.0, r30=2.0))
     assert error == pytest.approx(0.5)
 
 
@@ -90,13 +91,13 @@ def test_held_out_ranks_measure_the_interpolation():
 def test_the_fit_recovers_its_own_formula_and_no_coefficient_is_negative():
     sizes = [(256, 256), (512, 128), (128, 1024), (64, 64), (1024, 1024)]
     low = [(n, k, r, 0.01 + 1e-6 * r * k + 3e-6 * r * n) for n, k in sizes for r in (8, 32, 64)]
-    fit = latency_model.fit(low)
+    fit = curves.fit(low)
     assert fit.ms(300, 700, 40) == pytest.approx(0.01 + 1e-6 * 40 * 700 + 3e-6 * 40 * 300, rel=1e-6)
-    assert max(latency_model.left_out_shapes(low)) < 1e-6
+    assert max(curves.left_out_shapes(low)) < 1e-6
     dense = [(n, k, 0, 0.02 + 2e-7 * n * k) for n, k in sizes]
-    assert latency_model.fit(dense).ms(300, 700, 0) == pytest.approx(0.02 + 2e-7 * 210000, rel=1e-6)
+    assert curves.fit(dense).ms(300, 700, 0) == pytest.approx(0.02 + 2e-7 * 210000, rel=1e-6)
     noisy = [(n, k, r, ms * (1 + 0.3 * (-1) ** i)) for i, (n, k, r, ms) in enumerate(low)]
-    found = latency_model.fit(noisy)
+    found = curves.fit(noisy)
     assert min(found.coefficients) >= 0
     # Least squares over c >= 0: no neighbour is better.
     rows = np.array([[1, r * k, r * n, k, n] for n, k, r, _ in noisy]) / [[s[3]] for s in noisy]
@@ -107,7 +108,7 @@ def test_the_fit_recovers_its_own_formula_and_no_coefficient_is_negative():
             moved = best.copy()
             moved[i] = max(moved[i] * (1 + 0.01 * sign), 0)
             assert loss(moved) >= loss(best) - 1e-12
-    assert latency_model.left_out_shapes(low[:6]) == []
+    assert curves.left_out_shapes(low[:6]) == []
 
 
 # --- what a profile answers ------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_other_convolutions_are_measured_in_their_model():
 
 
 def test_a_pointwise_convolution_has_a_latency(monkeypatch):
-    monkeypatch.setattr(measuring, "ring_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr(layer_profile, "ring_bytes", lambda device: 1 << 16)
     found = search.profile(
         mk.LoDConv2d(16, 24, 1, max_rank=8), ranks=[4], rows=[9], resume=False, seconds=1e-3
     )
@@ -262,7 +263,7 @@ def test_wrong_arguments_are_named():
 
 
 def test_a_sweep_times_every_strategy_at_every_rank(monkeypatch):
-    monkeypatch.setattr(measuring, "ring_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr(layer_profile, "ring_bytes", lambda device: 1 << 16)
     sweep = Sweep(24, 16, 2, True, torch.float32, torch.device("cpu"), seconds=1e-3)
     points = sweep.measure([4, 8])
     found = {(p.rank, p.strategy, p.cache) for p in points}
@@ -275,15 +276,15 @@ def test_a_sweep_times_every_strategy_at_every_rank(monkeypatch):
 
 
 def test_a_strategy_that_is_wrong_is_not_timed(monkeypatch):
-    monkeypatch.setattr(measuring, "ring_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr(layer_profile, "ring_bytes", lambda device: 1 << 16)
     sweep = Sweep(24, 16, 2, False, torch.float32, torch.device("cpu"), seconds=1e-3)
-    real = measuring.checked
+    real = accuracy.checked
 
     def wrong(case, provider, inputs):
         bound, problem = real(case, provider, inputs)
         return bound, "max error" if provider.name == "ours" else problem
 
-    monkeypatch.setattr(measuring, "checked", wrong)
+    monkeypatch.setattr(accuracy, "checked", wrong)
     assert "ours" not in {p.strategy for p in sweep.measure([4])}
 
 
@@ -406,7 +407,7 @@ def test_a_torn_journal_loses_its_last_line_and_a_foreign_one_is_replaced(tmp_pa
 
 def test_profile_of_a_small_model_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("MAESTRO_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(measuring, "ring_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr(layer_profile, "ring_bytes", lambda device: 1 << 16)
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))
     prof = search.profile(model, ranks=(8, 16), rows=(4,), seconds=1e-3)
     assert {s.names for s in prof.shapes} == {("0",), ("2",)}

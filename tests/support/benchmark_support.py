@@ -1,8 +1,13 @@
-"""Rows of a benchmark that nobody ran."""
+"""Rows of a benchmark that nobody ran, and small cases with ways to compute them."""
 
 import dataclasses
 
 from maestro_kernels.benchmark.rows import Row
+from maestro_kernels.measure.cases import Case, Layer
+from maestro_kernels.measure.providers import Provider, two_forward
+
+CASE = Case("test", 5, (Layer(24, 16, 8, 7),), bias=True)
+GROUP = Case("test", 3, (Layer(24, 16, 8, 7), Layer(8, 16, 4, 4)), bias=True)
 
 
 def row(provider="ours", p50=100.0, spread=0.02, **changes):
@@ -48,3 +53,18 @@ def row(provider="ours", p50=100.0, spread=0.02, **changes):
 def failed(provider, gate="failed", **changes):
     none = dict.fromkeys(("p20_us", "p50_us", "p80_us", "tflops", "gbs", "roofline"))
     return row(provider, gate=gate, reason="why", **{**none, **changes})
+
+
+def two(i):
+    return two_forward(i.x, i.us, i.vs, i.biases, i.ranks)
+
+
+def provider(name, forward, family="two matmuls", trains=True):
+    def bind(case, ring):
+        return [lambda i=i: forward(i) for i in ring]
+
+    return Provider(name, family, bind, trains)
+
+
+def without_bias(i):
+    return two_forward(i.x, i.us, i.vs, [None] * len(i.us), i.ranks)

@@ -1,7 +1,6 @@
 """Profiles made of formulas, so that every answer can be worked out by hand."""
 
-from maestro_kernels.search.latencies import Profile
-from maestro_kernels.search.measure import Point
+from maestro_kernels.search.latencies import Point, Profile
 from maestro_kernels.search.targets import Shape
 
 DEVICE = {

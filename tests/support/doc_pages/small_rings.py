@@ -6,7 +6,7 @@ that the documentation's examples do. Importing this changes the process.
 
 from maestro_kernels.benchmark import run
 from maestro_kernels.measure import accuracy
-from maestro_kernels.search import measure, tuning
+from maestro_kernels.search import layer_profile, tuning
 
 __all__ = ["Rings"]
 
@@ -20,6 +20,6 @@ class Rings(accuracy.Rings):
         super().__init__(inputs, min(num_bytes, _BYTES))
 
 
-for module in (run, measure, tuning):
+for module in (run, layer_profile, tuning):
     assert hasattr(module, "Rings")
     module.Rings = Rings

@@ -1,15 +1,17 @@
-"""Where figures come from: machine, threads, versions, commit; in a row, and in words."""
+"""How figures are published: what every row carries, in words too, and the blocks of a page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from maestro_kernels import hardware
+from maestro_kernels.files import write_text
 
-__all__ = ["origin", "stamp"]
+__all__ = ["origin", "stamp", "write_block"]
 
 
 def stamp() -> dict[str, Any]:
@@ -36,3 +38,16 @@ def origin(row: Mapping[str, Any]) -> str:
         f"{row.get('device', 'machine unknown')}, {count}torch {versions.get('torch', 'unknown')}, "
         f"commit {commit}{changed}"
     )
+
+
+def write_block(page: Path, block: str, begin: str, end: str) -> None:
+    """Put a block between two markers of a document.
+
+    Raises:
+        ValueError: the markers are not there exactly once, in order; the document is as it was.
+    """
+    text = page.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"write_block: page: expected {begin!r} and then {end!r}, once each")
+    head, _, rest = text.partition(begin)
+    write_text(page, f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}")
