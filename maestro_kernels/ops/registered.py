@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from maestro_kernels.call import Call, Ranks
 from maestro_kernels.dispatch import plan as plan_call
 from maestro_kernels.measure import cost
-from maestro_kernels.ops import eager
+from maestro_kernels.ops import eager, first_use
 from maestro_kernels.ops.flops import flop_formula
 from maestro_kernels.ops.gradient import backward, forward, kept_outputs
 
@@ -128,13 +128,23 @@ def _fill(present: Sequence[Tensor], has: Sequence[bool]) -> list[Tensor | None]
 
 
 def _op_forward(*args: Any) -> list[Tensor]:
+    return _planned(False, *args)[0]
+
+
+def _planned(save_h: bool, *args: Any) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    """(ys, hs) of an op that runs: whose gradient is an op of its own, so that forwards decide."""
     call = _call_of(*args)
-    return forward(plan_call(call, args[-1]), call, False)[0]
+    plan, done = plan_call(call, args[-1]), None
+    if plan.rivals:
+        plan, done = first_use.settle(plan, call, save_h)
+    outputs = forward(plan, call, save_h)
+    if done is not None:
+        done()
+    return outputs
 
 
 def _op_train(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    call = _call_of(*args)
-    ys, hs = forward(plan_call(call, args[-1]), call, True)
+    ys, hs = _planned(True, *args)
     # The fake promises dense Hs; kernels may pad their rows.
     return ys, [h.contiguous() for h in hs if h is not None]
 

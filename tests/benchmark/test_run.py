@@ -156,7 +156,9 @@ def test_every_default_provider_reports(case, mode):
     assert not [row for row in rows if row.gate in ("failed", "error")]
     for row in rows:
         assert (row.times is None) == bool(row.reason)
-    assert by_name["ours"].config == small
+    # What trains alone has torch's own gradient, which costs a small call less than ours.
+    by_torch = mode == "training" and len(case.layers) == 1
+    assert by_name["ours"].config == ("matmul: two matmuls" if by_torch else small)
     if mode == "forward":
         assert by_name["ours, prepacked"].config.startswith("prepacked: ")
     else:

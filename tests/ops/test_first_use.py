@@ -106,6 +106,27 @@ def test_groups_are_measured_as_groups(times):  # noqa: F811
     assert all(map(torch.equal, ys, forced))
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_registered_ops_are_measured_too_and_then_planned_once(times, monkeypatch, long):  # noqa: F811
+    """As torch.compile calls them: their plan must not be made anew for every call."""
+    from maestro_kernels.ops import registered
+
+    clock, planned = times(native=10), []
+    if long:
+        monkeypatch.setattr(first_use, "_LONG_FLOP", 0)
+    real = dispatch.plan_afresh
+    monkeypatch.setattr(dispatch, "plan_afresh", lambda *a: planned.append(a) or real(*a))
+    call = Call("lod_linear", (X,), (U,), (V,), (B,), (12,), (None,))
+    for train in (False, True):
+        for _ in range(10):
+            registered.run(call, None, train)
+        count = len(planned)
+        registered.run(call, None, train)
+        assert len(planned) == count
+    assert bool(clock.timed) != long
+    assert "measured here" in mk.explain(X, U, V, B, rank=12).plan.reason
+
+
 # --- kinds of call -----------------------------------------------------------------------------
 
 
