@@ -79,6 +79,7 @@ class AotSpec:
     options: dict[str, Any]  # num_warps, num_stages
     dot_rows: int = 0  # rows of the smallest product's accumulator tile; 0: the kernel has none
     h_in_registers: bool = False  # H must be a register operand of the second product
+    resident: int = 1  # programs that the plan counts on for each multiprocessor
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,14 @@ class Row:
     warnings: tuple[str, ...]
     dot_rows: int
     h_in_registers: bool
+    resident: int
+
+    @property
+    def fitting(self) -> int:
+        """Programs that registers and shared memory of a multiprocessor hold."""
+        registers = 65536 // (self.warps * -(-self.registers * 32 // 256) * 256)
+        # A block's own 1 KiB of shared memory comes on top of what it asks for.
+        return min(registers, SHARED_MEMORY_LIMIT[self.arch] // (self.shared_bytes + 1024))
 
     @property
     def name(self) -> str:
@@ -123,6 +132,8 @@ class Row:
             found.append("no wgmma")
         if self.h_in_registers and self.wants_wgmma and not self.wgmma_reg:
             found.append("H not in registers")
+        if 0 < self.fitting < self.resident:
+            found.append(f"{self.fitting} programs fit where the plan counts on {self.resident}")
         found += [f"release without a barrier: {where}" for where in self.unguarded]
         return tuple(found)
 
@@ -231,6 +242,7 @@ def _row(index: int) -> Row:
         warnings=tuple(sorted(set(re.findall(r"\bC\d{4}\b", log)))),
         dot_rows=spec.dot_rows,
         h_in_registers=spec.h_in_registers,
+        resident=spec.resident,
         **count_instructions(ptx),
     )
 
@@ -273,6 +285,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "cp.async": lambda r: str(r.cp_async),
     "TMA ld/st": lambda r: f"{r.tma_load}/{r.tma_store}",
     "releases": lambda r: str(r.releases),
+    "per SM": lambda r: str(r.fitting),
     "ptxas": lambda r: ",".join(r.warnings) or "-",
     "verdict": lambda r: "; ".join(r.faults) or "ok",
 }

@@ -18,7 +18,7 @@ if WHY_NOT is None:
         kernel="k", arch="sm_90", dtype="bf16", label="c", warps=4, stages=3, registers=128,
         spill_bytes=0, shared_bytes=232448, wgmma_reg=4, wgmma_smem=4, mma_sync=0, cp_async=0,
         tma_load=0, tma_store=0, releases=1, unguarded=(), warnings=(), dot_rows=64,
-        h_in_registers=True,
+        h_in_registers=True, resident=1,
     )  # fmt: skip
 
 
@@ -88,6 +88,15 @@ def test_row_kernel_keeps_h_in_registers(report):
         ({"wgmma_reg": 0, "wgmma_smem": 0, "h_in_registers": False}, "no wgmma"),
         ({"wgmma_reg": 0, "wgmma_smem": 0, "dot_rows": 32}, None),
         ({"wgmma_reg": 0, "wgmma_smem": 0, "dtype": "fp32"}, None),
+        ({"registers": 256, "warps": 8, "shared_bytes": 0, "resident": 1}, None),
+        (
+            {"registers": 136, "shared_bytes": 0, "resident": 4},
+            "3 programs fit where the plan counts on 4",
+        ),
+        (
+            {"shared_bytes": 120 << 10, "resident": 2},
+            "1 programs fit where the plan counts on 2",
+        ),
         ({"unguarded": ("line 7: atom",)}, "release without a barrier: line 7: atom"),
     ],
 )

@@ -22,12 +22,12 @@ from maestro_kernels.backends.triton.launch import (
     record_of,
 )
 from maestro_kernels.backends.triton.layers import encode_rank
+from maestro_kernels.backends.triton.two_phase_aot import aot_spec
 from maestro_kernels.backends.triton.two_phase_config import (
     MAX_REGISTERS,
     SHIPPED,
     TwoPhaseConfig,
     TwoPhasePlan,
-    aot_spec,
     choose_config,
     plan_two_phase,
 )

@@ -20,18 +20,16 @@ the pointers of a group are chosen at run time, which host descriptors cannot be
 import triton
 import triton.language as tl
 
+from maestro_kernels.backends.triton import two_phase_config
 from maestro_kernels.backends.triton.epilogue import apply_activation
 from maestro_kernels.backends.triton.layers import RANK_BITS, element, pick, vector
 
-__all__ = ["COUNTERS_BEFORE_ARRIVALS", "MAX_SPLIT", "MIN_STEPS", "expand_sum", "two_phase_kernel"]
+__all__ = ["expand_sum", "two_phase_kernel"]
 
-# Slots the last arriver has to add: each costs it BLOCK_M * BLOCK_R * 4 bytes from L2.
-MAX_SPLIT = tl.constexpr(16)
-# Steps of BLOCK_K below which a split would spend its time on starting its loads.
-MIN_STEPS = tl.constexpr(2)
-# The ticket and the count of leaving programs have a 128-byte line each, the arrivals follow.
-_EXIT = tl.constexpr(32)
-COUNTERS_BEFORE_ARRIVALS = tl.constexpr(64)
+_MAX_SPLIT = tl.constexpr(two_phase_config.MAX_SPLIT)
+_MIN_STEPS = tl.constexpr(two_phase_config.MIN_STEPS)
+_COUNTERS_BEFORE_ARRIVALS = tl.constexpr(two_phase_config.COUNTERS_BEFORE_ARRIVALS)
+_EXIT = tl.constexpr(two_phase_config.COUNTERS_BEFORE_ARRIVALS // 2)
 
 
 @triton.jit
@@ -214,13 +212,13 @@ def two_phase_kernel(
     b_blocks = tl.cdiv(b_rank, BLOCK_R)
     num_unsplit = tl.maximum(num_m * tl.sum(b_blocks, 0), 1)
     b_steps = tl.cdiv(vector(Ks, o_l, NUM_LAYERS), BLOCK_K)
-    b_split = tl.minimum(split_target // num_unsplit, tl.minimum(b_steps // MIN_STEPS, MAX_SPLIT))
+    b_split = tl.minimum(split_target // num_unsplit, tl.minimum(b_steps // _MIN_STEPS, _MAX_SPLIT))
     b_split = tl.maximum(b_split, 1)
     b_shrink = b_blocks * b_split
     b_shrink_end = tl.cumsum(b_shrink, 0)
     per_m = tl.sum(b_shrink, 0)
 
-    p_arrivals = counters + COUNTERS_BEFORE_ARRIVALS
+    p_arrivals = counters + _COUNTERS_BEFORE_ARRIVALS
     p_ready = p_arrivals + split_target
     i_tile = tl.atomic_add(counters, 1, sem="relaxed")
 
