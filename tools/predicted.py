@@ -18,7 +18,7 @@ import torch
 
 from maestro_kernels import hardware
 from maestro_kernels.backends import triton as planner
-from maestro_kernels.backends.triton import predict, row_config, two_phase_config
+from maestro_kernels.backends.triton import choose, predict, row_config
 from maestro_kernels.benchmark.cases import MODELS, Case
 from maestro_kernels.measure.predict import library_calls
 from maestro_kernels.problem import LoDProblem
@@ -72,9 +72,10 @@ def predicted_row(case: Case, device: hardware.Device = hardware.H100) -> Row:
         found = predict.row(device, config, size, itemsize, peak)
         name = str(config)
     else:
-        tiles = two_phase_config.choose_config(
-            case.M, max(s.N for s in case.sizes), dtype, device.arch
-        )
+        tiles = choose.two_phase(
+            device, case.M, tuple(s.N for s in case.sizes), (case.K,) * len(problems),
+            tuple(s.rank for s in case.sizes), dtype,
+        )  # fmt: skip
         found = predict.two_phase(device, tiles, case.sizes, itemsize, peak)
         name = str(tiles)
     roofline = case.cost("fused").seconds(device, dtype)

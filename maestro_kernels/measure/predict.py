@@ -32,6 +32,8 @@ class Assumptions:
     Attributes:
         gap: from the end of one kernel to the first instruction of the next in a captured graph;
             the same for a library's kernel and for ours.
+        gap_overlapped: the same where the kernel may begin before the one in front of it has ended
+            (programmatic dependent launch), and that one is not ours.
         latency: from issuing a load to its data, from memory under load.
         cache_latency: the same from the second-level cache.
         handover: inside a launch, from the last store of a phase to the first load of the next.
@@ -44,6 +46,7 @@ class Assumptions:
     """
 
     gap: float = 2.0e-6
+    gap_overlapped: float = 1.2e-6
     latency: float = 0.72e-6
     cache_latency: float = 0.3e-6
     handover: float = 1.2e-6
@@ -68,9 +71,11 @@ class Phase:
         tile_flops: FLOP of one tile, its padding included.
         memory_bytes: what all tiles together move from and to memory.
         in_flight: bytes that one program has asked for at any moment.
+        asked_for: bytes that all programs together ask for before they begin (prefetches).
         resident: programs that share a core.
         share: of the peak that the products of such a tile reach.
         before: seconds that pass before the first tile can load.
+        cached: what it loads is in the second-level cache when it begins.
     """
 
     tiles: int
@@ -78,17 +83,20 @@ class Phase:
     tile_flops: float
     memory_bytes: float
     in_flight: float
+    asked_for: float = 0.0
     resident: int = 1
     share: float = 1.0
     before: float = 0.0
+    cached: bool = False
 
     def waves(self, device: Device) -> float:
         """Tiles over programs that are resident at once; 1.07 takes as long as 2."""
         return self.tiles / (device.num_cores * self.resident)
 
     def in_flight_per_core(self, device: Device) -> float:
-        """Bytes on the way to the busiest core."""
-        return self.in_flight * min(self.resident, -(-self.tiles // device.num_cores))
+        """Bytes on the way to the busiest core, or asked for by it."""
+        running = min(self.resident, -(-self.tiles // device.num_cores))
+        return self.in_flight * running + self.asked_for / device.num_cores
 
     def seconds(self, device: Device, peak: float, assumed: Assumptions = H100_ASSUMED) -> float:
         """Predicted time, the launch itself not included; `peak` in FLOP/s of all cores."""
@@ -98,6 +106,7 @@ class Phase:
         if not self.tiles:
             return 0.0
         flying = min(self.tiles, cores * self.resident) * self.in_flight
+        flying += self.asked_for
         memory = self.memory_bytes / min(device.bandwidth, flying / assumed.latency)
         fed = min(
             assumed.core_bandwidth,
@@ -108,15 +117,22 @@ class Phase:
         products = per_core * self.tile_flops / (peak / cores * self.share)
         # A program that takes another tile asks for its first bytes anew; its neighbours run on.
         rounds = -(-per_core // self.resident) - 1
-        fill = assumed.latency + rounds * assumed.cache_latency / self.resident
+        first = assumed.cache_latency if self.cached else assumed.latency
+        fill = first + rounds * assumed.cache_latency / self.resident
         return self.before + fill + max(memory, core, products)
 
 
 def seconds(
-    phases: Sequence[Phase], device: Device, peak: float, assumed: Assumptions = H100_ASSUMED
+    phases: Sequence[Phase],
+    device: Device,
+    peak: float,
+    assumed: Assumptions = H100_ASSUMED,
+    *,
+    overlapped: bool = False,
 ) -> float:
     """Predicted time of one launch: a gap, then its phases one after the other."""
-    return assumed.gap + sum(phase.seconds(device, peak, assumed) for phase in phases)
+    gap = assumed.gap_overlapped if overlapped else assumed.gap
+    return gap + sum(phase.seconds(device, peak, assumed) for phase in phases)
 
 
 def tile_share(rows: int, columns: int) -> float:

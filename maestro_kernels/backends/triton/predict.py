@@ -12,6 +12,7 @@ from maestro_kernels.backends.triton.row_config import RowConfig
 from maestro_kernels.backends.triton.two_phase_config import (
     MAX_SPLIT,
     MIN_STEPS,
+    PREFETCHED,
     TwoPhaseConfig,
     plan_two_phase,
 )
@@ -49,25 +50,27 @@ def two_phase(
         peak: FLOP/s of the library's products in this dtype.
         assumed: the rest of the machine.
     """
-    M, K = sizes[0].M, sizes[0].K
+    M, K = sizes[0].M, max(size.K for size in sizes)
     ranks = tuple(size.rank for size in sizes)
     plan = plan_two_phase(device, config, M, tuple(size.N for size in sizes), ranks)
     num_m, rows = -(-M // config.BLOCK_M), min(config.BLOCK_M, M)
-    blocks = sum(-(-rank // config.BLOCK_R) for rank in ranks)
-    unsplit = max(num_m * blocks, 1)
+    unsplit = max(num_m * sum(-(-rank // config.BLOCK_R) for rank in ranks), 1)
     steps = -(-K // config.BLOCK_K)
     splits = max(1, min(plan.split_target // unsplit, steps // MIN_STEPS, MAX_SPLIT))
-    width = min(config.BLOCK_R, max(ranks))
     per_split = -(-steps // splits)
+    width = min(config.BLOCK_R, max(ranks))
     step = (rows + width) * config.BLOCK_K * itemsize
-    slot = config.BLOCK_M * config.BLOCK_R * 4 * 2 if splits > 1 else rows * width * itemsize
-    factors_v = sum(rank * K for rank in ranks) * itemsize
+    # A split is stored and loaded again in float32.
+    stored = rows * width * (8 if splits > 1 else itemsize)
+    factor_u = sum(size.N * size.rank for size in sizes) * itemsize
+    early = min(factor_u, PREFETCHED) if config.decode else 0
     shrink = Phase(
         tiles=unsplit * splits,
-        tile_bytes=per_split * step + slot,
+        tile_bytes=per_split * step + stored,
         tile_flops=2 * config.BLOCK_M * config.BLOCK_R * per_split * config.BLOCK_K,
-        memory_bytes=M * K * itemsize + factors_v,
+        memory_bytes=(M * K + sum(ranks) * K) * itemsize + early,
         in_flight=min(config.num_stages - 1, per_split) * step,
+        asked_for=early + sum(ranks) * K * itemsize if config.decode else 0,
         resident=config.resident,
         share=_share(device, config.BLOCK_M, config.BLOCK_R, itemsize, assumed),
     )
@@ -75,19 +78,23 @@ def two_phase(
     # H is written and read by way of the second-level cache, and beyond it.
     spilled = 0 if M * K * itemsize + hidden <= assumed.kept * (device.l2_bytes or 0) else hidden
     rank, columns = sum(ranks) / len(ranks), config.BLOCK_N
-    step = (rows + columns) * config.BLOCK_R * itemsize
+    step = (rows + columns) * config.ranks_per_step * itemsize
+    loaded = (rows + columns) * rank * itemsize
     expand = Phase(
         tiles=num_m * sum(-(-size.N // columns) for size in sizes),
-        tile_bytes=(rows + columns) * rank * itemsize + rows * columns * itemsize,
+        tile_bytes=loaded + rows * columns * itemsize,
         tile_flops=2 * config.BLOCK_M * columns * rank,
-        memory_bytes=sum(size.N * (size.rank + M) for size in sizes) * itemsize + 2 * spilled,
-        in_flight=min(config.num_stages - 1, -(-rank // config.BLOCK_R)) * step,
+        memory_bytes=sum(size.N * M for size in sizes) * itemsize + factor_u - early + 2 * spilled,
+        in_flight=min((config.num_stages - 1) * step, loaded),
         resident=config.resident,
         share=_share(device, config.BLOCK_M, columns, itemsize, assumed),
         before=assumed.handover + (assumed.handover if splits > 1 else 0.0),
+        cached=0 < factor_u == early,
     )
     phases = (shrink, expand)
-    return Prediction(phases, predict.seconds(phases, device, peak, assumed))
+    overlapped = config.decode and device.arch not in ("sm_80", "sm_86", "sm_89")
+    took = predict.seconds(phases, device, peak, assumed, overlapped=overlapped)
+    return Prediction(phases, took)
 
 
 def row(

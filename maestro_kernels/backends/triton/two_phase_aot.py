@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from maestro_kernels.backends.triton.launch import table_arch
 from maestro_kernels.backends.triton.two_phase_config import (
+    CANDIDATES,
     MAX_REGISTERS,
-    TABLES,
     UNALIGNED,
     TwoPhaseConfig,
 )
@@ -28,25 +29,27 @@ def aot_spec(config: TwoPhaseConfig, dtype: str, arch: str) -> Iterator[dict[str
     """
     for precision in ("ieee", "tf32") if dtype == "fp32" else ("16-bit",):
         suffix = f" {precision}" if dtype == "fp32" else ""
-        tables = ((TABLES[arch, precision], _FORMS), (UNALIGNED[precision], _UNALIGNED_FORMS))
-        for form in (
-            f for table, forms in tables if config in [r[2] for r in table] for f in forms
-        ):
+        offered = CANDIDATES[table_arch(arch), precision]
+        tables = ((offered, _FORMS), (UNALIGNED[precision], _UNALIGNED_FORMS))
+        for form in (f for configs, forms in tables if config in configs for f in forms):
             yield {
                 "kernel": two_phase_kernel,
                 "label": f"{config} {form}{suffix}",
-                "signature": _signature(config, dtype, form, precision),
+                "signature": _signature(config, dtype, arch, form, precision),
                 "options": {
                     "num_warps": config.num_warps,
                     "num_stages": config.num_stages,
                     "maxnreg": MAX_REGISTERS,
+                    "launch_pdl": config.decode and arch != "sm_80",
                 },
                 "dot_rows": config.BLOCK_M,
                 "resident": config.resident,
             }
 
 
-def _signature(config: TwoPhaseConfig, dtype: str, form: str, precision: str) -> dict[str, Any]:
+def _signature(
+    config: TwoPhaseConfig, dtype: str, arch: str, form: str, precision: str
+) -> dict[str, Any]:
     """Arguments as Triton specialises them for contiguous tensors, sizes divisible by 16 or odd."""
     backward, group, odd = form.startswith("dx"), form in ("grouped", "dx_sum"), "odd" in form
     count, size = 3 if group else 1, "i32" if odd else "i32:16"
@@ -85,5 +88,8 @@ def _signature(config: TwoPhaseConfig, dtype: str, form: str, precision: str) ->
             "BLOCK_N": config.BLOCK_N,
             "BLOCK_K": config.BLOCK_K,
             "BLOCK_R": config.BLOCK_R,
+            "STEP_R": config.ranks_per_step,
+            "PREFETCH": config.decode and not odd,
+            "PDL": config.decode and arch != "sm_80",
         }
     )

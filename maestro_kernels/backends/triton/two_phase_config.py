@@ -6,25 +6,22 @@ Pure functions of sizes and a device record: nothing here touches a tensor, Trit
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
-import torch
-
 from maestro_kernels import hardware
-from maestro_kernels.backends.triton.launch import table_arch
 
 __all__ = [
+    "CANDIDATES",
     "COUNTERS_BEFORE_ARRIVALS",
     "MAX_REGISTERS",
     "MAX_SPLIT",
     "MIN_STEPS",
+    "PREFETCHED",
     "SHIPPED",
-    "TABLES",
     "UNALIGNED",
     "TwoPhaseConfig",
     "TwoPhasePlan",
-    "choose_config",
+    "candidates",
     "plan_two_phase",
 ]
 
@@ -37,11 +34,17 @@ MAX_SPLIT = 16
 MIN_STEPS = 2
 # The ticket and the count of leaving programs have a 128-byte line each, the arrivals follow.
 COUNTERS_BEFORE_ARRIVALS = 64
+# Bytes of E that wait in L2 for their turn while H is made: a quarter of an H100's.
+PREFETCHED = 12 << 20
 
 
 @dataclass(frozen=True)
 class TwoPhaseConfig:
-    """Tiles of x and H (BLOCK_M, BLOCK_K, BLOCK_R), of y (BLOCK_M, BLOCK_N); warps and stages."""
+    """Tiles of x and H (BLOCK_M, BLOCK_K, BLOCK_R), of y (BLOCK_M, BLOCK_N); warps and stages.
+
+    STEP_R is how many ranks a step of the expand reads, 0 as many as BLOCK_R. `decode` says that
+    factors are prefetched, and where the device can, that launches overlap (PDL).
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -49,6 +52,13 @@ class TwoPhaseConfig:
     BLOCK_R: int
     num_warps: int
     num_stages: int
+    STEP_R: int = 0
+    decode: bool = False
+
+    @property
+    def ranks_per_step(self) -> int:
+        """STEP_R where there is one, else BLOCK_R."""
+        return self.STEP_R or self.BLOCK_R
 
     @property
     def resident(self) -> int:
@@ -57,7 +67,9 @@ class TwoPhaseConfig:
 
     def __str__(self) -> str:
         tiles = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} r{self.BLOCK_R}"
-        return f"{tiles} w{self.num_warps} s{self.num_stages}"
+        step = f"/{self.STEP_R}" if self.STEP_R else ""
+        decode = " decode" if self.decode else ""
+        return f"{tiles}{step} w{self.num_warps} s{self.num_stages}{decode}"
 
 
 @dataclass(frozen=True)
@@ -77,91 +89,77 @@ class TwoPhasePlan:
     counters: int
 
 
-_SMALL = TwoPhaseConfig(16, 32, 128, 32, 4, 4)
-_SMALL_WIDE = TwoPhaseConfig(16, 64, 128, 32, 4, 4)
-_MIDDLE = TwoPhaseConfig(32, 64, 128, 32, 4, 3)
-_LARGE = TwoPhaseConfig(64, 64, 64, 64, 4, 4)
-_Row = tuple[float, float, TwoPhaseConfig]  # largest M, largest N, what serves them
-# First match wins. Chosen by the model in the maintainers' notes and by what compiles without
-# spills; not measured on a GPU. Multiplying float32 exactly takes FMAs, whose operands must fit
-# into registers: BLOCK_R is 16 there.
-TABLES: dict[tuple[str, str], tuple[_Row, ...]] = {
+# Few rows: factors are prefetched, and the expand reads 128 ranks a step, so that enough bytes are
+# in flight for the bandwidth of memory (docs/dev/predictions.md).
+_DECODE = (
+    TwoPhaseConfig(16, 32, 128, 32, 4, 4, 128, decode=True),
+    TwoPhaseConfig(16, 64, 128, 32, 4, 4, 128, decode=True),
+    TwoPhaseConfig(32, 64, 128, 32, 4, 3, 128, decode=True),
+    TwoPhaseConfig(64, 64, 128, 32, 4, 3, 128, decode=True),
+    TwoPhaseConfig(64, 128, 128, 32, 4, 3, 64, decode=True),
+)
+# What choose.two_phase takes the predicted fastest of: each compiles without spills on every
+# architecture that it is offered on. Multiplying float32 exactly takes FMAs, whose operands must
+# fit into registers: BLOCK_R is 16 there.
+CANDIDATES: dict[tuple[str, str], tuple[TwoPhaseConfig, ...]] = {
     ("sm_90", "16-bit"): (
-        (16, 8192, _SMALL),
-        (16, math.inf, _SMALL_WIDE),
-        (32, math.inf, _MIDDLE),
-        (512, math.inf, _LARGE),
-        (2048, math.inf, TwoPhaseConfig(64, 128, 64, 64, 4, 4)),
-        (math.inf, math.inf, TwoPhaseConfig(128, 128, 64, 64, 8, 4)),
+        *_DECODE,
+        TwoPhaseConfig(64, 64, 64, 64, 4, 4),
+        TwoPhaseConfig(64, 128, 64, 64, 4, 4),
+        TwoPhaseConfig(128, 128, 64, 64, 8, 4),
+        TwoPhaseConfig(128, 128, 64, 128, 8, 4, 64),
     ),
     ("sm_80", "16-bit"): (
-        (16, 8192, _SMALL),
-        (16, math.inf, _SMALL_WIDE),
-        (32, math.inf, _MIDDLE),
-        (512, math.inf, _LARGE),
-        (math.inf, math.inf, TwoPhaseConfig(128, 128, 32, 64, 8, 3)),
+        *_DECODE,
+        TwoPhaseConfig(64, 64, 64, 64, 4, 4),
+        TwoPhaseConfig(128, 128, 32, 64, 8, 3),
     ),
 }
 for _arch in ("sm_80", "sm_90"):
-    TABLES[_arch, "tf32"] = (
-        (16, math.inf, TwoPhaseConfig(16, 32, 64, 32, 4, 4)),
-        (math.inf, math.inf, TwoPhaseConfig(64, 64, 32, 32, 4, 3)),
+    CANDIDATES[_arch, "tf32"] = (
+        TwoPhaseConfig(16, 32, 64, 32, 4, 4, 64, decode=True),
+        TwoPhaseConfig(64, 64, 32, 32, 4, 3),
     )
-    TABLES[_arch, "ieee"] = (
-        (16, math.inf, TwoPhaseConfig(16, 32, 64, 16, 4, 4)),
-        (math.inf, math.inf, TwoPhaseConfig(64, 64, 32, 16, 8, 3)),
+    CANDIDATES[_arch, "ieee"] = (
+        TwoPhaseConfig(16, 32, 64, 16, 4, 4, decode=True),
+        TwoPhaseConfig(64, 64, 32, 16, 8, 3),
     )
-# Layouts that need exact masks and narrow loads (see _layout): addresses fill the registers, so
-# tiles are smaller.
-UNALIGNED: dict[str, tuple[_Row, ...]] = {
-    "16-bit": ((16, math.inf, _SMALL), (math.inf, math.inf, _MIDDLE)),
-    "tf32": (
-        (16, math.inf, TwoPhaseConfig(16, 32, 64, 32, 4, 4)),
-        (math.inf, math.inf, TwoPhaseConfig(32, 64, 32, 32, 4, 3)),
-    ),
-    "ieee": (
-        (16, math.inf, TwoPhaseConfig(16, 32, 32, 16, 4, 4)),
-        (math.inf, math.inf, TwoPhaseConfig(32, 64, 32, 16, 8, 3)),
-    ),
+# Layouts that need exact masks and narrow loads (see two_phase._layout): addresses fill the
+# registers, so tiles are smaller, and nothing is prefetched.
+UNALIGNED: dict[str, tuple[TwoPhaseConfig, ...]] = {
+    "16-bit": (TwoPhaseConfig(16, 32, 128, 32, 4, 4), TwoPhaseConfig(32, 64, 128, 32, 4, 3)),
+    "tf32": (TwoPhaseConfig(16, 32, 64, 32, 4, 4), TwoPhaseConfig(32, 64, 32, 32, 4, 3)),
+    "ieee": (TwoPhaseConfig(16, 32, 32, 16, 4, 4), TwoPhaseConfig(32, 64, 32, 16, 8, 3)),
 }
-# Every configuration that choose_config can return.
 SHIPPED: dict[str, tuple[TwoPhaseConfig, ...]] = {
     arch: tuple(
         dict.fromkeys(
-            row[2]
+            config
             for kind in ("16-bit", "tf32", "ieee")
-            for row in TABLES[arch, kind] + UNALIGNED[kind]
+            for config in CANDIDATES[arch, kind] + UNALIGNED[kind]
         )
     )
     for arch in ("sm_80", "sm_90")
 }
 
 
-def choose_config(
-    M: int,
-    N: int,
-    dtype: torch.dtype,
-    arch: str,
-    input_precision: str = "ieee",
-    *,
-    aligned: bool = True,
-) -> TwoPhaseConfig:
-    """Configuration for M rows and the largest N of a group.
-
-    Architectures without an entry take those of another, see table_arch.
+def candidates(arch: str, kind: str, M: int, *, aligned: bool) -> tuple[TwoPhaseConfig, ...]:
+    """Configurations that may serve M rows.
 
     Args:
-        M: rows.
-        N: out_features.
-        dtype: of x.
-        arch: "sm_90".
-        input_precision: "ieee" or "tf32", for float32.
+        arch: a key of SHIPPED.
+        kind: "16-bit", "tf32" or "ieee".
+        M: rows; up to 16 of them take the tiles for 16 rows, which multiply no more than these.
         aligned: the kernel can read 16 bytes at a time: all sizes and row strides are multiples
             of 8, tensors start on 16 bytes.
     """
-    kind = input_precision if dtype == torch.float32 else "16-bit"
-    table = TABLES[table_arch(arch), kind] if aligned else UNALIGNED[kind]
-    return next(row[2] for row in table if row[0] >= M and row[1] >= N)
+    offered = CANDIDATES[arch, kind] if aligned else UNALIGNED[kind]
+    few, many = (tuple(c for c in offered if (c.BLOCK_M == 16) == few) for few in (True, False))
+    if M <= 16:
+        return few
+    # Those for few rows cost less where they serve, and are not compiled for many.
+    decode = tuple(c for c in many if c.decode and c.BLOCK_M >= min(M, 64)) if M <= 64 else ()
+    return decode or tuple(c for c in many if not c.decode)
 
 
 @functools.lru_cache(4096)

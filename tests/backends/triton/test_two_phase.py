@@ -15,11 +15,10 @@ if WHY_NOT is None:
 
     from maestro_kernels import hardware
     from maestro_kernels.backends import workspace
-    from maestro_kernels.backends.triton import layers, two_phase
+    from maestro_kernels.backends.triton import choose, layers, two_phase
     from maestro_kernels.backends.triton.two_phase import (
         SHIPPED,
         TwoPhaseConfig,
-        choose_config,
         plan_two_phase,
     )
 
@@ -283,16 +282,18 @@ class TestInterleaved:
 def test_every_choice_is_shipped_and_fits(arch, dtype):
     table = "sm_90" if arch in ("sm_90", "sm_100") else "sm_80"
     limit = {"sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_80": 163 * 1024}.get(arch, 99 * 1024)
+    device = replace(hardware.H100, arch=arch)
     for M in (1, 16, 17, 64, 65, 512, 4096, 1 << 20):
         for N in (1, 8192, 8193, 1 << 17):
             for precision in ("ieee", "tf32"):
-                config = choose_config(M, N, dtype, arch, precision)
-                small = choose_config(M, N, dtype, arch, precision, aligned=False)
+                sizes = (device, M, (N,), (4096,), (256,), dtype, precision)
+                config = choose.two_phase(*sizes)
+                small = choose.two_phase(*sizes, aligned=False)
                 assert {config, small} <= set(SHIPPED[table])
                 assert small.BLOCK_M <= config.BLOCK_M
                 assert M > 16 or config.BLOCK_M == 16
                 shrink = (config.BLOCK_M + config.BLOCK_R) * config.BLOCK_K
-                expand = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_R
+                expand = (config.BLOCK_M + config.BLOCK_N) * config.ranks_per_step
                 stages = config.num_stages * dtype.itemsize
                 assert max(shrink, expand) * stages <= limit
 
