@@ -1,4 +1,4 @@
-"""Compile every shipped kernel configuration for sm_80, sm_90 and sm_100, without a GPU, and judge it.
+"""Compile every shipped kernel configuration for sm_80, sm_90, sm_100; judge it. Without a GPU.
 
     python -m tools.triton_report            # a table; exit status 1 on a fault
     python -m tools.triton_report --json     # the same rows for a program

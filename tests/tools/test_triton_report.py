@@ -1,4 +1,4 @@
-"""Every shipped configuration, compiled for sm_80, sm_90 and sm_100 without a GPU; one test for each."""
+"""Every shipped configuration, compiled ahead of time without a GPU; one test for each."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -325,40 +324,3 @@ def test_a_y_that_is_not_written_does_not_narrow_the_loads():
     assert nothing.stride(0) % 8
     assert two_phase._layout([x], [v], [u], [nothing]) == "rows"
     assert two_phase._layout([x], [v], [u], [x.new_empty(16, 65)]) == "any"
-
-
-class TestCounters:
-    """Who shares counters with whom."""
-
-    def test_a_stream_keeps_its_own_and_grows(self):
-        held = workspace.Counters(torch.device("cpu"))
-        a, b = held.eager(1, 100), held.eager(2, 100)
-        assert a.data_ptr() != b.data_ptr()
-        assert held.eager(1, 50).data_ptr() == a.data_ptr()
-        grown = held.eager(1, a.numel() + 1)
-        assert grown.numel() > a.numel()
-        assert not grown.any()
-        assert held.eager(1, 100).data_ptr() == grown.data_ptr()
-
-    def test_launches_under_capture_never_share(self):
-        held = workspace.Counters(torch.device("cpu"))
-        eager = held.eager(0, 100)
-        taken = [held.captured(100) for _ in range(5)]
-        spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in [eager, *taken])
-        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
-        assert all(t.data_ptr() % 128 == taken[0].data_ptr() % 128 for t in taken)
-
-    def test_what_graphs_hold_outlives_the_reserve(self):
-        held = workspace.Counters(torch.device("cpu"))
-        held.eager(0, 1)
-        taken = held.captured(1000)
-        held.captured(workspace._RESERVE - 2000)
-        held.eager(0, 1)  # sets a new reserve aside
-        assert held.captured(1000).data_ptr() != taken.data_ptr()
-        storage = taken.untyped_storage().data_ptr()
-        assert storage in [b.untyped_storage().data_ptr() for b in held._blocks]
-
-    def test_capture_before_any_eager_call_still_gets_zeros(self):
-        taken = workspace.Counters(torch.device("cpu")).captured(70)
-        assert taken.numel() >= 70
-        assert not taken.any()
