@@ -66,11 +66,11 @@ def predicted_row(case: Case, device: hardware.Device = hardware.H100) -> Row:
     found: predict.Prediction
     if strategy == "row":
         size = case.sizes[0]
-        config = row_config.choose_config(
-            size.M, size.rank, "half", "sm_90", device.num_cores, descriptors=True
-        )
-        found = predict.row(device, config, size, itemsize, peak)
-        name = str(config)
+        width = row_config.width_bucket(size.rank)
+        config, plan = choose.row(device, size.M, size.N, size.K, width, dtype)
+        found = predict.row(device, config, plan, size, itemsize, peak)
+        shared = f" {plan.num_splits} share a block" if plan.num_splits > 1 else ""
+        name = f"{config}{shared}"
     else:
         tiles = choose.two_phase(
             device, case.M, tuple(s.N for s in case.sizes), (case.K,) * len(problems),

@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 
 from maestro_kernels import hardware
-from maestro_kernels.backends.triton import predict
+from maestro_kernels.backends.triton import predict, row_config
 from maestro_kernels.backends.triton.launch import table_arch
+from maestro_kernels.backends.triton.row_config import RowConfig, RowPlan, plans
 from maestro_kernels.backends.triton.two_phase_config import TwoPhaseConfig, candidates
 from maestro_kernels.hardware import Device
 from maestro_kernels.measure.cost import Size
 
-__all__ = ["known", "peak", "two_phase"]
+__all__ = ["known", "peak", "row", "strategies", "two_phase"]
 
 # IEEE float32 products on an H100: no tensor cores, 50 of the data sheet's 67 TFLOP/s.
 _IEEE_PEAK = 50e12
@@ -77,4 +78,70 @@ def two_phase(
     return min(
         offered,
         key=lambda c: predict.two_phase(device, c, sizes, dtype.itemsize, flops).seconds,
+    )
+
+
+@functools.lru_cache(4096)
+def row(
+    device: Device,
+    M: int,
+    N: int,
+    K: int,
+    width: int,
+    dtype: torch.dtype,
+    input_precision: str = "ieee",
+    *,
+    descriptors: bool = True,
+) -> tuple[RowConfig, RowPlan]:
+    """Configuration and plan of one launch of the row kernel, predicted at full width.
+
+    Args:
+        device: as for two_phase.
+        M: rows.
+        N: out_features.
+        K: in_features.
+        width: of H, row_config.width_bucket of the rank.
+        dtype: of x.
+        input_precision: "ieee" or "tf32", for float32.
+        descriptors: whether the tensors can have TMA descriptors.
+    """
+    kind = input_precision if dtype == torch.float32 else "half"
+    offered = row_config.candidates(table_arch(device.arch), width, kind, descriptors=descriptors)
+    device = known(device)
+    flops, size = peak(device, dtype, input_precision), Size(M, N, K, width)
+    return min(
+        ((config, plan) for config in offered for plan in plans(config, M, N, device.num_cores)),
+        key=lambda c: predict.row(device, *c, size, dtype.itemsize, flops).seconds,
+    )
+
+
+@functools.lru_cache(4096)
+def strategies(
+    device: Device,
+    M: int,
+    N: int,
+    K: int,
+    rank: int,
+    dtype: torch.dtype,
+    input_precision: str = "ieee",
+) -> tuple[float, float]:
+    """Predicted seconds of one layer in the row kernel and in the two-phase kernel.
+
+    Args:
+        device: as for two_phase.
+        M: rows.
+        N: out_features.
+        K: in_features.
+        rank: active rank, or R where only the device knows it; at most row_config.MAX_WIDTH.
+        dtype: of x.
+        input_precision: "ieee" or "tf32", for float32.
+    """
+    width = row_config.width_bucket(rank)
+    config, plan = row(device, M, N, K, width, dtype, input_precision)
+    tiles = two_phase(device, M, (N,), (K,), (rank,), dtype, input_precision)
+    device = known(device)
+    flops, size = peak(device, dtype, input_precision), Size(M, N, K, rank)
+    return (
+        predict.row(device, config, plan, size, dtype.itemsize, flops).seconds,
+        predict.two_phase(device, tiles, [size], dtype.itemsize, flops).seconds,
     )

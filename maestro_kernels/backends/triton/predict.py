@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from maestro_kernels.backends.triton.row_config import RowConfig
+from maestro_kernels.backends.triton.row_config import RowConfig, RowPlan
 from maestro_kernels.backends.triton.two_phase_config import (
     MAX_SPLIT,
     MIN_STEPS,
@@ -100,30 +100,39 @@ def two_phase(
 def row(
     device: Device,
     config: RowConfig,
+    plan: RowPlan,
     size: Size,
     itemsize: int,
     peak: float,
     assumed: Assumptions = H100_ASSUMED,
 ) -> Prediction:
     """Of one launch of the row kernel; arguments as for two_phase."""
+    whole = plan.num_whole
+    shared = (plan.num_programs - whole) // plan.num_splits
     rows = min(config.BLOCK_M, size.M)
-    tiles = -(-size.M // config.BLOCK_M)
     width = min(config.BLOCK_R, size.rank)
-    shrink = (rows + width) * config.BLOCK_K * itemsize
-    expand = config.BLOCK_N * width * itemsize
-    factors = width * (size.K + size.N) * itemsize
-    phase = Phase(
-        tiles=tiles,
-        tile_bytes=factors + rows * (size.K + size.N) * itemsize,
-        tile_flops=2 * config.BLOCK_M * config.BLOCK_R * (size.K + size.N),
-        memory_bytes=factors + size.M * (size.K + size.N) * itemsize,
-        in_flight=(config.num_stages - 1) * (shrink + expand) / 2,
-        resident=config.resident,
-        share=_share(device, config.BLOCK_M, config.BLOCK_N, itemsize, assumed),
-        # The loads of u begin when those of the shrink have ended.
-        before=assumed.cache_latency,
-    )
-    return Prediction((phase,), predict.seconds((phase,), device, peak, assumed))
+    step = (rows + width) * config.BLOCK_K + config.BLOCK_N * width
+
+    def phase(blocks: int, splits: int, before: float) -> Phase:
+        columns = -(-size.N // splits)
+        factors = width * (size.K + columns)
+        return Phase(
+            tiles=blocks * splits,
+            tile_bytes=(factors + rows * (size.K + columns)) * itemsize,
+            tile_flops=2 * config.BLOCK_M * config.BLOCK_R * (size.K + columns),
+            memory_bytes=blocks * rows * (size.K + size.N) * itemsize,
+            in_flight=(config.num_stages - 1) * step / 2 * itemsize,
+            resident=config.resident,
+            share=_share(device, config.BLOCK_M, config.BLOCK_N, itemsize, assumed),
+            # The loads of u begin when those of the shrink have ended.
+            before=before + assumed.cache_latency,
+        )
+
+    # Factors are read from memory once.
+    first = width * (size.K + size.N) * itemsize / (device.bandwidth or 1)
+    parts = [(whole, 1), (shared, plan.num_splits)]
+    phases = tuple(phase(*part, first if part is parts[0] else 0.0) for part in parts if part[0])
+    return Prediction(phases, predict.seconds(phases, device, peak, assumed))
 
 
 def _share(device: Device, rows: int, columns: int, itemsize: int, assumed: Assumptions) -> float:

@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from maestro_kernels.backends.triton import interpreter
+from maestro_kernels.backends.triton import choose, interpreter
 from maestro_kernels.backends.triton.epilogue import activation_name
-from maestro_kernels.backends.triton.launch import device_of, empty_h, record_of, table_arch
+from maestro_kernels.backends.triton.launch import device_of, empty_h, record_of
 from maestro_kernels.backends.triton.row_config import (
     MAX_WIDTH,
     SHIPPED,
     RowConfig,
-    choose_config,
+    RowPlan,
+    plans,
     width_bucket,
 )
 from maestro_kernels.backends.triton.row_kernel import row_kernel
@@ -27,8 +28,8 @@ __all__ = [
     "MAX_WIDTH",
     "SHIPPED",
     "RowConfig",
+    "RowPlan",
     "aot_spec",
-    "choose_config",
     "row",
     "row_dx",
     "row_kernel",
@@ -46,6 +47,7 @@ def row(
     *,
     save_h: bool,
     config: RowConfig | None = None,
+    plan: RowPlan | None = None,
     input_precision: str = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
     """Compute y = act(x @ v[:r].T @ u[:, :r].T + bias) and H = x @ v[:r].T, H in registers.
@@ -60,6 +62,7 @@ def row(
         activation: None, "relu", "gelu", "gelu_tanh" or "silu".
         save_h: return H.
         config: tiles; None chooses.
+        plan: programs for each block of rows; None chooses.
         input_precision: "ieee" or "tf32"; says how float32 is multiplied.
 
     Returns:
@@ -67,7 +70,7 @@ def row(
     """
     return _launch(
         x, v, u, bias, rank, activation,
-        save_h=save_h, transposed=False, config=config, input_precision=input_precision,
+        save_h=save_h, transposed=False, config=config, plan=plan, input_precision=input_precision,
     )  # fmt: skip
 
 
@@ -78,6 +81,7 @@ def row_dx(
     rank: int | Tensor,
     *,
     config: RowConfig | None = None,
+    plan: RowPlan | None = None,
     input_precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """Compute dx = dH @ v[:r] and dH = dy @ u[:, :r] with the same kernel.
@@ -88,6 +92,7 @@ def row_dx(
         v: (R, K).
         rank: as in row.
         config: tiles; None chooses.
+        plan: programs for each block of rows; None chooses.
         input_precision: as in row.
 
     Returns:
@@ -95,7 +100,7 @@ def row_dx(
     """
     dx, dh = _launch(
         dy, u.t(), v.t(), None, rank, None,
-        save_h=True, transposed=True, config=config, input_precision=input_precision,
+        save_h=True, transposed=True, config=config, plan=plan, input_precision=input_precision,
     )  # fmt: skip
     assert dh is not None
     return dx, dh
@@ -112,6 +117,7 @@ def _launch(
     save_h: bool,
     transposed: bool,
     config: RowConfig | None,
+    plan: RowPlan | None,
     input_precision: str,
 ) -> tuple[Tensor, Tensor | None]:
     interpreter.ensure()
@@ -119,25 +125,27 @@ def _launch(
     tensor_rank = isinstance(rank, Tensor)
     width = R if tensor_rank else rank
     stored = (x, s.t(), e.t()) if transposed else (x, s, e)
+    device = record_of(x)
     if config is None:
-        device = record_of(x)
-        config = choose_config(
-            M, width, input_precision if x.itemsize == 4 else "half", table_arch(device.arch),
-            device.num_cores, descriptors=all(map(_can_describe, stored)),
+        config, planned = choose.row(
+            device, M, N, K, width_bucket(width), x.dtype, input_precision,
+            descriptors=all(map(_can_describe, stored)),
         )  # fmt: skip
+        plan = plan or planned
+    plan = plan or next(plans(config, M, N, device.num_cores))
     y = x.new_empty(M, N)
     h = empty_h(x, width) if save_h else None
     operands: tuple[Any, ...] = (x, s, e)
     if config.descriptors:
         operands = _describe(*stored, width, transposed=transposed, config=config)
     with device_of(x):
-        row_kernel[(-(-M // config.BLOCK_M),)](
+        row_kernel[(plan.num_programs,)](
             *operands,
             # Any pointer of the type serves in the place of what is not there.
             y if bias is None else bias,
             y,
             y if h is None else h,
-            rank, M, N, K, R,
+            rank, M, N, K, R, plan.num_whole, plan.num_splits,
             x.stride(0), s.stride(0), s.stride(1), e.stride(0), e.stride(1), y.stride(0),
             0 if h is None else h.stride(0),
             HAS_BIAS=bias is not None, ACTIVATION=activation_name(activation), SAVE_H=save_h,
@@ -216,6 +224,8 @@ def _signature(config: RowConfig, dtype: str, form: str) -> dict[str, Any]:
         | {
             "rank": "*i32" if transposed else "i32",
             "M": "i32",
+            "num_whole": "i32",
+            "num_splits": "i32",
             "stride_hm": "i32:16",
             "HAS_BIAS": not transposed,
             "ACTIVATION": "none" if transposed else "gelu",

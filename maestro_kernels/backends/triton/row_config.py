@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-__all__ = ["MAX_WIDTH", "SHIPPED", "RowConfig", "choose_config", "width_bucket"]
+__all__ = ["MAX_WIDTH", "SHIPPED", "RowConfig", "RowPlan", "candidates", "plans", "width_bucket"]
 
 # Wider accumulators do not fit into the registers of a program.
 MAX_WIDTH = 256
@@ -80,17 +80,44 @@ def width_bucket(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def choose_config(
-    M: int, width: int, precision: str, arch: str, num_cores: int, *, descriptors: bool
-) -> RowConfig:
-    """Largest tile that leaves no core without a row block, else the smallest there is.
+@dataclass(frozen=True)
+class RowPlan:
+    """How one launch is cut up; any plan is correct.
+
+    Attributes:
+        num_whole: blocks of rows that have one program each; they come first.
+        num_splits: programs that share each of the other blocks, by columns of y.
+        num_programs: of the grid.
+    """
+
+    num_whole: int
+    num_splits: int
+    num_programs: int
+
+
+def plans(config: RowConfig, M: int, N: int, num_cores: int) -> Iterator[RowPlan]:
+    """The plan without shared blocks, and those that share the blocks of the last wave."""
+    blocks, columns = -(-M // config.BLOCK_M), max(1, -(-N // config.BLOCK_N))
+    yield RowPlan(blocks, 1, blocks)
+    slots = num_cores * config.resident
+    whole = blocks // slots * slots
+    rest = blocks - whole
+    if rest:
+        most = min(columns, slots // rest)
+        for splits in dict.fromkeys((2, most // 2, most)):
+            if 1 < splits <= most:
+                yield RowPlan(whole, splits, whole + rest * splits)
+
+
+def candidates(
+    arch: str, width: int, precision: str, *, descriptors: bool
+) -> tuple[RowConfig, ...]:
+    """Configurations that hold a rank, by rows.
 
     Args:
-        M: rows of x.
+        arch: a key of SHIPPED.
         width: rank, or R where only the device knows the rank; at most MAX_WIDTH.
         precision: "half", "tf32" or "ieee".
-        arch: a key of SHIPPED.
-        num_cores: multiprocessors of the device.
         descriptors: whether the tensors can have TMA descriptors.
     """
     fitting = [
@@ -98,6 +125,4 @@ def choose_config(
     ]
     if any(c.descriptors for c in fitting):
         fitting = [c for c in fitting if c.descriptors == descriptors]
-    fitting.sort(key=lambda c: c.BLOCK_M)
-    full = [c for c in fitting if -(-M // c.BLOCK_M) >= num_cores]
-    return full[-1] if full else fitting[0]
+    return tuple(sorted(fitting, key=lambda c: c.BLOCK_M))

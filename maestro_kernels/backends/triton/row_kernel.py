@@ -1,6 +1,10 @@
 """The row kernel: a program owns BLOCK_M rows, H stays in registers between the two products.
 
-Only device code lives here; row_config.py chooses tiles, row.py launches.
+Only device code lives here; row_config.py plans, row.py launches.
+
+Blocks of rows that would begin a wave without filling it are shared: several programs make the same
+H, each writes a part of the columns of y. Such a wave then ends earlier by the time of the others'
+parts.
 """
 
 import triton
@@ -47,13 +51,16 @@ def _shrink_rows(
 
 @triton.jit
 def _expand_rows(
-    b_h, e, p_bias, p_y, rank, rank_read, M, N, stride_en, stride_er, o_m, o_r,
+    b_h, e, p_bias, p_y, rank, rank_read, M, N, o_begin, o_end, stride_en, stride_er, o_m, o_r,
     CLEAR: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows of y = act(H · Eᵀ + bias). CLEAR: what E holds from the rank on is set to zero."""
-    for o_n0 in range(0, N, BLOCK_N):
+    """Columns o_begin .. o_end - 1 of rows of y = act(H · Eᵀ + bias).
+
+    CLEAR: what E holds from the rank on is set to zero.
+    """
+    for o_n0 in range(o_begin, o_end, BLOCK_N):
         o_n = o_n0 + tl.arange(0, BLOCK_N)
         if DESCRIPTORS:
             if TRANSPOSED:
@@ -74,9 +81,9 @@ def _expand_rows(
         tl.store(p_y + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
-@triton.jit(do_not_specialize=["rank", "M"])
+@triton.jit(do_not_specialize=["rank", "M", "num_whole", "num_splits"])
 def row_kernel(
-    x, s, e, p_bias, p_y, p_h, rank, M, N, K, R,
+    x, s, e, p_bias, p_y, p_h, rank, M, N, K, R, num_whole, num_splits,
     stride_xm, stride_sr, stride_sk, stride_en, stride_er, stride_ym, stride_hm,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_H: tl.constexpr,
     TENSOR_RANK: tl.constexpr, ROUND_RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -88,13 +95,20 @@ def row_kernel(
     Reads x (M, K), S (R, K), E (N, R), bias (N,); writes y (M, N) and H, (M, r) or (M, R).
     S, E = v, u is the forward; S, E = uᵀ, vᵀ turns dy into dx, and H is then dH.
 
+    The first num_whole blocks of rows have a program each, every other one has num_splits of them.
     rank is an int, or a pointer to int32 (TENSOR_RANK) that is clamped to 0..R.
     ROUND_RANK: factors are read up to the next multiple of 8 of the rank, which needs R % 8 == 0;
     a mask that ends anywhere in a contiguous dimension costs 2-byte loads.
     TRANSPOSED: S and E lie in memory as (K, R) and (R, N).
     DESCRIPTORS: x, s, e are host descriptors of the tensors as they lie in memory.
     """
-    i_m = tl.program_id(0)
+    i_item = tl.program_id(0)
+    i_split = tl.maximum(i_item - num_whole, 0) % num_splits
+    i_m = tl.minimum(i_item, num_whole + tl.maximum(i_item - num_whole, 0) // num_splits)
+    parts = tl.where(i_item < num_whole, 1, num_splits)
+    num_n = tl.cdiv(N, BLOCK_N)
+    o_begin = num_n * i_split // parts * BLOCK_N
+    o_end = tl.minimum(num_n * (i_split + 1) // parts * BLOCK_N, N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = tl.arange(0, BLOCK_R)
     if TENSOR_RANK:
@@ -107,7 +121,7 @@ def row_kernel(
     )  # fmt: skip
     # The same rounding as between two matmuls; the tile becomes the A operand of the next product.
     b_h = tl.where((o_r < rank)[None, :], b_h, 0.0).to(p_y.dtype.element_ty)
-    if SAVE_H:
+    if SAVE_H and i_split == 0:
         width = tl.cdiv(R, 8) * 8 if TENSOR_RANK else rank_up
         p_h += o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
         tl.store(p_h, b_h, mask=(o_m < M)[:, None] & (o_r < width)[None, :])
@@ -124,11 +138,11 @@ def row_kernel(
     rank_read = rank if exact else rank_read
     if clear:
         _expand_rows(
-            b_h, e, p_bias, p_y, rank, rank_read, M, N, stride_en, stride_er, o_m, o_r, True,
-            HAS_BIAS, ACTIVATION, TRANSPOSED, DESCRIPTORS, BLOCK_N, INPUT_PRECISION,
+            b_h, e, p_bias, p_y, rank, rank_read, M, N, o_begin, o_end, stride_en, stride_er, o_m,
+            o_r, True, HAS_BIAS, ACTIVATION, TRANSPOSED, DESCRIPTORS, BLOCK_N, INPUT_PRECISION,
         )  # fmt: skip
     else:
         _expand_rows(
-            b_h, e, p_bias, p_y, rank, rank_read, M, N, stride_en, stride_er, o_m, o_r, False,
-            HAS_BIAS, ACTIVATION, TRANSPOSED, DESCRIPTORS, BLOCK_N, INPUT_PRECISION,
+            b_h, e, p_bias, p_y, rank, rank_read, M, N, o_begin, o_end, stride_en, stride_er, o_m,
+            o_r, False, HAS_BIAS, ACTIVATION, TRANSPOSED, DESCRIPTORS, BLOCK_N, INPUT_PRECISION,
         )  # fmt: skip
