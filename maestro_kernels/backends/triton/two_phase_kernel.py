@@ -164,8 +164,9 @@ def _reduce_splits(b_h, p_slots, p_arrivals, i_split, num_splits, BLOCK_M, BLOCK
     if is_last:
         tl.store(p_arrivals, 0)
         b_h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        # Unrolled, because the loads of several slots must be in flight together.
-        for i in tl.range(0, num_splits, loop_unroll_factor=4):
+        # Unrolled, because the loads of several slots must be in flight together; one large slot is
+        # enough in flight, and several would not fit into the registers beside the sum.
+        for i in tl.range(0, num_splits, loop_unroll_factor=4 if SIZE <= 4096 else 1):
             b_h += tl.load(p_slots + i * SIZE + o_slot)
     return b_h, is_last
 
