@@ -1,4 +1,4 @@
-"""What PTX shows of a kernel: its matrix instructions, and whether every release is safe."""
+"""What PTX shows of a kernel: its instructions, whether releases are safe, and early accesses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["count_instructions", "unguarded_releases"]
+__all__ = ["count_instructions", "early_accesses", "unguarded_releases"]
 
 _COUNTED = {
     "mma_sync": r"\bmma\.sync",
@@ -51,14 +51,9 @@ def unguarded_releases(ptx: str) -> list[str]:
     Raises:
         ValueError: the PTX holds no function, or a branch to a label that is not there.
     """
-    ptx = re.sub(r"/\*.*?\*/", lambda m: "\n" * m.group().count("\n"), ptx, flags=re.S)
-    ptx = re.sub(r"//[^\n]*", "", ptx)
-    ptx = re.sub(r"^[ \t]*\.(loc|file)\b[^\n]*", "", ptx, flags=re.M)  # end without a semicolon
+    ptx = _without_comments(ptx)
     offences: list[str] = []
-    functions = list(_functions(ptx))
-    if not functions:
-        raise ValueError("unguarded_releases: ptx: expected a function with a body, got none")
-    for start, end in functions:
+    for start, end in _functions(ptx):
         header = ptx[ptx.rfind("}", 0, start) + 1 : start]
         threads = re.search(r"\.reqntid\s+(\d+)", header)
         block = int(threads.group(1)) if threads else None
@@ -67,9 +62,54 @@ def unguarded_releases(ptx: str) -> list[str]:
     return offences
 
 
+def early_accesses(ptx: str) -> list[str]:
+    """Accesses to global memory that can come before griddepcontrol.wait.
+
+    Until that wait the kernel in front may still write, whatever it writes: only prefetches are
+    harmless. Counted are loads, stores, atomics and copies outside shared, local, constant and
+    parameter memory, and calls. One "line N: instruction" each; all of them without a wait.
+
+    Raises:
+        ValueError: as unguarded_releases.
+    """
+    ptx = _without_comments(ptx)
+    found: list[str] = []
+    for start, end in _functions(ptx):
+        instructions = _parse(ptx[start:end], 1 + ptx.count("\n", 0, start))
+        seen: set[int] = set()
+        work = [0] if instructions else []
+        while work:
+            i = work.pop()
+            waits = instructions[i].opcode == "griddepcontrol.wait"
+            if i in seen or (waits and instructions[i].predicate is None):
+                continue
+            seen.add(i)
+            work += instructions[i].next
+        reached = (instructions[i] for i in sorted(seen))
+        found += [f"line {i.line}: {i.opcode} {i.operands}" for i in reached if _is_global(i)]
+    return found
+
+
+def _is_global(instruction: _Instruction) -> bool:
+    kind, *qualifiers = instruction.opcode.split(".")
+    if kind == "cp":  # a copy that asks for something; waiting for one touches nothing
+        return "global" in qualifiers or "ca" in qualifiers or "cg" in qualifiers
+    elsewhere = {"shared", "local", "const", "param"} & {q.split("::")[0] for q in qualifiers}
+    return kind == "call" or (kind in ("ld", "ldu", "st", "atom", "red") and not elsewhere)
+
+
+def _without_comments(ptx: str) -> str:
+    ptx = re.sub(r"/\*.*?\*/", lambda m: "\n" * m.group().count("\n"), ptx, flags=re.S)
+    ptx = re.sub(r"//[^\n]*", "", ptx)
+    return re.sub(r"^[ \t]*\.(loc|file)\b[^\n]*", "", ptx, flags=re.M)  # end without a semicolon
+
+
 def _functions(ptx: str) -> Iterator[tuple[int, int]]:
     """Start and end of the body of every function."""
-    for found in re.finditer(r"\.(?:entry|func)\b[^;{]*\{", ptx):
+    bodies = list(re.finditer(r"\.(?:entry|func)\b[^;{]*\{", ptx))
+    if not bodies:
+        raise ValueError("unguarded_releases: ptx: expected a function with a body, got none")
+    for found in bodies:
         depth, at = 1, found.end()
         while depth:
             brace = re.compile(r"[{}]").search(ptx, at)

@@ -1,4 +1,4 @@
-"""Compile every shipped kernel configuration for sm_80 and sm_90, without a GPU, and judge it.
+"""Compile every shipped kernel configuration for sm_80, sm_90, sm_100; judge it. Without a GPU.
 
     python -m tools.triton_report            # a table; exit status 1 on a fault
     python -m tools.triton_report --json     # the same rows for a program
@@ -49,8 +49,9 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 from maestro_kernels.backends.triton import interpreter
+from maestro_kernels.backends.triton.launch import table_arch
 from tools import tables
-from tools.ptx import count_instructions, unguarded_releases
+from tools.ptx import count_instructions, early_accesses, unguarded_releases
 
 __all__ = [
     "ARCHITECTURES",
@@ -64,9 +65,9 @@ __all__ = [
 ]
 
 MODULES = ("two_phase", "row", "wgrad", "activation_grad")
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Bytes of shared memory a block may use. triton.compile does not check it: only a launch fails.
-SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448}
+SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class AotSpec:
     options: dict[str, Any]  # num_warps, num_stages
     dot_rows: int = 0  # rows of the smallest product's accumulator tile; 0: the kernel has none
     h_in_registers: bool = False  # H must be a register operand of the second product
+    resident: int = 1  # programs that the plan counts on for each multiprocessor
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,19 @@ class Row:
     tma_store: int
     releases: int
     unguarded: tuple[str, ...]
+    early: tuple[str, ...]  # accesses before an overlapping launch has waited for its predecessor
+    prefetches: int
     warnings: tuple[str, ...]
     dot_rows: int
     h_in_registers: bool
+    resident: int
+
+    @property
+    def fitting(self) -> int:
+        """Programs that registers and shared memory of a multiprocessor hold."""
+        registers = 65536 // (self.warps * -(-self.registers * 32 // 256) * 256)
+        # A block's own 1 KiB of shared memory comes on top of what it asks for.
+        return min(registers, SHARED_MEMORY_LIMIT[self.arch] // (self.shared_bytes + 1024))
 
     @property
     def name(self) -> str:
@@ -123,6 +135,9 @@ class Row:
             found.append("no wgmma")
         if self.h_in_registers and self.wants_wgmma and not self.wgmma_reg:
             found.append("H not in registers")
+        if 0 < self.fitting < self.resident:
+            found.append(f"{self.fitting} programs fit where the plan counts on {self.resident}")
+        found += [f"before the wait for the kernel in front: {where}" for where in self.early]
         found += [f"release without a barrier: {where}" for where in self.unguarded]
         return tuple(found)
 
@@ -145,7 +160,7 @@ def _cases() -> tuple[tuple[str, str, AotSpec], ...]:
 
 def _module_cases(name: str, arch: str) -> Iterator[tuple[str, str, AotSpec]]:
     module = importlib.import_module(f"maestro_kernels.backends.triton.{name}")
-    for i, config in enumerate(module.SHIPPED[arch]):
+    for i, config in enumerate(module.SHIPPED[table_arch(arch)]):
         for dtype in ("bf16", "fp32", "fp16") if i == 0 else ("bf16", "fp32"):
             for spec in module.aot_spec(config, dtype, arch):
                 yield arch, dtype, AotSpec(**spec)
@@ -228,9 +243,12 @@ def _row(index: int) -> Row:
         spill_bytes=max(map(int, spills), default=0),
         shared_bytes=kernel.metadata.shared,
         unguarded=tuple(unguarded_releases(ptx)),
+        early=tuple(early_accesses(ptx)) if spec.options.get("launch_pdl") else (),
+        prefetches=ptx.count("prefetch.global.L2"),
         warnings=tuple(sorted(set(re.findall(r"\bC\d{4}\b", log)))),
         dot_rows=spec.dot_rows,
         h_in_registers=spec.h_in_registers,
+        resident=spec.resident,
         **count_instructions(ptx),
     )
 
@@ -273,6 +291,8 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "cp.async": lambda r: str(r.cp_async),
     "TMA ld/st": lambda r: f"{r.tma_load}/{r.tma_store}",
     "releases": lambda r: str(r.releases),
+    "prefetch": lambda r: str(r.prefetches),
+    "per SM": lambda r: str(r.fitting),
     "ptxas": lambda r: ",".join(r.warnings) or "-",
     "verdict": lambda r: "; ".join(r.faults) or "ok",
 }

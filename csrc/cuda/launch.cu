@@ -84,7 +84,9 @@ std::string launch(const Plan& plan, const Layer* layers, int64_t n, DType dtype
     return subject(plan, layers, n, dtype) + reason;
   if (plan.strategy == Strategy::row) {
 #ifdef MK_CUDA_SM90
-    const sm90::Config config{plan.block_r, plan.block_m / sm90::kGroupRows, plan.cluster, plan.blocks / plan.cluster};
+    const sm90::Config config{plan.block_r, plan.block_m / sm90::kGroupRows,
+                              plan.cluster, plan.blocks / plan.cluster,
+                              plan.whole,   plan.parts};
     return sm90::launch(layers[0], dtype, config, stream);
 #else
     return subject(plan, layers, n, dtype) + "the library was built without sm_90a";

@@ -34,7 +34,9 @@ struct Plan {
   Strategy strategy = Strategy::none;
   int32_t block_m = 0, block_r = 0, block_n = 0;  // tiles of H (block_m, block_r) and of y (block_m, block_n)
   int32_t blocks = 0, threads = 0;
-  int32_t cluster = 1;       // row: blocks that share the tiles of u and v
+  int32_t cluster = 1;  // row: blocks that share the tiles of u and v
+  int32_t whole = 0;    // row: row groups that one cluster makes alone; of the others it makes one of `parts`
+  int32_t parts = 1;
   int32_t split_target = 0;  // decode, rows: K is split while phase 1 has no more tiles than this
   bool sum_by_all = false;   // decode: every block sums the splits of H itself, instead of the last to arrive for all
   int64_t shared_bytes = 0;
@@ -50,8 +52,8 @@ constexpr int64_t kMaxLayers = 16;
 constexpr int64_t kCounterBytes = 64 * 1024;
 
 // Pure function of its arguments; pointers are looked at for alignment only, null counts as aligned. The first of
-// decode, rows and row that takes the call (row before rows where M > 4096), or `only` that one. `rank` of a layer with
-// rank_ptr counts as R.
+// decode, rows and row that takes the call (row before rows where it is predicted to take less time), or `only` that
+// one. `rank` of a layer with rank_ptr counts as R.
 Plan plan(const Layer* layers, int64_t n, DType dtype, Precision precision, const Device& device,
           Strategy only = Strategy::none);
 

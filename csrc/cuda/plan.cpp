@@ -192,12 +192,45 @@ const char* plan_row(Plan& p, const Layer* layers, int64_t n, DType dtype, const
   p.block_n = sm90::kBlockN;
   p.cluster = config.cluster;
   p.blocks = config.clusters * config.cluster;
+  p.whole = config.whole;
+  p.parts = config.parts;
   p.threads = 128 * (config.groups + 1);  // one producer warpgroup
   p.shared_bytes = tile.smem_bytes;
   return nullptr;
 }
 
-constexpr int64_t kManyRows = 4096;  // from here on the row kernel comes before rows
+// Nanoseconds of rows for one layer by the model of docs/dev/predictions.md, nothing measured: both phases wait for
+// what an SM is fed from L2 (7 TB/s over 132 SMs) or for its tensor cores (mma.sync: 0.62 of 800 TFLOP/s on Hopper).
+double predicted_rows_ns(const Plan& p, const Layer& l, DType dtype, const Device& device) {
+  constexpr double kFeedPerSm = 7e3 / 132, kFlopPerSm = 0.62 * 800e3 / 132, kHbm = 3e3;
+  constexpr double kLatency = 720, kHandover = 1200;
+  const Tiles tiles = count_tiles(p, &l, 1);
+  const auto element = static_cast<double>(element_bytes(dtype)), rank = static_cast<double>(bound(l));
+  const int64_t unsplit = std::max<int64_t>(tiles.shrink, 1);
+  const int64_t splits = std::clamp<int64_t>(p.split_target / unsplit, 1, max_splits(p, l, dtype));
+  const double m = p.block_m, r = p.block_r, n = p.block_n;
+  const auto M = static_cast<double>(l.M), N = static_cast<double>(l.N), K = static_cast<double>(l.K);
+  const double depth = K / static_cast<double>(splits), slots = splits > 1 ? 8 : element;
+  const auto phase = [&](int64_t count, double bytes, double flop, double moved) {
+    const auto rounds = static_cast<double>(div_up(count, device.sm_count));
+    const double feed = rounds * bytes / kFeedPerSm, tensor = rounds * flop / kFlopPerSm, hbm = moved / kHbm;
+    // As in sm90::predicted_ns: the other two hide behind the slowest only in part.
+    const double most = std::max({feed, tensor, hbm});
+    return most + (feed + tensor + hbm - most) / 8;
+  };
+  return 2 * kLatency + (splits > 1 ? 2 : 1) * kHandover +
+         phase(tiles.shrink * splits, (m + r) * depth * element + m * r * slots, 2 * m * r * depth,
+               (M + rank) * K * element) +
+         phase(tiles.expand, (m + n) * rank * element + m * n * element, 2 * m * n * rank, (M + rank) * N * element);
+}
+
+// The row kernel waits once for memory, and between its products for u from L2.
+bool row_is_faster(const Plan& row, const Plan& rows, const Layer& layer, DType dtype, const Device& device) {
+  const sm90::Config c{row.block_r, row.block_m / sm90::kGroupRows, row.cluster, row.blocks / row.cluster, row.whole,
+                       row.parts};
+  constexpr double kLatency = 720 + 300;
+  return sm90::predicted_ns(layer, c, device) + kLatency < predicted_rows_ns(rows, layer, dtype, device);
+}
 
 }  // namespace
 
@@ -207,7 +240,7 @@ Plan plan(const Layer* layers, int64_t n, DType dtype, Precision precision, cons
   none.decode_refused = any ? any : plan_decode(decode, layers, n, dtype, device);
   none.rows_refused = any ? any : plan_rows(rows, layers, n, dtype, precision, device);
   none.row_refused = any ? any : plan_row(row, layers, n, dtype, device);
-  const bool row_first = !any && max_rows(layers, n) > kManyRows;
+  const bool row_first = !none.row_refused && !none.rows_refused && row_is_faster(row, rows, layers[0], dtype, device);
   struct Candidate {
     Strategy strategy;
     const Plan* plan;
@@ -215,8 +248,10 @@ Plan plan(const Layer* layers, int64_t n, DType dtype, Precision precision, cons
     const char* later;  // what the ones behind it are told
   };
   const Candidate first = {Strategy::decode, &decode, &Plan::decode_refused, "comes after decode"};
-  const Candidate middle = {Strategy::rows, &rows, &Plan::rows_refused, "comes after rows where M <= 4096"};
-  const Candidate last = {Strategy::row, &row, &Plan::row_refused, "comes after row where M > 4096"};
+  const Candidate middle = {Strategy::rows, &rows, &Plan::rows_refused,
+                            "comes after rows, which is predicted to take less time"};
+  const Candidate last = {Strategy::row, &row, &Plan::row_refused,
+                          "comes after row, which is predicted to take less time"};
   const Candidate* chosen = nullptr;
   Plan result = none;
   for (const Candidate& c : {first, row_first ? last : middle, row_first ? middle : last}) {
@@ -247,6 +282,8 @@ std::string describe(const Plan& p) {
     text += sizes;
     if (p.sum_by_all) text += ", every block sums H";
     if (p.cluster > 1) text += ", clusters of " + std::to_string(p.cluster);
+    if (p.parts > 1)
+      text += ", row groups from " + std::to_string(p.whole) + " on in " + std::to_string(p.parts) + " parts";
   }
   if (p.decode_refused) text += std::string("; not decode: ") + p.decode_refused;
   if (p.rows_refused) text += std::string("; not rows: ") + p.rows_refused;

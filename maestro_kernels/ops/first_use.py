@@ -8,7 +8,6 @@ was measured is remembered by choices.py, so that all this happens once for a ki
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from maestro_kernels import choices, dispatch, hardware
 from maestro_kernels.backends import matmul
+from maestro_kernels.backends.workspace import fills_a_pool
 from maestro_kernels.call import Call
 from maestro_kernels.choices import Measured
 from maestro_kernels.dispatch import Plan
@@ -57,7 +57,7 @@ def settle(plan: Plan, call: Call, save_h: bool) -> tuple[Plan, Callable[[], Non
     Two threads do not measure at a time: each would measure the other. Meanwhile, while kernels are
     compiled, and while a CUDA graph is captured or warmed up, the prediction serves.
     """
-    if plan.mode.captured or _in_graph_warmup(call) or not _compiled(plan, call, save_h):
+    if plan.mode.captured or fills_a_pool(call.xs[0].device) or not _compiled(plan, call, save_h):
         return plan, None
     if not _measuring.acquire(blocking=_is_thorough):
         return plan, None
@@ -295,13 +295,3 @@ def _compile(plan: Plan, call: Call, save_h: bool) -> None:
                 continue
         if stream is not None:
             stream.synchronize()
-
-
-def _in_graph_warmup(call: Call) -> bool:
-    """Whether torch.compile's CUDA graphs warm up: what is allocated now goes into their pool."""
-    trees = sys.modules.get("torch._inductor.cudagraph_trees")
-    device = call.xs[0].device
-    if trees is None or device.type != "cuda":
-        return False
-    manager = trees.get_manager(device.index, create_if_none_exists=False)
-    return manager is not None and bool(manager.in_warmup)

@@ -521,25 +521,14 @@ def test_nothing_is_measured_under_capture_and_explain_says_so(h100, monkeypatch
     assert "measures  native: decode, native: row" in str(plan)
 
 
-def test_nothing_is_measured_while_cudagraph_trees_warm_up(h100, monkeypatch):
-    class Manager:
-        in_warmup = True
-
-    class Trees:
-        get_manager = staticmethod(lambda index, create_if_none_exists: Manager)
-
-    class OnGpu:
-        device = torch.device("cuda:0")
-        is_cuda = True
-
-    call = CALL._replace(xs=(OnGpu,))
-    monkeypatch.setitem(first_use.sys.modules, "torch._inductor.cudagraph_trees", Trees)
+def test_nothing_is_measured_while_a_graphs_pool_is_filled(h100, monkeypatch):
+    """As torch.compile's CUDA graphs do when they warm up, which is no capture."""
     plan = dispatch.plan(CALL, None)
-    assert first_use.settle(plan, call, True) == (plan, None)
-    Manager.in_warmup = False
-    assert not first_use._in_graph_warmup(call)
-    monkeypatch.delitem(first_use.sys.modules, "torch._inductor.cudagraph_trees")
-    assert not first_use._in_graph_warmup(call)
+    monkeypatch.setattr(first_use, "fills_a_pool", lambda device: True)
+    assert first_use.settle(plan, CALL, True) == (plan, None)
+    assert not any(clock.timed for clock in h100)
+    monkeypatch.setattr(first_use, "fills_a_pool", lambda device: False)
+    assert not first_use.settle(plan, CALL, True)[0].rivals
 
 
 def test_frames_tell_a_checkpoint():

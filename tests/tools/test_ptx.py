@@ -148,3 +148,31 @@ def test_matrix_instructions_are_counted():
         "tma_store": 0,
         "releases": 2,
     }
+
+
+WAIT = "griddepcontrol.wait;"
+LOAD = "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];"
+
+
+@pytest.mark.parametrize(
+    ("lines", "early"),
+    [
+        ([WAIT, LOAD, STORE, RELEASE], 0),
+        (["prefetch.global.L2 [%rd1];", "ld.param.b64 %rd1, [p];", WAIT, LOAD], 0),
+        (["st.shared.b32 [%r1], %r2;", "cp.async.wait_group 0;", WAIT], 0),
+        ([LOAD, WAIT], 1),
+        ([STORE, RELEASE, WAIT], 2),
+        (["ld.b32 %r1, [%rd1];", WAIT], 1),
+        (["cp.async.cg.shared.global [%r1], [%rd1], 0x10;", WAIT], 1),
+        (["@%p1 griddepcontrol.wait;", LOAD], 1),
+        (["@%p1 bra $L1;", WAIT, "$L1:", LOAD], 1),
+        (["$L1:", WAIT, LOAD, "@%p1 bra $L1;"], 0),
+        ([LOAD], 1),
+    ],
+)
+def test_accesses_before_the_kernel_in_front_has_ended(lines, early):
+    from tools.ptx import early_accesses
+
+    found = early_accesses(HEAD + "\n".join(lines) + "\nret;\n}\n")
+    assert len(found) == early
+    assert all(line.startswith("line ") for line in found)

@@ -1,7 +1,8 @@
-"""Every shipped configuration, compiled for sm_80 and sm_90 without a GPU; one test for each."""
+"""Every shipped configuration, compiled ahead of time without a GPU; one test for each."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,8 +18,9 @@ if WHY_NOT is None:
     GOOD = triton_report.Row(
         kernel="k", arch="sm_90", dtype="bf16", label="c", warps=4, stages=3, registers=128,
         spill_bytes=0, shared_bytes=232448, wgmma_reg=4, wgmma_smem=4, mma_sync=0, cp_async=0,
-        tma_load=0, tma_store=0, releases=1, unguarded=(), warnings=(), dot_rows=64,
-        h_in_registers=True,
+        tma_load=0, tma_store=0, releases=1, unguarded=(), early=(), prefetches=0, warnings=(),
+        dot_rows=64,
+        h_in_registers=True, resident=1,
     )  # fmt: skip
 
 
@@ -45,7 +47,7 @@ def test_every_architecture_dtype_and_kernel_is_there(report):
     assert sorted(rows) == sorted(NAMES)
     assert len(set(NAMES)) == len(NAMES)
     seen = {(row.arch, row.dtype) for row in rows.values()}
-    assert seen == {(a, d) for a in ("sm_80", "sm_90") for d in ("bf16", "fp16", "fp32")}
+    assert seen == {(a, d) for a in ("sm_80", "sm_90", "sm_100") for d in ("bf16", "fp16", "fp32")}
 
 
 def test_the_table_for_people_has_every_row(report):
@@ -68,6 +70,14 @@ def test_kernels_that_publish_between_programs_do_release(report):
         assert (row.releases > 0) == (row.kernel in PUBLISHING), row.name
 
 
+def test_launches_for_few_rows_ask_for_their_factors_before_they_wait(report):
+    """Without prefetches and a wait the check of what comes before it would say nothing."""
+    rows = [r for r in report[0].values() if "decode" in r.label]
+    assert {r.arch for r in rows} == {"sm_80", "sm_90", "sm_100"}
+    for row in rows:
+        assert row.prefetches == 2 * (3 if re.search("grouped|dx_sum", row.label) else 1)
+
+
 def test_row_kernel_keeps_h_in_registers(report):
     rows = [r for r in report[0].values() if r.h_in_registers]
     assert {r.kernel for r in rows} == {"row_kernel"}
@@ -88,6 +98,16 @@ def test_row_kernel_keeps_h_in_registers(report):
         ({"wgmma_reg": 0, "wgmma_smem": 0, "h_in_registers": False}, "no wgmma"),
         ({"wgmma_reg": 0, "wgmma_smem": 0, "dot_rows": 32}, None),
         ({"wgmma_reg": 0, "wgmma_smem": 0, "dtype": "fp32"}, None),
+        ({"registers": 256, "warps": 8, "shared_bytes": 0, "resident": 1}, None),
+        (
+            {"registers": 136, "shared_bytes": 0, "resident": 4},
+            "3 programs fit where the plan counts on 4",
+        ),
+        (
+            {"shared_bytes": 120 << 10, "resident": 2},
+            "1 programs fit where the plan counts on 2",
+        ),
+        ({"early": ("line 9: ld",)}, "before the wait for the kernel in front: line 9: ld"),
         ({"unguarded": ("line 7: atom",)}, "release without a barrier: line 7: atom"),
     ],
 )

@@ -321,7 +321,7 @@ FAULTS = (
     ),
     Fault(
         "triton-row-kernel-ignores-the-rank",
-        f"{_MK}/backends/triton/row.py",
+        f"{_MK}/backends/triton/row_kernel.py",
         "b_h = tl.where((o_r < rank)[None, :], b_h, 0.0).to(p_y.dtype.element_ty)",
         "b_h = b_h.to(p_y.dtype.element_ty)",
         "tests/backends/triton/test_row.py::test_rank_on_the_device_is_clamped_and_h_is_zero_beyond",
@@ -329,7 +329,7 @@ FAULTS = (
     ),
     Fault(
         "triton-row-kernel-does-not-clamp",
-        f"{_MK}/backends/triton/row.py",
+        f"{_MK}/backends/triton/row_kernel.py",
         "rank = tl.minimum(tl.maximum(tl.load(rank), 0), R)",
         "rank = tl.load(rank)",
         "tests/backends/triton/test_row.py::test_rank_on_the_device_is_clamped_and_h_is_zero_beyond",

@@ -31,6 +31,7 @@ struct RowParams {
   void* h;                  // (M, rank), zero from the active rank on; or null
   int64_t stride_hm;
   Activation activation;
+  int32_t items, whole, parts;  // of the walk, see Config
 };
 
 using RowKernel = void (*)(RowMaps, RowParams, int32_t);

@@ -61,33 +61,63 @@ struct Config {
   int32_t width;     // 64, 128, 192, 256
   int32_t groups;    // consumer warpgroups: 1 or 2, so 64 or 128 rows per block
   int32_t cluster;   // blocks that share the tiles of u and v: 1, 2 or 4
-  int32_t clusters;  // grid = clusters * cluster; each walks over row groups
+  int32_t clusters;  // grid = clusters * cluster; each walks over items
+  // Row groups that are one item each; every one behind them is `parts` items, which make the same H and a part of the
+  // columns of y each, so that a last round of few row groups does not leave most of the device idle.
+  int32_t whole;
+  int32_t parts;
 };
 
 MK_HD constexpr int64_t row_groups(int64_t M, const Config& c) {
   return ceil_div(M, int64_t{kGroupRows} * c.groups * c.cluster);
 }
+MK_HD constexpr int64_t items(int64_t M, const Config& c) { return c.whole + (row_groups(M, c) - c.whole) * c.parts; }
 
 // The rank that sizes are made for.
 inline int64_t bound(const Layer& layer) { return layer.rank_ptr ? layer.R : layer.rank; }
 
-// Nanoseconds by a model, nothing measured: rounds of row groups, each as long as the slowest of tensor cores (800
-// TFLOP/s), feed from L2 (7 TB/s) and HBM (3 TB/s) makes it, plus an eighth of the other two, which hide behind it only
-// in part. 132 SMs share these rates.
+// GPCs of 16 or 18 SMs: clusters of four leave two SMs of the latter idle. A second block on an SM takes turns.
+inline int64_t at_once(const Config& c, const Device& device) {
+  const int64_t sms = c.cluster == 4 ? device.sm_count / 16 * 16 : device.sm_count;
+  return sms / c.cluster > 0 ? sms / c.cluster : 1;
+}
+
+// Nanoseconds by a model, nothing measured: rounds of items, each as long as the slowest of tensor cores (800 TFLOP/s),
+// feed from L2 (7 TB/s) and HBM (3 TB/s) makes it, plus an eighth of the other two, which hide behind it only in part.
+// 132 SMs share these rates.
 inline double predicted_ns(const Layer& layer, const Config& c, const Device& device) {
   constexpr double kFmaPerSm = 800e3 / 2 / 132, kFeedPerSm = 7e3 / 132, kHbm = 3e3;  // FMA and bytes per ns
-  // GPCs of 16 or 18 SMs: clusters of four leave two SMs of the latter idle. A second block on an SM takes turns.
-  const int64_t sms = c.cluster == 4 ? device.sm_count / 16 * 16 : device.sm_count;
-  const int64_t at_once = sms / c.cluster > 0 ? sms / c.cluster : 1, wanted = row_groups(layer.M, c);
-  const double rows = kGroupRows * c.groups,
-               blocks = static_cast<double>((wanted < at_once ? wanted : at_once) * c.cluster);
+  const int64_t side_by_side = at_once(c, device), shared = row_groups(layer.M, c) - c.whole;
+  const double rows = kGroupRows * c.groups;
   // Of each block, for one column of x or y.
   const double tensor = rows * c.width / kFmaPerSm,
                feed = 2 * (rows + static_cast<double>(c.width) / c.cluster) / kFeedPerSm;
-  const double hbm = 2 * (rows * blocks + c.width) / kHbm;
-  const double inner = tensor > feed ? tensor : feed, most = inner > hbm ? inner : hbm;
-  return static_cast<double>(ceil_div(wanted, at_once) * (layer.K + layer.N)) *
-         (most + (tensor + feed + hbm - most) / 8);
+  const auto rounds = [&](int64_t groups, int64_t parts) {
+    const int64_t wanted = groups * parts;
+    const auto blocks = static_cast<double>((wanted < side_by_side ? wanted : side_by_side) * c.cluster);
+    const auto columns = [&](int64_t count, double different_rows) {
+      const double hbm = 2 * (different_rows + c.width) / kHbm;
+      const double inner = tensor > feed ? tensor : feed, most = inner > hbm ? inner : hbm;
+      return static_cast<double>(ceil_div(wanted, side_by_side) * count) * (most + (tensor + feed + hbm - most) / 8);
+    };
+    // Those that share a row group read the same x, and write different columns of y.
+    return columns(layer.K, rows * blocks / static_cast<double>(parts)) +
+           columns(ceil_div(layer.N, parts), rows * blocks);
+  };
+  return (c.whole ? rounds(c.whole, 1) : 0.0) + (shared ? rounds(shared, c.parts) : 0.0);
+}
+
+// The configuration with its walk: every row group whole, or those of the last round in parts.
+inline void set_walk(Config& c, const Layer& layer, const Device& device, bool in_parts) {
+  const int64_t wanted = row_groups(layer.M, c), side_by_side = at_once(c, device);
+  const int64_t rest = wanted % side_by_side, tiles = ceil_div(layer.N, kBlockN);
+  int64_t parts = in_parts && rest ? side_by_side / rest : 1;
+  if (parts > tiles) parts = tiles;
+  c.whole = static_cast<int32_t>(parts > 1 ? wanted - rest : wanted);
+  c.parts = static_cast<int32_t>(parts);
+  const int64_t resident = int64_t{device.sm_count} * make_tile(c.width, c.groups).blocks_per_sm / c.cluster;
+  const int64_t all = items(layer.M, c);
+  c.clusters = static_cast<int32_t>(all < resident ? all : (resident > 0 ? resident : 1));
 }
 
 // Tiles for a layer that unsupported() has passed: those with the least predicted time, the first of equals.
@@ -96,18 +126,18 @@ inline Config choose(const Layer& layer, const Device& device) {
   Config best{};
   double least = 0;
   for (const auto& candidate : kCandidates) {
-    Config c{};
-    c.width = static_cast<int32_t>(ceil_div(bound(layer), kChunk) * kChunk);
-    c.groups = candidate[0];
-    c.cluster = candidate[1];
-    while (c.cluster > ceil_div(layer.M, kGroupRows * c.groups)) c.cluster /= 2;
-    const int64_t resident = int64_t{device.sm_count} * make_tile(c.width, c.groups).blocks_per_sm / c.cluster;
-    const int64_t wanted = row_groups(layer.M, c);
-    c.clusters = static_cast<int32_t>(wanted < resident ? wanted : (resident > 0 ? resident : 1));
-    const double time = predicted_ns(layer, c, device);
-    if (best.width == 0 || time < least) {
-      best = c;
-      least = time;
+    for (const bool in_parts : {false, true}) {
+      Config c{};
+      c.width = static_cast<int32_t>(ceil_div(bound(layer), kChunk) * kChunk);
+      c.groups = candidate[0];
+      c.cluster = candidate[1];
+      while (c.cluster > ceil_div(layer.M, kGroupRows * c.groups)) c.cluster /= 2;
+      set_walk(c, layer, device, in_parts);
+      const double time = predicted_ns(layer, c, device);
+      if (best.width == 0 || time < least) {
+        best = c;
+        least = time;
+      }
     }
   }
   return best;
@@ -140,7 +170,9 @@ inline const char* invalid(const Config& c, const Layer& layer) {
   if (c.width < bound(layer)) return "config: width is less than the rank";
   if (c.groups != 1 && c.groups != 2) return "config: groups must be 1 or 2";
   if (c.cluster != 1 && c.cluster != 2 && c.cluster != 4) return "config: cluster must be 1, 2 or 4";
-  if (c.clusters < 1 || c.clusters > row_groups(layer.M, c)) return "config: clusters must be 1 .. row groups";
+  if (c.whole < 0 || c.whole > row_groups(layer.M, c)) return "config: whole must be 0 .. row groups";
+  if (c.parts < 1 || c.parts > ceil_div(layer.N, kBlockN)) return "config: parts must be 1 .. tiles of y in a row";
+  if (c.clusters < 1 || c.clusters > items(layer.M, c)) return "config: clusters must be 1 .. items";
   return nullptr;
 }
 
@@ -149,8 +181,10 @@ inline std::string describe(const Config& c) {
   const Tile t = make_tile(c.width, c.groups);
   return "H " + std::to_string(c.width) + " wide in registers, " + std::to_string(c.clusters) + " clusters of " +
          std::to_string(c.cluster) + " blocks of " + std::to_string(t.block_m) + " rows, tiles of " +
-         std::to_string(kBlockN) + " columns, " + std::to_string(t.stages) + " stages, " +
-         std::to_string(t.smem_bytes) + " bytes shared";
+         std::to_string(kBlockN) + " columns, " +
+         (c.parts > 1 ? "row groups from " + std::to_string(c.whole) + " on in " + std::to_string(c.parts) + " parts, "
+                      : std::string()) +
+         std::to_string(t.stages) + " stages, " + std::to_string(t.smem_bytes) + " bytes shared";
 }
 
 // Null where the kernel can serve the layer, else a literal that says why not. Reads no device memory; a null pointer

@@ -309,7 +309,9 @@ MK_INLINE void run_row_kernel(const RowMaps& maps, const RowParams& params, int3
   const int32_t block_rank = ptx::cluster_rank();
   const Walk walk{static_cast<int32_t>(ceil_div(params.K, kChunk)),
                   static_cast<int32_t>(ceil_div(params.N, kBlockN)),
-                  static_cast<int32_t>(ceil_div(params.M, tile.block_m * cluster)),
+                  params.items,
+                  params.whole,
+                  params.parts,
                   static_cast<int32_t>(ptx::cluster_id()),
                   static_cast<int32_t>(ptx::clusters()),
                   cluster,

@@ -145,7 +145,10 @@ std::string launch(const Layer& layer, DType dtype, const Config& config, void* 
                    layer.bias,
                    layer.h,
                    layer.stride_hm,
-                   layer.activation};
+                   layer.activation,
+                   static_cast<int32_t>(items(layer.M, config)),
+                   config.whole,
+                   config.parts};
   int32_t cluster_size = config.cluster;
   void* arguments[] = {&maps, &params, &cluster_size};
   if (const cudaError_t error = cudaLaunchKernelExC(&grid, instance.kernel, arguments))

@@ -12,10 +12,22 @@ namespace mk::cuda::sm90 {
 // The part of the problem that a block walks over.
 struct Walk {
   int32_t k_tiles, n_tiles;
-  int32_t row_groups;     // of block_m * cluster rows
-  int32_t first, stride;  // this cluster's row groups: first, first + stride, ...
+  int32_t items;          // row groups of block_m * cluster rows, or parts of them
+  int32_t whole, parts;   // the first `whole` items are row groups, `parts` of the others are one
+  int32_t first, stride;  // this cluster's items: first, first + stride, ...
   int32_t cluster, block_rank;
 };
+
+// A row group and the tiles of y that an item makes of it, at least one. The first part stores H.
+struct Item {
+  int32_t group, n_begin, n_end;
+};
+MK_HD constexpr Item item_of(const Walk& w, int32_t i) {
+  if (i < w.whole) return {i, 0, w.n_tiles};
+  const int32_t part = (i - w.whole) % w.parts;
+  return {w.whole + (i - w.whole) / w.parts, static_cast<int32_t>(int64_t{w.n_tiles} * part / w.parts),
+          static_cast<int32_t>(int64_t{w.n_tiles} * (part + 1) / w.parts)};
+}
 
 MK_HD constexpr int32_t row_of(const Walk& w, const Tile& t, int32_t group) {
   return (group * w.cluster + w.block_rank) * t.block_m;
@@ -53,15 +65,16 @@ template <class Ops>
 MK_HD void produce(const Walk& walk, Ops& ops) {
   constexpr Tile tile = make_tile(Ops::WIDTH, Ops::GROUPS);
   RingOf<Ops> ring;
-  for (int32_t group = walk.first; group < walk.row_groups; group += walk.stride) {
-    const int32_t row = row_of(walk, tile, group);
+  for (int32_t i = walk.first; i < walk.items; i += walk.stride) {
+    const Item item = item_of(walk, i);
+    const int32_t row = row_of(walk, tile, item.group);
     for (int32_t i_k = 0; i_k < walk.k_tiles; ++i_k, ring.next()) {
       ops.wait_empty(ring.slot, ring.parity ^ 1);
       ops.expect(ring.slot, shrink_bytes(tile));
       ops.load_x(ring.slot, i_k * kChunk, row);
       ops.load_v(ring.slot, i_k * kChunk);
     }
-    for (int32_t i_n = 0; i_n < walk.n_tiles; ++i_n, ring.next()) {
+    for (int32_t i_n = item.n_begin; i_n < item.n_end; ++i_n, ring.next()) {
       ops.wait_empty(ring.slot, ring.parity ^ 1);
       ops.expect(ring.slot, expand_bytes(tile));
       ops.load_u(ring.slot, i_n * kBlockN);
@@ -121,10 +134,10 @@ MK_HD void next_tile(Ops& ops, RingOf<Ops>& ring, int32_t row, int32_t i_n) {
 
 // The loop leaves with no products in flight: where paths meet, the compiler would serialize those that are.
 template <class Ops>
-MK_HD void expand_tiles(const Walk& walk, Ops& ops, RingOf<Ops>& ring, int32_t row) {
-  const int32_t last = walk.n_tiles - 1;
+MK_HD void expand_tiles(const Item& item, Ops& ops, RingOf<Ops>& ring, int32_t row) {
+  const int32_t last = item.n_end - 1;
   begin_tile<0>(ops, ring);
-  for (int32_t i_n = 0;; i_n += 2) {
+  for (int32_t i_n = item.n_begin;; i_n += 2) {
     if (i_n == last) {
       ops.template wait_products<0>();
       break;
@@ -147,12 +160,13 @@ template <class Ops>
 MK_HD void consume(const Walk& walk, Ops& ops) {
   constexpr Tile tile = make_tile(Ops::WIDTH, Ops::GROUPS);
   RingOf<Ops> ring;
-  for (int32_t group = walk.first; group < walk.row_groups; group += walk.stride) {
-    const int32_t row = row_of(walk, tile, group) + ops.group() * kGroupRows;
+  for (int32_t i = walk.first; i < walk.items; i += walk.stride) {
+    const Item item = item_of(walk, i);
+    const int32_t row = row_of(walk, tile, item.group) + ops.group() * kGroupRows;
     shrink_tiles(walk, ops, ring);
     ops.round_h();
-    ops.store_h(row);
-    expand_tiles(walk, ops, ring, row);
+    if (item.n_begin == 0) ops.store_h(row);
+    expand_tiles(item, ops, ring, row);
   }
   ops.wait_stores();
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maestro_kernels import hardware
+from maestro_kernels.backends.triton import choose, row_config
 
 if TYPE_CHECKING:
     from maestro_kernels.call import Call, Grads, Needs
@@ -21,10 +22,6 @@ STRATEGIES = {"cuda": ("row", "two_phase")}
 # Its kernels are compiled when they first run.
 COMPILES = True
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Above this the row kernel would wait for its factors, which every row block reads as a whole.
-_ROW_RANK = 128
-# The widest H that the row kernel keeps in registers; row.MAX_WIDTH, which needs Triton to be read.
-_ROW_WIDTH = 256
 
 
 def interpreted() -> bool:
@@ -69,7 +66,7 @@ def choose_strategy(
 ) -> tuple[str, str]:
     """(strategy, reason) for one layer or a group: "row" or "two_phase". Pure for a given device.
 
-    The rule is the cost model's; no table was measured yet.
+    The one of the smaller predicted time (docs/dev/predictions.md); no table was measured yet.
 
     Args:
         problems: the layers, already validated.
@@ -82,20 +79,20 @@ def choose_strategy(
         device = hardware.current_device(first.device) if on_gpu else hardware.H100
     if len(group) > 1:
         return "two_phase", f"one launch serves the {len(group)} layers of the group"
-    rank, blocks = first.max_active_rank, -(-first.M // 64)
-    if rank > _ROW_RANK:
-        return "two_phase", f"rank {rank} > {_ROW_RANK}: factors are read less often by tiles of y"
+    if first.max_active_rank > row_config.MAX_WIDTH:
+        return "two_phase", f"H of rank {first.max_active_rank} does not fit into registers"
     if first.dtype == torch.float32 and input_precision() == "ieee":
         return "two_phase", "IEEE float32 has no tensor cores: H is kept out of the registers"
-    if 4 * blocks < 3 * device.num_cores:
-        return "two_phase", f"{blocks} blocks of 64 rows cannot occupy {device.num_cores} cores"
-    return "row", f"{blocks} blocks of 64 rows occupy {device.num_cores} cores, H in registers"
+    p, rank = first, max(first.max_active_rank, 1)
+    rows, phases = choose.strategies(device, p.M, p.N, p.K, rank, p.dtype, input_precision())
+    told = f"{1e6 * rows:,.1f} µs predicted with H in registers, {1e6 * phases:,.1f} in two phases"
+    return "row" if rows <= phases else "two_phase", told
 
 
 def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:
     """Whether a strategy, as choose_strategy names it, can run one layer or a group."""
     if strategy == "row":
-        return len(problems) == 1 and problems[0].max_active_rank <= _ROW_WIDTH
+        return len(problems) == 1 and problems[0].max_active_rank <= row_config.MAX_WIDTH
     return strategy == "two_phase"
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maestro_kernels.backends import workspace
-from maestro_kernels.backends.triton import interpreter
+from maestro_kernels.backends.triton import choose, interpreter
 from maestro_kernels.backends.triton.epilogue import activation_name
 from maestro_kernels.backends.triton.launch import (
     MAX_LAYERS,
@@ -20,15 +20,15 @@ from maestro_kernels.backends.triton.launch import (
     h_stride,
     layer_runs,
     record_of,
+    table_arch,
 )
 from maestro_kernels.backends.triton.layers import encode_rank
+from maestro_kernels.backends.triton.two_phase_aot import aot_spec
 from maestro_kernels.backends.triton.two_phase_config import (
     MAX_REGISTERS,
     SHIPPED,
     TwoPhaseConfig,
     TwoPhasePlan,
-    aot_spec,
-    choose_config,
     plan_two_phase,
 )
 from maestro_kernels.backends.triton.two_phase_kernel import two_phase_kernel
@@ -39,7 +39,6 @@ __all__ = [
     "TwoPhaseConfig",
     "TwoPhasePlan",
     "aot_spec",
-    "choose_config",
     "plan_two_phase",
     "two_phase",
     "two_phase_dx",
@@ -236,12 +235,16 @@ def _launch(
     widths = Rs if tensor_rank else [min(r, R) for r, R in zip(ranks, Rs, strict=True)]
     device = record_of(x)
     layout = _layout(xs, ss, es, ys)
-    config = config or choose_config(
-        M, max(Ns), x.dtype, device.arch, input_precision, aligned=layout != "any"
-    )
+    config = config or choose.two_phase(
+        device, M, tuple(Ns), tuple(t.shape[1] for t in xs), tuple(Rs), x.dtype, input_precision,
+        aligned=layout != "any",
+    )  # fmt: skip
     plan = plan_two_phase(device, config, M, tuple(Ns[: len(ys)]), tuple(widths))
     hs = _empty_h(x, M, widths, shared=not save_h)
     names = [activation_name(a) for a in activations]
+    # The interpreter knows neither prefetches nor launches that overlap.
+    decode = config.decode and not interpreter.active()
+    pdl = decode and table_arch(device.arch) == "sm_90"
     if num_programs is None:
         # Interpreted programs run one after another: after the first they have nothing to do.
         num_programs = 1 if interpreter.active() else plan.num_programs
@@ -281,9 +284,13 @@ def _launch(
             BLOCK_N=config.BLOCK_N,
             BLOCK_K=config.BLOCK_K,
             BLOCK_R=config.BLOCK_R,
+            STEP_R=config.ranks_per_step,
+            PREFETCH=decode and layout != "any",
+            PDL=pdl,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             maxnreg=MAX_REGISTERS,
+            launch_pdl=pdl,
         )
     return hs
 

@@ -12,6 +12,12 @@ All tiles are numbered, phase 1 first, and claimed from one counter. A program t
 for tiles that running programs hold: no co-residency is needed, and any number of programs will do.
 The last program to leave sets the counters back to zero for the next launch on the same stream.
 
+Few rows (PREFETCH): what such a launch waits for is its factors. Every program asks for a share of
+them before it does anything else, so that all of their bytes are on the way to L2 at once, also
+those of the expand, while H is made. Which program asks for what is a hint and nothing more.
+With programmatic dependent launch (PDL) that happens while the kernel before still runs: factors
+are the only memory that may be looked at then.
+
 Factors are read through pointers, not TMA: H is written by ordinary stores and read by other
 programs in the same launch, which TMA would need a proxy fence for that Triton cannot express, and
 the pointers of a group are chosen at run time, which host descriptors cannot be.
@@ -19,19 +25,19 @@ the pointers of a group are chosen at run time, which host descriptors cannot be
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from maestro_kernels.backends.triton import two_phase_config
 from maestro_kernels.backends.triton.epilogue import apply_activation
 from maestro_kernels.backends.triton.layers import RANK_BITS, element, pick, vector
 
-__all__ = ["COUNTERS_BEFORE_ARRIVALS", "MAX_SPLIT", "MIN_STEPS", "expand_sum", "two_phase_kernel"]
+__all__ = ["expand_sum", "two_phase_kernel"]
 
-# Slots the last arriver has to add: each costs it BLOCK_M * BLOCK_R * 4 bytes from L2.
-MAX_SPLIT = tl.constexpr(16)
-# Steps of BLOCK_K below which a split would spend its time on starting its loads.
-MIN_STEPS = tl.constexpr(2)
-# The ticket and the count of leaving programs have a 128-byte line each, the arrivals follow.
-_EXIT = tl.constexpr(32)
-COUNTERS_BEFORE_ARRIVALS = tl.constexpr(64)
+_MAX_SPLIT = tl.constexpr(two_phase_config.MAX_SPLIT)
+_MIN_STEPS = tl.constexpr(two_phase_config.MIN_STEPS)
+_COUNTERS_BEFORE_ARRIVALS = tl.constexpr(two_phase_config.COUNTERS_BEFORE_ARRIVALS)
+_PREFETCHED = tl.constexpr(two_phase_config.PREFETCHED)
+_EXIT = tl.constexpr(two_phase_config.COUNTERS_BEFORE_ARRIVALS // 2)
 
 
 @triton.jit
@@ -43,6 +49,32 @@ def _eights(value, KNOWN: tl.constexpr):
     if KNOWN:
         value = value // 8 * 8
     return value
+
+
+@triton.jit
+def _prefetch(p, rows, columns, stride_row):
+    """Ask L2 for this program's share of a matrix of contiguous rows."""
+    LINE: tl.constexpr = 1024 // p.dtype.element_ty.primitive_bitwidth
+    per_row = tl.cdiv(columns, LINE)
+    i_end = rows * per_row * (tl.program_id(0) + 1) // tl.num_programs(0)
+    for i in range(rows * per_row * tl.program_id(0) // tl.num_programs(0), i_end, 128):
+        o_line = tl.minimum(i + tl.arange(0, 128), i_end - 1)
+        p_line = p + (o_line // per_row).to(tl.int64) * stride_row + o_line % per_row * LINE
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p_line], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def _prefetch_factors(s, e, rank, K, N, stride_sr, stride_sk, stride_en, stride_er, ROWS):
+    """Ask L2 for S[:r] and E[:, :r]; of E only as much as stays there beside the rest."""
+    most = _PREFETCHED // (e.dtype.element_ty.primitive_bitwidth // 8)
+    if ROWS:
+        _prefetch(s, rank, K, stride_sr)
+        _prefetch(e, tl.minimum(N, most // tl.maximum(rank, 1)), rank, stride_en)
+    else:
+        _prefetch(s, K, rank, stride_sk)
+        _prefetch(e, tl.minimum(rank, most // tl.maximum(N, 1)), N, stride_er)
 
 
 @triton.jit
@@ -132,8 +164,9 @@ def _reduce_splits(b_h, p_slots, p_arrivals, i_split, num_splits, BLOCK_M, BLOCK
     if is_last:
         tl.store(p_arrivals, 0)
         b_h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        # Unrolled, because the loads of several slots must be in flight together.
-        for i in tl.range(0, num_splits, loop_unroll_factor=4):
+        # Unrolled, because the loads of several slots must be in flight together; one large slot is
+        # enough in flight, and several would not fit into the registers beside the sum.
+        for i in tl.range(0, num_splits, loop_unroll_factor=4 if SIZE <= 4096 else 1):
             b_h += tl.load(p_slots + i * SIZE + o_slot)
     return b_h, is_last
 
@@ -178,6 +211,7 @@ def two_phase_kernel(
     SUM_LAYERS: tl.constexpr, ZERO_TAIL: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     LAYERS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    STEP_R: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y_i = act_i(x_i · S_i[:r_i]ᵀ · E_i[:, :r_i]ᵀ + bias_i), or y = the sum of those (SUM_LAYERS).
 
@@ -197,6 +231,9 @@ def two_phase_kernel(
             strides are multiples of 8; factors are read 16 bytes at a time, up to the next
             multiple of 8 of the rank. "any": no promise, exact masks, narrow loads.
         LAYERS: number of layers rounded up to a power of two.
+        STEP_R: ranks that a step of the expand reads.
+        PREFETCH: factors are asked for before anything else; not with LAYOUT "any".
+        PDL: the launch may begin before the kernel in front of it has ended.
     """
     NUM_LAYERS: tl.constexpr = len(xs)
     ROWS: tl.constexpr = LAYOUT == "rows"
@@ -205,22 +242,33 @@ def two_phase_kernel(
     o_l = tl.arange(0, LAYERS)
     b_R = vector(Rs, o_l, NUM_LAYERS)
     if TENSOR_RANK:
+        if PDL:
+            gdc_wait()
         b_rank = tl.load(ranks + o_l, mask=o_l < NUM_LAYERS, other=0)
     else:
         b_rank = vector(ranks, o_l, NUM_LAYERS) >> RANK_BITS
     b_rank = tl.minimum(tl.maximum(b_rank, 0), b_R)
 
+    if PREFETCH:
+        for j in tl.static_range(NUM_LAYERS):
+            _prefetch_factors(
+                ss[j], es[j], element(b_rank, o_l, j), Ks[j], Ns[j], strides_sr[j], strides_sk[j],
+                strides_en[j], strides_er[j], ROWS,
+            )  # fmt: skip
+    if PDL and not TENSOR_RANK:
+        gdc_wait()
+
     num_m = tl.cdiv(M, BLOCK_M)
     b_blocks = tl.cdiv(b_rank, BLOCK_R)
     num_unsplit = tl.maximum(num_m * tl.sum(b_blocks, 0), 1)
     b_steps = tl.cdiv(vector(Ks, o_l, NUM_LAYERS), BLOCK_K)
-    b_split = tl.minimum(split_target // num_unsplit, tl.minimum(b_steps // MIN_STEPS, MAX_SPLIT))
+    b_split = tl.minimum(split_target // num_unsplit, tl.minimum(b_steps // _MIN_STEPS, _MAX_SPLIT))
     b_split = tl.maximum(b_split, 1)
     b_shrink = b_blocks * b_split
     b_shrink_end = tl.cumsum(b_shrink, 0)
     per_m = tl.sum(b_shrink, 0)
 
-    p_arrivals = counters + COUNTERS_BEFORE_ARRIVALS
+    p_arrivals = counters + _COUNTERS_BEFORE_ARRIVALS
     p_ready = p_arrivals + split_target
     i_tile = tl.atomic_add(counters, 1, sem="relaxed")
 
@@ -262,6 +310,9 @@ def two_phase_kernel(
             tl.atomic_add(p_ready + i_layer * num_m + i_m, 1, sem="release")
         i_tile = tl.atomic_add(counters, 1, sem="relaxed")
     num_claimed = num_m * per_m
+    if PDL:
+        # The next kernel fetches its own factors while this one waits for H and writes y.
+        gdc_launch_dependents()
 
     if ZERO_TAIL:
         b_tail = num_m * (tl.cdiv(b_R, BLOCK_R) - b_blocks)
@@ -310,7 +361,7 @@ def two_phase_kernel(
                 b_y, pick(hs, i, NUM_LAYERS), pick(es, i, NUM_LAYERS), M, N, rank,
                 pick(strides_hm, i, NUM_LAYERS), _eights(pick(strides_en, i, NUM_LAYERS), ROWS),
                 _eights(pick(strides_er, i, NUM_LAYERS), COLUMNS), i_m, i_n, ROWS, BLOCK_M,
-                BLOCK_N, BLOCK_R, INPUT_PRECISION,
+                BLOCK_N, STEP_R, INPUT_PRECISION,
             )  # fmt: skip
         p_bias = pick(biases, i_layer, NUM_LAYERS)
         b_y = _epilogue(b_y, p_bias, N, i_layer, i_n, ACTIVATIONS, BIAS_BITS, BLOCK_N)

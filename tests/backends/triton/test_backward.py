@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from triton_support import DEVICE, INTERPRETED, WHY_NOT, needs_kernels, needs_tr
 from maestro_kernels import hardware
 from maestro_kernels.backends import reference
 from maestro_kernels.backends import triton as backend
+from maestro_kernels.backends.triton import choose
 from maestro_kernels.call import Call
 from maestro_kernels.problem import describe
 from maestro_kernels.testing import assert_accurate, make_inputs
@@ -455,20 +457,32 @@ def test_strategy_follows_rows_rank_and_precision():
     def strategy(device=hardware.H100, **sizes):
         return backend.choose_strategy(problem(**sizes), device)[0]
 
-    assert strategy() == "row"
+    assert strategy(M=16384) == "row"
     assert strategy(M=64) == "two_phase"
-    assert strategy(M=64 * 98) == "two_phase"
-    assert strategy(M=64 * 98 + 1) == "row"
+    assert strategy(M=4096) == "two_phase"  # half of the cores would have no rows
+    assert strategy(M=8192) == "row"
     assert strategy(M=64, device=replace(hardware.H100, num_cores=1)) == "row"
-    assert strategy(R=256, rank=129) == "two_phase"
+    assert strategy(R=512, rank=257) == "two_phase"  # wider than the registers
     assert strategy(R=256, rank=64) == "row"
-    assert strategy(R=256, rank=None) == "two_phase"  # it may be 256
+    assert strategy(R=256, rank=None, M=7000) == "two_phase"  # it may be 256
     assert strategy(R=64, rank=None) == "row"
     assert strategy(dtype=torch.float32) == "two_phase"
     group = (problem(), problem())
     assert backend.choose_strategy(group, hardware.H100)[0] == "two_phase"
     assert "2 layers" in backend.choose_strategy(group)[1]
-    assert backend.choose_strategy(problem(M=1))[1] == "1 blocks of 64 rows cannot occupy 132 cores"
+    why = backend.choose_strategy(problem(M=1))[1]
+    assert re.fullmatch(r"[\d.]+ µs predicted with H in registers, [\d.]+ in two phases", why)
+
+
+@pytest.mark.parametrize("rank", [16, 64, 128, 256])
+def test_the_strategy_is_the_one_of_the_smaller_prediction(rank):
+    for M in (64, 1000, 4096, 8448, 9000, 20000):
+        sizes = (M, 4096, 4096, rank, torch.bfloat16)
+        row, phases = choose.strategies(hardware.H100, *sizes)
+        chosen, _ = backend.choose_strategy(problem(M=M, R=rank, rank=rank), hardware.H100)
+        assert chosen == ("row" if row <= phases else "two_phase")
+        unknown = replace(hardware.H100, bandwidth=None, peak_flops=())
+        assert choose.strategies(unknown, *sizes) == (row, phases)
 
 
 def test_tf32_is_asked_for_only_where_torch_allows_it(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,14 +16,18 @@ pytestmark = needs_kernels
 if WHY_NOT is None:
     from two_phase_cases import allocations  # noqa: F401
 
+    from maestro_kernels import hardware
+    from maestro_kernels.backends.triton import choose, predict, row_config
     from maestro_kernels.backends.triton.row import (
         SHIPPED,
         RowConfig,
-        choose_config,
+        RowPlan,
+        plans,
         row,
         row_dx,
         width_bucket,
     )
+    from maestro_kernels.measure.cost import Size
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HALF = (torch.bfloat16, torch.float32)
@@ -166,14 +172,56 @@ def test_repeats_bitwise():
     assert torch.equal(first[1], second[1])
 
 
+@pytest.mark.parametrize("save_h", [True, False])
+@pytest.mark.parametrize(
+    "plan", [(3, 1), (0, 2), (0, 3), (1, 2), (2, 3), (2, 5), (1, 9)], ids=str
+)  # whole blocks, programs for each of the others; some of nine have no columns
+def test_blocks_that_several_programs_share(plan, save_h, allocations):
+    """Every element of y and H is written once, and to the bit as by one program."""
+    whole, splits = plan
+    x, u, v, bias = inputs(37, 200, 40, 24, torch.float32)
+    config = small(24)
+    alone = row(x, v, u, bias, 24, "gelu", save_h=True, config=config)
+    cut = RowPlan(whole, splits, whole + (3 - whole) * splits)
+    y, h = row(x, v, u, bias, 24, "gelu", save_h=save_h, config=config, plan=cut)
+    assert torch.equal(y, alone[0])
+    assert torch.equal(h, alone[1]) if save_h else h is None
+    dy = make_inputs(37, 8, 200, 8, dtype=torch.float32, device=DEVICE)[0]
+    dx, dh = row_dx(dy, u, v, 24, config=config, plan=cut)
+    check(dx, dh, dy, v.t(), u.t(), None, 24, None)
+
+
+def test_a_last_wave_that_is_nearly_empty_is_shared():
+    """64 rows on 132 cores: 9000 are 141 blocks, and no plan leaves a core with two of them."""
+    tiles = RowConfig(64, 128, 64, 128, 4, 4, descriptors=True)
+    assert tiles.resident == 1
+    found = list(plans(tiles, 9000, 4096, 132))
+    assert found[0] == RowPlan(141, 1, 141)
+    assert {p.num_whole for p in found[1:]} == {132}
+    assert max(p.num_splits for p in found) == 132 // 9
+    for plan in found:
+        assert plan.num_programs == plan.num_whole + (141 - plan.num_whole) * plan.num_splits
+    times = [
+        predict.row(hardware.H100, tiles, p, Size(9000, 4096, 4096, 128), 2, 800e12).seconds
+        for p in found
+    ]
+    assert min(times) < 0.9 * times[0]
+    assert len(list(plans(tiles, 132 * 64, 4096, 132))) == 1  # one full wave: nothing to share
+    assert all(p.num_splits <= 2 for p in plans(tiles, 64, 256, 132))  # two blocks of columns
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("precision", ["half", "tf32", "ieee"])
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_a_width_has_one_configuration_that_ships(arch, precision, descriptors):
+    device = replace(hardware.H100, arch=arch)
+    dtype = torch.bfloat16 if precision == "half" else torch.float32
     for M in (1, 8192, 1 << 20):
         chosen = {}
         for rank in range(1, 257):
-            config = choose_config(M, rank, precision, arch, 132, descriptors=descriptors)
+            config, _ = choose.row(
+                device, M, 4096, 4096, width_bucket(rank), dtype, precision, descriptors=descriptors
+            )
             assert config in SHIPPED[arch]
             assert rank <= config.BLOCK_R < max(2 * rank, 17)
             assert config.precision == precision
@@ -185,12 +233,15 @@ def test_a_width_has_one_configuration_that_ships(arch, precision, descriptors):
 
 def test_tiles_follow_the_number_of_rows():
     def block_m(M, num_cores=132):
-        return choose_config(M, 128, "half", "sm_90", num_cores, descriptors=True).BLOCK_M
+        device = replace(hardware.H100, num_cores=num_cores)
+        return choose.row(device, M, 4096, 4096, 128, torch.bfloat16)[0].BLOCK_M
 
-    assert block_m(8192) == 64  # 128 rows each would leave half of the cores idle
-    assert block_m(131 * 128) == 64
-    assert block_m(131 * 128 + 1) == 128
-    assert block_m(8192, num_cores=64) == 128
-    descriptors = choose_config(8192, 128, "half", "sm_90", 132, descriptors=True)
-    assert descriptors.descriptors
-    assert not choose_config(8192, 128, "half", "sm_80", 132, descriptors=True).descriptors
+    assert block_m(2048) == 64  # 128 rows each would leave most of the cores idle
+    assert block_m(132 * 128) == 128
+    assert block_m(2048, num_cores=16) == 128
+    offered = row_config.candidates("sm_90", 128, "half", descriptors=True)
+    assert all(config.descriptors for config in offered)
+    assert not any(
+        config.descriptors
+        for config in row_config.candidates("sm_80", 128, "half", descriptors=True)
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -15,11 +14,10 @@ if WHY_NOT is None:
 
     from maestro_kernels import hardware
     from maestro_kernels.backends import workspace
-    from maestro_kernels.backends.triton import layers, two_phase
+    from maestro_kernels.backends.triton import choose, layers, two_phase
     from maestro_kernels.backends.triton.two_phase import (
         SHIPPED,
         TwoPhaseConfig,
-        choose_config,
         plan_two_phase,
     )
 
@@ -283,16 +281,18 @@ class TestInterleaved:
 def test_every_choice_is_shipped_and_fits(arch, dtype):
     table = "sm_90" if arch in ("sm_90", "sm_100") else "sm_80"
     limit = {"sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_80": 163 * 1024}.get(arch, 99 * 1024)
+    device = replace(hardware.H100, arch=arch)
     for M in (1, 16, 17, 64, 65, 512, 4096, 1 << 20):
         for N in (1, 8192, 8193, 1 << 17):
             for precision in ("ieee", "tf32"):
-                config = choose_config(M, N, dtype, arch, precision)
-                small = choose_config(M, N, dtype, arch, precision, aligned=False)
+                sizes = (device, M, (N,), (4096,), (256,), dtype, precision)
+                config = choose.two_phase(*sizes)
+                small = choose.two_phase(*sizes, aligned=False)
                 assert {config, small} <= set(SHIPPED[table])
                 assert small.BLOCK_M <= config.BLOCK_M
                 assert M > 16 or config.BLOCK_M == 16
                 shrink = (config.BLOCK_M + config.BLOCK_R) * config.BLOCK_K
-                expand = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_R
+                expand = (config.BLOCK_M + config.BLOCK_N) * config.ranks_per_step
                 stages = config.num_stages * dtype.itemsize
                 assert max(shrink, expand) * stages <= limit
 
@@ -324,40 +324,3 @@ def test_a_y_that_is_not_written_does_not_narrow_the_loads():
     assert nothing.stride(0) % 8
     assert two_phase._layout([x], [v], [u], [nothing]) == "rows"
     assert two_phase._layout([x], [v], [u], [x.new_empty(16, 65)]) == "any"
-
-
-class TestCounters:
-    """Who shares counters with whom."""
-
-    def test_a_stream_keeps_its_own_and_grows(self):
-        held = workspace.Counters(torch.device("cpu"))
-        a, b = held.eager(1, 100), held.eager(2, 100)
-        assert a.data_ptr() != b.data_ptr()
-        assert held.eager(1, 50).data_ptr() == a.data_ptr()
-        grown = held.eager(1, a.numel() + 1)
-        assert grown.numel() > a.numel()
-        assert not grown.any()
-        assert held.eager(1, 100).data_ptr() == grown.data_ptr()
-
-    def test_launches_under_capture_never_share(self):
-        held = workspace.Counters(torch.device("cpu"))
-        eager = held.eager(0, 100)
-        taken = [held.captured(100) for _ in range(5)]
-        spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in [eager, *taken])
-        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
-        assert all(t.data_ptr() % 128 == taken[0].data_ptr() % 128 for t in taken)
-
-    def test_what_graphs_hold_outlives_the_reserve(self):
-        held = workspace.Counters(torch.device("cpu"))
-        held.eager(0, 1)
-        taken = held.captured(1000)
-        held.captured(workspace._RESERVE - 2000)
-        held.eager(0, 1)  # sets a new reserve aside
-        assert held.captured(1000).data_ptr() != taken.data_ptr()
-        storage = taken.untyped_storage().data_ptr()
-        assert storage in [b.untyped_storage().data_ptr() for b in held._blocks]
-
-    def test_capture_before_any_eager_call_still_gets_zeros(self):
-        taken = workspace.Counters(torch.device("cpu")).captured(70)
-        assert taken.numel() >= 70
-        assert not taken.any()

@@ -98,6 +98,49 @@ void check_choice() {
   CHECK(choose(plain_layer(132 * 64, 4096, 4096, 256), kHopper).cluster == 2);
 }
 
+// Every row group and tile of y belongs to one item, and no item is without tiles.
+void check_walks() {
+  for (const int32_t groups : {1, 3, 33, 50})
+    for (const int32_t n_tiles : {1, 7, 64})
+      for (int32_t whole = 0; whole <= groups; ++whole)
+        for (int32_t parts = 1; parts <= std::min(n_tiles, 9); ++parts) {
+          Walk walk{};
+          walk.n_tiles = n_tiles, walk.whole = whole, walk.parts = parts;
+          walk.items = whole + (groups - whole) * parts;
+          std::vector<int> made(static_cast<size_t>(groups * n_tiles));
+          for (int32_t i = 0; i < walk.items; ++i) {
+            const Item item = item_of(walk, i);
+            CHECK(item.n_begin < item.n_end && item.group < groups);
+            for (int32_t n = item.n_begin; n < item.n_end; ++n) ++made[static_cast<size_t>(item.group * n_tiles + n)];
+          }
+          for (const int times : made) CHECK(times == 1);
+        }
+  // As wide as tiles of y can be: the product of tiles and parts is more than 32 bits hold.
+  Walk wide{};
+  wide.n_tiles = 1 << 24, wide.whole = 0, wide.parts = 132, wide.items = 132;
+  CHECK(item_of(wide, 131).n_end == 1 << 24 && item_of(wide, 130).n_end == item_of(wide, 131).n_begin);
+}
+
+// A last round of few row groups is shared, and shorter for it.
+void check_parts() {
+  for (const int64_t M : {4097, 9000, 12000, 20000}) {
+    const Layer layer = plain_layer(M, 4096, 4096, 128);
+    const Config c = choose(layer, kHopper);
+    Config alone = c;
+    set_walk(alone, layer, kHopper, false);
+    CHECK(alone.parts == 1 && alone.whole == row_groups(M, c));
+    CHECK(predicted_ns(layer, c, kHopper) <= predicted_ns(layer, alone, kHopper));
+  }
+  const Layer layer = plain_layer(4096, 4096, 4096, 128);  // 64 blocks of 64 rows
+  const Config c = choose(layer, kHopper);
+  CHECK(c.parts > 1 && int64_t{c.clusters} * c.cluster > 64);
+  const Layer wide = plain_layer(9000, 14336, 4096, 256);
+  CHECK(choose(wide, kHopper).parts > 1 && choose(wide, kHopper).whole > 0);
+  const Layer full = plain_layer(132 * 64, 4096, 4096, 256);
+  CHECK(choose(full, kHopper).parts == 1);
+  CHECK(choose(plain_layer(4096, 64, 4096, 128), kHopper).parts == 1);  // one tile of y
+}
+
 void refused(const char* expected, DType dtype, const Device& device, void (*change)(Layer&)) {
   Layer layer = plain_layer(128, 64, 64, 64);
   change(layer);
@@ -136,17 +179,27 @@ void check_refusals() {
   refused("rows of u overlap", [](Layer& a) { a.stride_un = 56; });
   refused("rows of v overlap or", [](Layer& a) { a.stride_vr = int64_t{1} << 39; });
   const Layer layer = plain_layer(128, 64, 64, 64);
-  CHECK(invalid({64, 1, 2, 1}, layer) == nullptr);
-  for (const Config& bad :
-       {Config{32, 1, 2, 1}, {320, 1, 2, 1}, {64, 3, 2, 1}, {64, 1, 3, 1}, {64, 1, 2, 2}, {64, 1, 2, 0}})
+  CHECK(invalid({64, 1, 2, 1, 1, 1}, layer) == nullptr);
+  for (const Config& bad : {Config{32, 1, 2, 1, 1, 1},
+                            {320, 1, 2, 1, 1, 1},
+                            {64, 3, 2, 1, 1, 1},
+                            {64, 1, 3, 1, 1, 1},
+                            {64, 1, 2, 2, 1, 1},
+                            {64, 1, 2, 0, 1, 1},
+                            {64, 1, 2, 1, 2, 1},
+                            {64, 1, 2, 1, -1, 1},
+                            {64, 1, 2, 1, 1, 0},
+                            {64, 1, 2, 1, 0, 2}})
     CHECK(invalid(bad, layer) != nullptr);
-  CHECK(invalid({64, 1, 2, 1}, plain_layer(128, 64, 64, 72)) != nullptr);
+  CHECK(invalid({64, 1, 2, 1, 1, 1}, plain_layer(128, 64, 64, 72)) != nullptr);
 }
 
 int run_layout() {
   check_layout();
   check_budgets();
   check_choice();
+  check_walks();
+  check_parts();
   check_refusals();
   return failures > 0;
 }

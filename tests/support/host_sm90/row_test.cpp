@@ -151,8 +151,10 @@ class Run {
     const RowMaps maps{map(m.x, &fetches_[0], nullptr), map(m.v, &fetches_[1], nullptr),
                        map(m.u, &fetches_[2], nullptr), map(m.y, nullptr, &y_writes_)};
     y_writes_.assign(y_.bits.size(), 0);
-    const RowParams params{int32_t(c_.M), int32_t(c_.N), int32_t(c_.K),   int32_t(bound()), layer.rank_ptr,
-                           layer.bias,    layer.h,       layer.stride_hm, c_.activation};
+    const RowParams params{
+        int32_t(c_.M),   int32_t(c_.N),  int32_t(c_.K),   int32_t(bound()), layer.rank_ptr,
+        layer.bias,      layer.h,        layer.stride_hm, c_.activation,    int32_t(items(c_.M, c_.config)),
+        c_.config.whole, c_.config.parts};
     sim::machine.run(c_.config.clusters, c_.config.cluster, 128 * (c_.config.groups + 1), c_.order, c_.seed,
                      [&] { kernel(maps, params, c_.config.cluster); });
     check_fetches(m);
@@ -182,18 +184,23 @@ class Run {
     return {static_cast<const uint16_t*>(m.data), m.rows, m.columns, m.stride, m.box_rows, fetches, writes};
   }
 
-  // x once; every part of v and u once for each row group, hence once per cluster and walk.
+  // x once for each item of its row group, v once for each item, u once for each row group: once per cluster and walk.
   void check_fetches(const Matrices& m) {
-    const int64_t groups = row_groups(c_.M, c_.config), k_tiles = ceil_div(c_.K, 64), n_tiles = ceil_div(c_.N, 64);
+    const int64_t groups = row_groups(c_.M, c_.config), all = items(c_.M, c_.config), k_tiles = ceil_div(c_.K, 64),
+                  n_tiles = ceil_div(c_.N, 64);
     const struct {
       int64_t boxes, times;
     } expected[] = {{groups * c_.config.cluster * k_tiles, 1},
-                    {k_tiles * c_.config.width / m.v.box_rows, groups},
+                    {k_tiles * c_.config.width / m.v.box_rows, all},
                     {n_tiles * (64 / m.u.box_rows) * c_.config.width / 64, groups}};
     for (int i = 0; i < 3; ++i) {
       sim::require(static_cast<int64_t>(fetches_[i].size()) == expected[i].boxes, "boxes of x, v or u were left out");
-      for (const auto& box : fetches_[i])
-        sim::require(box.second == expected[i].times, "a box of x, v or u was fetched too often or too rarely");
+      for (const auto& box : fetches_[i]) {
+        const int64_t rows = int64_t{m.x.box_rows} * c_.config.cluster;
+        const bool in_parts = i == 0 && box.first.first / rows >= c_.config.whole;
+        sim::require(box.second == (in_parts ? c_.config.parts : expected[i].times),
+                     "a box of x, v or u was fetched too often or too rarely");
+      }
     }
   }
   static void check_writes(const Buffer& b, const std::vector<uint8_t>& writes, const char* which) {
@@ -278,9 +285,14 @@ Case draw(DType dtype, int width, int groups, int cluster, uint32_t i) {
   c.config.cluster = cluster;
   const int rows = 64 * groups * cluster, row_groups_wanted = between(1, 3);
   c.M = std::max(64, rows * (row_groups_wanted - 1) + between(1, rows));
-  c.config.clusters = static_cast<int32_t>(std::min<int64_t>(row_groups(c.M, c.config), between(1, 2)));
+  const int least = between(1, 2);
   c.K = i % 5 == 0 ? between(1, 63) : i % 5 == 1 ? 64 * between(1, 4) : between(65, 300);
   c.N = i % 4 == 0 ? between(1, 63) : i % 4 == 1 ? 64 * between(1, 4) : between(65, 300);
+  // Two of three draws have row groups in parts, to all of them and to one tile of y each.
+  const auto wanted = static_cast<int>(row_groups(c.M, c.config)), tiles = static_cast<int>(ceil_div(c.N, 64));
+  c.config.whole = i % 3 == 0 ? wanted : between(0, wanted);
+  c.config.parts = i % 3 == 0 ? 1 : between(1, std::min(tiles, 4));
+  c.config.clusters = static_cast<int32_t>(std::min<int64_t>(items(c.M, c.config), least));
   c.rank = i % 3 == 0 ? width : between(width - 63, width);
   c.device_rank = i % 2 == 1;
   c.R = c.device_rank ? c.rank : (c.rank + 7) / 8 * 8 + 8 * between(0, 4);
@@ -311,7 +323,7 @@ int run_cases(uint32_t draws) {
 
 Case small_case(uint32_t i) {
   Case c;
-  c.config = {128, 2, 2, 1};
+  c.config = {128, 2, 2, 1, 1, 2};
   c.M = 300 + i % 200;
   c.N = 200 + i;
   c.K = 250 + i;

@@ -1,0 +1,104 @@
+"""What the planner predicts of the Triton kernels on a recorded H100; no kernel runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton_support import needs_triton
+
+from maestro_kernels.backends.triton import choose, predict
+from maestro_kernels.backends.triton.row_config import RowConfig, RowPlan
+from maestro_kernels.backends.triton.two_phase_config import CANDIDATES, TwoPhaseConfig
+from maestro_kernels.hardware import H100
+from maestro_kernels.measure.cost import Size, count
+from maestro_kernels.measure.predict import H100_ASSUMED
+
+PEAK = 800e12
+
+
+def tiles(M, N, R, K=4096):
+    return choose.two_phase(H100, M, (N,), (K,), (R,), torch.bfloat16)
+
+
+@pytest.mark.parametrize("N", [4096, 14336])
+@pytest.mark.parametrize("M", [1, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("R", [16, 64, 127, 256, 512, 1024])
+def test_few_rows_have_enough_in_flight(M, N, R):
+    """For 3.3 TB/s, or everything there is to fetch, in both phases (Little's law)."""
+    config = tiles(M, N, R)
+    assert config.decode
+    found = predict.two_phase(H100, config, [Size(M, N, 4096, R)], 2, PEAK)
+    shrink, expand = found.phases
+    needed = 3.3e12 * H100_ASSUMED.latency
+    there = 2 * R * (4096 + min(N, 6 << 20))
+    asked = shrink.in_flight_per_core(H100) * H100.num_cores
+    assert asked >= min(needed, there)
+    busy = min(expand.tiles, H100.num_cores)
+    flying = expand.in_flight_per_core(H100) * busy
+    loaded = expand.tiles * 2 * R * (min(M, config.BLOCK_M) + config.BLOCK_N)
+    assert flying >= min(3.3e12 * H100_ASSUMED.cache_latency, 0.5 * loaded)
+
+
+def test_the_expand_with_a_step_of_32_ranks_has_too_little():
+    """What few rows had before: six kilobytes on an SM, a third of its share for 3.3 TB/s."""
+    before = TwoPhaseConfig(16, 32, 128, 32, 4, 4)
+    expand = predict.two_phase(H100, before, [Size(1, 4096, 4096, 1024)], 2, PEAK).phases[1]
+    assert expand.in_flight_per_core(H100) == 3 * (1 + 32) * 32 * 2
+    assert expand.in_flight_per_core(H100) < 3.3e12 * H100_ASSUMED.latency / 132 / 2
+
+
+@pytest.mark.parametrize("M", [1, 64, 1024, 8192, 32768])
+@pytest.mark.parametrize("rank", [64, 256])
+def test_nothing_is_faster_than_the_roofline(M, rank):
+    size = Size(M, 4096, 4096, rank)
+    ideal = count("fused", [size], 2).seconds(H100, "bfloat16")
+    for config in CANDIDATES["sm_90", "16-bit"]:
+        assert predict.two_phase(H100, config, [size], 2, PEAK).seconds > ideal
+    assert min(choose.strategies(H100, M, 4096, 4096, rank, torch.bfloat16)) > ideal
+
+
+def test_prefetched_factors_are_fetched_once():
+    plain = TwoPhaseConfig(16, 32, 128, 32, 4, 4, 128)
+    size = Size(16, 4096, 4096, 256)
+    for config in (plain, replace(plain, decode=True)):
+        shrink, expand = predict.two_phase(H100, config, [size], 2, PEAK).phases
+        total = 2 * (16 * 8192 + 256 * 8192)
+        assert shrink.memory_bytes + expand.memory_bytes == total
+    assert expand.cached
+    far = predict.two_phase(H100, config, [Size(1, 14336, 4096, 1024)], 2, PEAK).phases[1]
+    assert not far.cached  # 28 MB of u are more than waits in L2
+
+
+def test_a_group_is_one_launch():
+    size = Size(1, 4096, 4096, 128)
+    config = tiles(1, 4096, 128)
+    one, three = (predict.two_phase(H100, config, [size] * n, 2, PEAK) for n in (1, 3))
+    assert one.seconds < three.seconds < 2 * one.seconds
+
+
+def test_shared_blocks_read_their_rows_again():
+    config = RowConfig(64, 128, 64, 128, 4, 4, descriptors=True)
+    size = Size(64, 4096, 4096, 128)
+    alone, shared = (
+        predict.row(H100, config, RowPlan(whole, splits, splits), size, 2, PEAK).phases[0]
+        for whole, splits in ((1, 1), (0, 4))
+    )
+    assert shared.tiles == 4
+    assert shared.tile_bytes == alone.tile_bytes - 2 * (128 + 64) * 3072
+    assert shared.memory_bytes == alone.memory_bytes
+
+
+def test_many_rows_take_wide_blocks_of_ranks():
+    """64 ranks a tile read x four times at rank 256."""
+    assert tiles(4096, 4096, 256).BLOCK_R == 128
+    assert tiles(4096, 4096, 64).BLOCK_R == 64
+
+
+@needs_triton
+def test_the_table_of_the_suite():
+    from tools import predicted
+
+    rows = list(predicted.rows(["Llama-2-7B o"], (1, 8192), (64,)))
+    assert [r.strategy for r in rows] == ["two_phase", "row"]
+    assert all(r.roofline < r.predicted for r in rows)
+    assert rows[0].ratio < 1
