@@ -19,7 +19,8 @@ import torch
 from maestro_kernels import hardware
 from maestro_kernels.backends import triton as planner
 from maestro_kernels.backends.triton import choose, predict, row_config
-from maestro_kernels.benchmark.cases import MODELS, Case
+from maestro_kernels.benchmark.cases import MODELS
+from maestro_kernels.measure.cases import Case
 from maestro_kernels.measure.predict import library_calls
 from maestro_kernels.problem import LoDProblem
 from tools import tables
