@@ -67,8 +67,32 @@ class CpuClock:
         return (time.perf_counter_ns() - start) * 1e-9
 
 
+class _Flush:
+    """Overwrites a buffer: what lay in a GPU's L2 before has to come from memory again.
+
+    Args:
+        size: bytes; twice the L2 leaves nothing of what was there. 0 does nothing.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._buffer = size, None
+
+    def __call__(self) -> None:
+        if self._size:
+            if self._buffer is None:
+                self._buffer = torch.empty(self._size, dtype=torch.uint8, device="cuda")
+            self._buffer.zero_()
+
+
 class CudaClock:
-    """Eager launches between two events on the current stream, so launch cost is part of it."""
+    """Eager launches between two events on the current stream, so launch cost is part of it.
+
+    Args:
+        flush: bytes that are overwritten before each sample, so that caches are cold.
+    """
+
+    def __init__(self, flush: int = 0) -> None:
+        self._flush = _Flush(flush)
 
     def prepare(self, name: str, call: Call) -> None:
         """Nothing to prepare."""
@@ -77,6 +101,7 @@ class CudaClock:
         """Seconds for all `calls` calls together."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        self._flush()
         start.record()
         for _ in range(calls):
             call()
@@ -86,9 +111,14 @@ class CudaClock:
 
 
 class CudaGraphClock:
-    """Replays of one CUDA graph per candidate that holds `calls` calls: device time alone."""
+    """Replays of one CUDA graph per candidate that holds `calls` calls: device time alone.
 
-    def __init__(self) -> None:
+    Args:
+        flush: bytes that are overwritten before each replay, so that caches are cold.
+    """
+
+    def __init__(self, flush: int = 0) -> None:
+        self._flush = _Flush(flush)
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
     def prepare(self, name: str, call: Call, calls: int = 1) -> None:
@@ -106,6 +136,8 @@ class CudaGraphClock:
         self.prepare(name, call, calls)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        # It also keeps the device busy while the host launches the graph.
+        self._flush()
         start.record()
         self._graphs[name, calls].replay()
         end.record()
@@ -152,6 +184,7 @@ def interleave(
     max_rounds: int = 100,
     prime: bool = True,
     clock: Clock | None = None,
+    most_calls: Mapping[str, int] | None = None,
 ) -> dict[str, Stats]:
     """Time callables against each other and return seconds per call for each.
 
@@ -168,6 +201,8 @@ def interleave(
         prime: call once untimed before each sample, which brings back into the caches what other
             candidates pushed out; leave it off for cold measurements.
         clock: how `calls` calls are timed; wall time by default.
+        most_calls: name -> most calls in a sample: the sets of weights that a cold one walks
+            through, because the next round of them would be warm.
 
     Returns:
         A Stats for every candidate, in the order of `candidates`.
@@ -184,7 +219,11 @@ def interleave(
         )
     clock = clock or CpuClock()
     deadline = time.perf_counter() + seconds
-    calls = {name: _repeats(call, sample_seconds) for name, call in candidates.items()}
+    most = most_calls or {}
+    calls = {
+        name: min(_repeats(call, sample_seconds), most.get(name, 10_000))
+        for name, call in candidates.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     with _no_garbage_collection():
         for k, order in enumerate(rounds(list(candidates))):

@@ -105,14 +105,15 @@ class Sweep:
             points: list[Point] = []
             for cache in ("warm", "cold"):
                 ring = ring_bytes(self.device) if cache == "cold" else 0
-                calls = {}
+                calls, copies = {}, {}
                 for rank, chosen in admitted.items():
                     rings = Rings(inputs[rank], ring)
                     case = self.case(max(rank, 1))
                     for provider in chosen:
                         bound = provider.bound(case, rings[provider.family])
                         calls[f"{rank} {provider.name}"] = walk(bound)
-                points += self._time(calls, cache)
+                        copies[f"{rank} {provider.name}"] = len(bound)
+                points += self._time(calls, cache, copies)
         return points
 
     def _inputs(self, rank: int) -> Inputs:
@@ -128,9 +129,13 @@ class Sweep:
             return Inputs(x, (u,), (v,), (b,), (), (rank,))
         return Inputs(x, (), (), (b,), (), (1,), dense=(v,))
 
-    def _time(self, calls: dict[str, Callable[[], object]], cache: str) -> list[Point]:
+    def _time(
+        self, calls: dict[str, Callable[[], object]], cache: str, copies: dict[str, int]
+    ) -> list[Point]:
         points = []
-        for launch, stats in timed(calls, self.device, cache, self.seconds, rounds=(5, 40)):
+        for launch, stats in timed(
+            calls, self.device, cache, self.seconds, rounds=(5, 40), copies=copies
+        ):
             for name, s in stats.items():
                 rank, _, strategy = name.partition(" ")
                 times = (1e3 * s.p20, 1e3 * s.p50, 1e3 * s.p80)
@@ -140,17 +145,34 @@ class Sweep:
 
 
 def passing(
-    case: Case, providers: Sequence[Provider], inputs: Inputs, yardstick: Sequence[str] = ()
+    case: Case,
+    providers: Sequence[Provider],
+    inputs: Inputs,
+    yardstick: Sequence[str] = (),
+    refused: dict[str, str] | None = None,
 ) -> list[Provider]:
-    """The providers that run and pass the accuracy gate, or are what it measures by."""
+    """The providers that run and pass the accuracy gate, or are what it measures by.
+
+    Args:
+        case: what they compute.
+        providers: the candidates.
+        inputs: of the case.
+        yardstick: names that need no gate.
+        refused: gets name -> why of those that failed, but for those that do not take the case.
+    """
+    refused = {} if refused is None else refused
     found = []
     for provider in providers:
         if provider.name not in yardstick:
             try:
                 _, problem = checked(case, provider, inputs)
-            except (Unavailable, RuntimeError):
+            except Unavailable:
+                continue
+            except RuntimeError as error:
+                refused[provider.name] = f"{type(error).__name__}: {error}"
                 continue
             if problem is not None:
+                refused[provider.name] = problem
                 continue
         found.append(provider)
     return found
@@ -163,6 +185,7 @@ def timed(
     seconds: float,
     *,
     rounds: tuple[int, int],
+    copies: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[str, dict[str, Stats]]]:
     """(launch mode, what its clock can time, in turns) for every launch mode of a device.
 
@@ -172,9 +195,12 @@ def timed(
         cache: "warm" or "cold".
         seconds: of samples per call.
         rounds: fewest and most samples.
+        copies: name -> sets of weights that a cold call walks through; on a GPU, whose caches are
+            flushed before a sample, that is the most calls one may hold.
     """
-    for launch, clock in Options(device=str(device)).launches.items():
-        timer = clock()
+    options = Options(device=str(device))
+    for launch in options.launches:
+        timer = options.clock(launch, cache)
         fit, _ = prepared(timer, calls)
         yield (
             launch,
@@ -185,6 +211,7 @@ def timed(
                 max_rounds=rounds[1],
                 prime=cache == "warm",
                 clock=timer,
+                most_calls=copies if device.type == "cuda" and cache == "cold" else None,
             ),
         )
 
