@@ -327,8 +327,8 @@ def _synchronize(device: torch.device) -> None:
 def versions() -> dict[str, str | bool | None]:
     """Software behind a measurement: package, commit, dirty flag, Python, torch, Triton, driver.
 
-    commit and dirty are None when the package does not run from a git work tree; where a copy of one
-    runs, MAESTRO_KERNELS_COMMIT says which, as `git describe --always --abbrev=40 --dirty` does.
+    commit and dirty are None when the package does not run from a git work tree; where a copy of
+    one runs, MAESTRO_KERNELS_COMMIT says which, as `git describe --always --abbrev=40 --dirty`.
     """
     commit, dirty = _git_state()
     return {

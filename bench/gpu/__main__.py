@@ -23,7 +23,6 @@ class Call:
     """One of the three calls.
 
     Args:
-        number: which, or 0 for stages by name.
         stages: in order.
         state: what is known.
         out: folder for the files.
@@ -126,10 +125,8 @@ class Call:
         if last:
             self._report()
         spent = self._clock.now() - self._begin
-        header = [
-            f"{', '.join(self._stages)}: {spent:.0f} s",
-            time.strftime("%F %T UTC", time.gmtime()),
-        ]
+        when = time.strftime("%F %T UTC", time.gmtime())
+        header = [f"{', '.join(self._stages)}: {spent:.0f} s, {when}"]
         text = summary.text(self._state, header, self._notes)
         (self._out / "summary.txt").write_text(text, encoding="utf-8")
         state.save(self._state.folder, self._out, kernels=last)

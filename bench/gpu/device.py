@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,9 +52,9 @@ class Cuda:
         """The case as it is run here."""
         return case
 
-    def sizes(self, *sizes: int) -> tuple[int, ...]:
+    def sizes(self, M: int, N: int, K: int, R: int) -> tuple[int, int, int, int]:
         """M, N, K, R of a call as it is run here."""
-        return sizes
+        return M, N, K, R
 
     def strategy(self, backend: str, strategy: str) -> str:
         """The strategy that stands for one of the CUDA kernels here."""
@@ -83,6 +83,17 @@ class Cuda:
                 found.append(call())
         torch.cuda.synchronize()
         return found
+
+    @contextlib.contextmanager
+    def profiled(self) -> Iterator[None]:
+        """What a profiler that was told to wait looks at."""
+        torch.cuda.profiler.start()
+        yield
+        torch.cuda.profiler.stop()
+
+    def some(self, items: Iterable[Any]) -> list[Any]:
+        """The items that are run here."""
+        return list(items)
 
     def free_bytes(self) -> int:
         """Memory that is free."""
@@ -141,9 +152,8 @@ class Stub(Cuda):
             layers.append(Layer(N, K, R, min(R, max(1, s.rank // 16))))
         return replace(case, M=self.sizes(case.M, 1, 1, 1)[0], layers=tuple(layers))
 
-    def sizes(self, *sizes: int) -> tuple[int, ...]:
+    def sizes(self, M: int, N: int, K: int, R: int) -> tuple[int, int, int, int]:
         """M, N, K, R a hundred times smaller."""
-        M, N, K, R = sizes
         return 1 + M.bit_length(), max(8, N // 128), max(16, K // 128), max(8, R // 16)
 
     def strategy(self, backend: str, strategy: str) -> str:
@@ -172,6 +182,16 @@ class Stub(Cuda):
     def on_streams(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """One after the other."""
         return [call() for call in calls]
+
+    @contextlib.contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Nobody looks."""
+        yield
+
+    def some(self, items: Iterable[Any]) -> list[Any]:
+        """As many as MK_GPU_MOST says: a test has less time than there is."""
+        most = os.environ.get("MK_GPU_MOST")
+        return list(items)[: int(most) if most else None]
 
     def free_bytes(self) -> int:
         """Too little for anything large."""

@@ -1,6 +1,7 @@
 """What this machine has: the device, a library with CUDA kernels, profiler and sanitizer that work.
 
-A tool that is installed may still not work on a virtual machine, so each is tried on a small program.
+A tool that is installed may still not work on a virtual machine, so each is tried on a small
+program.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def run(command: list[str], seconds: float, **environment: str) -> subprocess.Co
 
 
 def _facts(device: Device) -> dict[str, Any]:
-    found = {"device": asdict(device.facts()), "versions": hardware.versions()}
+    found: dict[str, Any] = {"device": asdict(device.facts()), "versions": hardware.versions()}
     if shutil.which("nvidia-smi"):
         query = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu,pstate"
         asked = run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], 20)
@@ -92,7 +93,7 @@ def _library(device: Device) -> dict[str, Any]:
     """The carried library if it loads, else one that is built here."""
     carried = Path(os.environ.get("MK_GPU_CARRIED", "")) / LIBRARY.name
     said = []
-    if carried.is_file():
+    if carried.is_file() and not device.is_stub:
         shutil.copyfile(carried, LIBRARY)
         reason = _asked(device)
         if reason is None:

@@ -26,7 +26,7 @@ _CALLS = 10
 
 
 def items(device: Device, stage: Stage, family: str) -> Iterator[Item]:
-    """The cases in which ours stands worst, as far as they were timed; else those that stand for all."""
+    """The cases in which ours stands worst, or those that stand for all where none was timed."""
     cases = {case.id: case for case in (*suite.cases(), *suite.training())}
     state = os.environ.get("MK_GPU_STATE", "")
     worst = slowest(Path(state) / "records.jsonl") if state else []

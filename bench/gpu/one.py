@@ -1,44 +1,42 @@
-"""One call of one strategy, for a profiler: `python -m bench.gpu.one FAMILY CASE`.
-
-MK_GPU_ONE=ask only says, by its status, whether the strategy takes the case.
-"""
+"""One call of one strategy, for a profiler: `python -m bench.gpu.one FAMILY CASE`."""
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Callable
 
 import torch
 
 from bench.gpu import suite
-from bench.gpu.device import Skip, here
+from bench.gpu.device import Device, here
 from bench.gpu.force import Runner
 from maestro_kernels.benchmark.providers import make_case_inputs
+
+__all__ = ["bound"]
+
+
+def bound(device: Device, family: str, name: str) -> Callable[[], object]:
+    """A case of the suite as one call of a strategy.
+
+    Raises:
+        Skip: the strategy does not take it.
+    """
+    case = device.case({case.id: case for case in suite.cases()}[name])
+    i = make_case_inputs(case, device.name)
+    return Runner(device, family).bound(i.x, i.us, i.vs, i.biases, i.ranks)
 
 
 def main(family: str, name: str) -> int:
     """Warm up, then one call between the profiler's marks."""
     device = here()
-    case = device.case({case.id: case for case in suite.cases()}[name])
-    i = make_case_inputs(case, device.name)
     with torch.no_grad():
-        try:
-            call = Runner(device, family).bound(i.x, i.us, i.vs, i.biases, i.ranks)
-        except Skip as reason:
-            print(reason)
-            return 1
-        if os.environ.get("MK_GPU_ONE") == "ask":
-            return 0
+        call = bound(device, family, name)
         for _ in range(3):
             call()
         device.check()
-        if device.is_stub:
+        with device.profiled():
             call()
-            return 0
-        torch.cuda.profiler.start()
-        call()
-        device.check()
-        torch.cuda.profiler.stop()
+            device.check()
     return 0
 
 

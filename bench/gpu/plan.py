@@ -1,7 +1,7 @@
 """What is run, in which order, and how long each part may take.
 
-Seconds are what a stage may take in the call that it belongs to; what is left of it then is taken up
-again by a later call, once that call's own stages are through.
+Seconds are what a stage may take in the call that it belongs to; what is left of it then is taken
+up again by a later call, once that call's own stages are through.
 """
 
 from __future__ import annotations

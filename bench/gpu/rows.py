@@ -77,9 +77,9 @@ def autotuned(device: Device, case: Case) -> Sequence[Provider]:
 def _bind(dense: bool, mode: str, case: Case, ring: Sequence[Inputs]) -> list[Forward]:
     forward = dense_forward if dense else two_forward
     # Compiling on a CPU takes a C++ compiler half a minute; there it is the same without.
-    compiled: Any = (
-        forward if mode == "default" else torch.compile(forward, dynamic=False, mode=mode)
-    )
+    compiled: Any = forward
+    if mode != "default":
+        compiled = torch.compile(forward, dynamic=False, mode=mode)
     if dense:
         return [partial(compiled, i.x, i.dense, i.biases) for i in ring]
     return [partial(compiled, i.x, i.us, i.vs, i.biases, i.ranks) for i in ring]

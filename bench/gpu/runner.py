@@ -24,8 +24,8 @@ __all__ = ["Clock", "Outcome", "Process", "run"]
 
 # Seconds until a worker has imported torch and answers, and how often it may fail to.
 _START, _STARTS = 90, 2
-# Items that may be lost in a family and call: a kernel that hangs on all of them would take the rest
-# of the stage, and three say as much.
+# Items that may be lost in a family and call: a kernel that hangs on all of them would take the
+# rest of the stage, and three say as much.
 _LOSSES = 3
 _POLL = 0.02
 # Status of a worker that gives itself up because every later call in it would fail.
@@ -216,7 +216,8 @@ def _look(family: _Family, stage: Stage, clock: Clock, hard: float, outcome: Out
         outcome.notes.append(f"{family.name}: cut off{_at(process)}, goes on at the next call")
         return True
     if status is None:
-        limit = stage.limit if process.answered else _START
+        # Importing takes real time, whatever the clock.
+        limit = stage.limit if process.answered else _START * clock.scale
         if late <= limit:
             return False
         process.kill()

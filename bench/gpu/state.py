@@ -77,7 +77,7 @@ class State:
         return any(r["outcome"] == "complete" for r in self.of(stage, family))
 
     def done(self, stage: str, family: str) -> list[str]:
-        """Items that are not run again at this commit: those that have an outcome, lost ones too."""
+        """Items that are not run again: those that have an outcome, lost ones too."""
         return [r["item"] for r in self.of(stage, family) if r["outcome"] != "complete"]
 
     def suspects(self, stage: str, family: str) -> list[str]:

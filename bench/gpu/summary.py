@@ -22,11 +22,11 @@ def text(state: State, header: Sequence[str], notes: Mapping[str, Sequence[str]]
         notes: stage -> what became of it in this call.
     """
     lines = [f"commit {state.commit}", *header, "", *_environment(state), ""]
-    lines += ["stage          passed failed skipped lost"]
+    lines += ["stage         passed failed skipped   lost"]
     for name in STAGES:
         count = Counter(r["outcome"] for r in state.of(name))
-        numbers = (f"{count[o]:>6}" for o in ("passed", "failed", "skipped", LOST))
-        lines.append(f"{name:<14}{''.join(numbers)}  {'; '.join(notes.get(name, ()))}".rstrip())
+        numbers = "".join(f"{count[o]:>7}" for o in ("passed", "failed", "skipped", LOST))
+        lines.append(f"{name:<13}{numbers}  {'; '.join(notes.get(name, ()))}".rstrip())
     for title, outcome in (("lost: not run again at this commit", LOST), ("failed", "failed")):
         lines += _listed(title, [r for r in _all(state) if r["outcome"] == outcome])
     lines += _micro(state.of("micro"))

@@ -1,4 +1,4 @@
-"""Nsight Compute and compute-sanitizer on each strategy, where the environment stage saw them work."""
+"""Nsight Compute and compute-sanitizer on each strategy, where the environment stage saw them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import suite
-from bench.gpu.device import Device, Skip
+from bench.gpu import one, suite
+from bench.gpu.device import Device
 from bench.gpu.environment import find, run
 from bench.gpu.items import Item
 from bench.gpu.plan import Stage
@@ -33,7 +33,6 @@ _FOUND = 9
 def items(device: Device, stage: Stage, family: str) -> Iterator[Item]:
     """Profiles of key cases, or the small checks under each tool of the sanitizer."""
     if stage.needs == "ncu":
-        # Cases that a strategy does not take are skipped in the time that a process starts in.
         for case in suite.key():
             yield Item(case.id, partial(_profile, device, stage, family, case.id))
     else:
@@ -43,10 +42,9 @@ def items(device: Device, stage: Stage, family: str) -> Iterator[Item]:
 
 
 def _profile(device: Device, stage: Stage, family: str, name: str) -> dict[str, Any]:
+    # Asked here: the start of a process and of a device for each "no" would be most of the stage.
+    one.bound(device, family, name)
     program = [sys.executable, "-m", "bench.gpu.one", family, name]
-    before = _output(program, stage.limit, MK_GPU_ONE="ask")
-    if before[0] != 0:
-        raise Skip(before[1].strip().splitlines()[-1][:200] if before[1].strip() else "not taken")
     sections = [part for section in _SECTIONS for part in ("--section", section)]
     options = ["--clock-control", "none", "--profile-from-start", "off", *sections]
     status, text = _output([find("ncu"), *options, *program], stage.limit)

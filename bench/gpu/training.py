@@ -49,7 +49,7 @@ def _straightforward(x: Tensor, u: Tensor, v: Tensor, rank: int) -> Tensor:
     return F.linear(F.linear(x, v[mask]), u[:, mask])
 
 
-def _step(forward: Callable[..., Tensor], x: Tensor, u: Tensor, v: Tensor, rank: int) -> Any:
+def _step(forward: Callable[..., Tensor], rank: int, x: Tensor, u: Tensor, v: Tensor) -> Any:
     y = forward(x, u, v, rank)
     return (y, *torch.autograd.grad(y, (x, u, v), torch.ones_like(y)))
 
@@ -66,12 +66,12 @@ def _sampled(device: Device) -> dict[str, Any]:
     """A training step with a new rank each time, 1..R, as level-of-detail training draws them."""
     x, u, v = _layer(device)
     ranks = [random.Random(0).randint(1, u.shape[1]) for _ in range(8)]
-    exact = _step(_two, *(t.detach().double().requires_grad_() for t in (x, u, v)), ranks[0])
+    wide = [t.detach().double().requires_grad_() for t in (x, u, v)]
     for name, y, same, ref in zip(
         ("y", "dx", "du", "dv"),
-        _step(_ours, x, u, v, ranks[0]),
-        _step(_two, x, u, v, ranks[0]),
-        exact,
+        _step(_ours, ranks[0], x, u, v),
+        _step(_two, ranks[0], x, u, v),
+        _step(_two, ranks[0], *wide),
         strict=True,
     ):
         assert_accurate(name, device.output(y), same, ref)
@@ -79,7 +79,7 @@ def _sampled(device: Device) -> dict[str, Any]:
     def steps(forward: Callable[..., Tensor]) -> Callable[[], None]:
         def run() -> None:
             for rank in ranks:
-                _step(forward, x, u, v, rank)
+                _step(forward, rank, x, u, v)
 
         return run
 
@@ -98,6 +98,6 @@ def _memory(device: Device) -> dict[str, Any]:
     rank = u.shape[1] // 8
     peaks = {}
     for name, forward in {"ours": _ours, "two matmuls": _two}.items():
-        _step(forward, x, u, v, rank)
-        peaks[name] = device.peak_bytes(partial(_step, forward, x, u, v, rank))
+        _step(forward, rank, x, u, v)
+        peaks[name] = device.peak_bytes(partial(_step, forward, rank, x, u, v))
     return {"bytes": peaks}

@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
             journal.flush()
 
         device = devices.here()
-        items = [i for i in items_of(device, stage, args.family) if i.small or not args.small]
+        found = items_of(device, stage, args.family)
+        items = device.some(i for i in found if i.small or not args.small)
         rest = items if args.small else left(items, state, stage.name, args.family)
         say(left=len(rest), of=len(items))
         # What is imported stays; graphs are captured after a collection each.

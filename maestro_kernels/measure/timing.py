@@ -75,7 +75,8 @@ class _Flush:
     """
 
     def __init__(self, size: int) -> None:
-        self._size, self._buffer = size, None
+        self._size = size
+        self._buffer: torch.Tensor | None = None
 
     def __call__(self) -> None:
         if self._size:
