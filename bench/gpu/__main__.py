@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from bench.gpu import prepare, runner, state, summary
@@ -29,6 +30,7 @@ class Call:
         budget: seconds of the plan until everything is written.
         clock: of the budget.
         carried: folder of what was brought along.
+        alone: whether stages of other calls are left alone even where there is time for them.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class Call:
         budget: float,
         clock: runner.Clock,
         carried: Path,
+        alone: bool,
     ) -> None:
+        self._alone = alone
         self._stages, self._state, self._out = stages, known, out
         self._clock, self._carried = clock, carried
         self._begin = clock.now()
@@ -50,10 +54,10 @@ class Call:
         """Everything that there is time for; 0, or 3 when something is left."""
         self._state.forget("environment")
         # What an earlier call did not finish is taken up once this call's own stages are through.
-        others = [name for name in STAGES if name not in self._stages]
+        others = [] if self._alone else [name for name in STAGES if name not in self._stages]
         for own, names in ((True, self._stages), (False, others)):
             for name in names:
-                self._stage(STAGES[name], own)
+                self._stage(_of_test(STAGES[name]), own)
         self._write(last=True)
         rest = summary.left(self._state)
         return 3 if any("(" not in name for name in rest) else 0
@@ -144,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         one.add_argument("--carried", type=Path, default=prepare.CARRIED, help="what was brought")
         one.add_argument("--work", type=Path, default=_work(), help="folder of this machine")
         one.add_argument("--budget", type=float, default=BUDGET, help="seconds, writing included")
-        one.add_argument("--only", default="", help="these stages instead, comma-separated")
+        one.add_argument("--only", default="", help="these stages alone, comma-separated")
         one.add_argument("--accept", default="", help="commits whose records count too")
     prepare.register(commands)
     args = parser.parse_args(argv)
@@ -162,7 +166,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.accept:
         os.environ["MK_GPU_ACCEPT"] = args.accept.replace(",", " ")
     known = state.State(args.work, commit, args.accept.split(","))
-    return Call(stages, known, args.out, args.budget, clock, args.carried).run()
+    return Call(
+        stages, known, args.out, args.budget, clock, args.carried, alone=bool(args.only)
+    ).run()
+
+
+def _of_test(stage: Stage) -> Stage:
+    """A stage with the families that MK_GPU_FAMILIES names: a test has no time for all of them."""
+    chosen = os.environ.get("MK_GPU_FAMILIES", "").split()
+    return replace(stage, families=tuple(f for f in stage.families if not chosen or f in chosen))
 
 
 def _work() -> Path:
