@@ -53,6 +53,9 @@ class Call:
     def run(self) -> int:
         """Everything that there is time for; 0, or 3 when something is left."""
         self._state.forget("environment")
+        if not self._state.of("run"):
+            # Rows carry its time, so that those of later calls belong to the same run.
+            self._state.add({"stage": "run", "family": "", "item": "begun", "outcome": "passed"})
         # What an earlier call did not finish is taken up once this call's own stages are through.
         others = [] if self._alone else [name for name in STAGES if name not in self._stages]
         for own, names in ((True, self._stages), (False, others)):

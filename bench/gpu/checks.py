@@ -6,6 +6,7 @@ pytest, tests/bench/test_gpu_checks.py on a CPU through the stub.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -38,7 +39,9 @@ _MANY_ROWS = (
     (4999, 520, 4096, 64, 33, "gelu_tanh"),
     (4097, 64, 64, 64, 1, None),
 )
-# M, N, K, R: sizes off every grid, and every M around which a kernel changes.
+# M, N, K, R: sizes off every grid, and every M around which a kernel changes; the first few of them
+# under the sanitizer too.
+_SANITIZED = 8
 _SMALL = (
     *((1, 64, 96, 16), (17, 136, 72, 24), (33, 65, 127, 31), (64, 1000, 776, 48)),
     *((3, 1, 8, 8), (5, 131, 777, 16), (65, 77, 64, 40), (200, 520, 1032, 136)),
@@ -67,11 +70,16 @@ class Checks:
 
     def items(self) -> Iterator[Item]:
         """Decode, 4096 x 4096 and groups first, what takes long last."""
-        for dtype in (BF16, F16, F32):
-            name = str(dtype).removeprefix("torch.")
-            yield Item(f"small {name}", partial(self.small, dtype), small=True)
+        first, rest = _accuracy_cases()
+        for case in first:
+            yield Item(case.id, partial(self.case, case))
         yield Item("groups of different n and r", self.groups, small=True)
-        for case in _accuracy_cases():
+        shapes = [s for s in _SMALL if not self._device.is_stub or s[0] * s[1] * s[2] <= 1 << 17]
+        for k, dtype in itertools.product(range(len(shapes)), (BF16, F16, F32)):
+            name = "M {} N {} K {} R {}".format(*shapes[k])
+            check = partial(self.small, k, *shapes[k], dtype)
+            yield Item(f"{name} {str(dtype).removeprefix('torch.')}", check, small=k < _SANITIZED)
+        for case in rest:
             yield Item(case.id, partial(self.case, case))
         yield Item("beyond the rank", self.beyond_the_rank, small=True)
         yield Item("rank on the device", self.rank_on_the_device, small=True)
@@ -104,28 +112,24 @@ class Checks:
         for y, u, v, b, r in layers:
             self._gate(y, inputs.x, u, v, b, r)
 
-    def small(self, dtype: torch.dtype) -> dict[str, int]:
-        """Sizes off every grid, at ranks 0, 1, odd, R - 1, R, with every activation."""
-        ran = 0
-        for k, (M, N, K, R) in enumerate(_SMALL):
-            if self._device.is_stub and M * N * K > 1 << 17:
+    def small(self, k: int, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> dict[str, int]:
+        """One size at ranks 0, 1, odd, R - 1, R; the activation is that of its turn."""
+        x, u, v, b = self._layer(M, N, K, R, dtype, bias=k % 4 != 2)
+        activation = (None, "silu", "gelu", "relu")[k % 4]
+        ran, reason = 0, ""
+        for rank in {0, 1, R // 2 | 1, R - 1, R}:
+            try:
+                (y,) = self._run(x, [u], [v], [b], [rank], [activation])
+            except Skip as why:
+                reason = str(why)
                 continue
-            x, u, v, b = self._layer(M, N, K, R, dtype, bias=k != 2)
-            activation = (None, "silu", "gelu", "relu")[k % 4]
-            for rank in {0, 1, R // 2 | 1, R - 1, R}:
-                try:
-                    (y,) = self._run(x, [u], [v], [b], [rank], [activation])
-                except Skip:
-                    continue
-                self._gate(y, x, u, v, b, rank, activation)
-                ran += 1
-        if not ran:
-            raise Skip(f"it takes no small call in {dtype}")
-        return {"ran": ran}
+            self._gate(y, x, u, v, b, rank, activation)
+            ran += 1
+        return _told(ran, reason)
 
     def many_rows(self, dtype: torch.dtype) -> dict[str, int]:
         """As many rows as fill a chip, NaN beyond the rank, which is an int or a tensor."""
-        ran = 0
+        ran, reason = 0, ""
         for M, N, K, R, rank, activation in _MANY_ROWS:
             x, u, v, b = self._layer(*self._device.sizes(M, N, K, R), dtype)
             rank = max(1, rank * u.shape[1] // R)
@@ -134,32 +138,36 @@ class Checks:
             for given in ([rank], torch.tensor(rank, dtype=torch.int32, device=x.device)):
                 try:
                     (y,) = self._run(x, [u], [v], [b], given, [activation])
-                except Skip:
+                except Skip as why:
+                    reason = str(why)
                     continue
                 self._gate(y, x, u, v, b, rank, activation)
                 (again,) = self._run(x, [u], [v], [b], given, [activation])
                 assert torch.equal(self._device.output(again), y), "another call gives other bits"
                 ran += 1
-        if not ran:
-            raise Skip("it takes none of these calls")
-        return {"ran": ran}
+        return _told(ran, reason)
 
-    def beyond_the_rank(self) -> None:
+    def beyond_the_rank(self) -> dict[str, int]:
         """Not even a NaN beyond the rank changes a bit of y."""
+        ran, reason = 0, ""
         for M in (5, 130, 9000):
             x, u, v, b = self._layer(*self._device.sizes(M, 256, 512, 64), BF16)
             rank = max(1, u.shape[1] * 19 // 64)
             try:
                 (expected,) = self._run(x, [u], [v], [b], [rank])
-            except Skip:
+            except Skip as why:
+                reason = str(why)
                 continue
+            ran += 1
             poison(u[:, rank:])
             poison(v[rank:])
             (y,) = self._run(x, [u], [v], [b], [rank])
             assert torch.equal(self._device.output(y), expected), f"M {M}"
+        return _told(ran, reason)
 
-    def rank_on_the_device(self) -> None:
+    def rank_on_the_device(self) -> dict[str, int]:
         """A rank in a tensor is clamped to 0..R, and the host never reads it."""
+        ran, reason = 0, ""
         for M in (5, 130, 9000):
             x, u, v, b = self._layer(*self._device.sizes(M, 264, 512, 64), BF16)
             R = u.shape[1]
@@ -167,9 +175,12 @@ class Checks:
                 rank = torch.tensor(value, dtype=torch.int32, device=self._device.name)
                 try:
                     (y,) = self._run(x, [u], [v], [b], rank)
-                except Skip:
+                except Skip as why:
+                    reason = str(why)
                     break
                 self._gate(y, x, u, v, b, min(max(value, 0), R))
+                ran += 1
+        return _told(ran, reason)
 
     def captured(self, M: int) -> None:
         """A captured graph follows the tensor that holds its rank."""
@@ -213,8 +224,9 @@ class Checks:
             (y,) = self._run(x, [u], [v], [b], [r], [activation])
             self._gate_gradients([y], x, [u], [v], [b], [r], [activation])
 
-    def float32(self, precision: str) -> None:
+    def float32(self, precision: str) -> dict[str, int]:
         """IEEE float32, and TF32 where that is allowed."""
+        ran, reason = 0, ""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
         try:
@@ -222,11 +234,14 @@ class Checks:
                 x, u, v, b = self._layer(*self._device.sizes(M, 1000, 776, 48), F32)
                 try:
                     (y,) = self._run(x, [u], [v], [b], [u.shape[1] - 1])
-                except Skip:
+                except Skip as why:
+                    reason = str(why)
                     continue
                 self._gate(y, x, u, v, b, u.shape[1] - 1)
+                ran += 1
         finally:
             torch.set_float32_matmul_precision(before)
+        return _told(ran, reason)
 
     def offsets(self) -> None:
         """Elements of y that lie more than 2^31 elements apart."""
@@ -347,7 +362,14 @@ class Checks:
             assert not v[r:].any(), "dv beyond the rank"
 
 
-def _accuracy_cases() -> list[Case]:
-    """Key cases of the suite first, then every fourth of the rest: each takes a compilation."""
-    chosen = {case.id: case for case in (*suite.key(), *suite.cases()[::4])}
-    return list(chosen.values())
+def _accuracy_cases() -> tuple[list[Case], list[Case]]:
+    """Key cases of the suite, and every fourth of the rest: each may take a compilation."""
+    first = {case.id: case for case in suite.key()}
+    return list(first.values()), [c for c in suite.cases()[::4] if c.id not in first]
+
+
+def _told(ran: int, reason: str) -> dict[str, int]:
+    """The result of a check of several calls, of which a strategy may take some."""
+    if not ran:
+        raise Skip(reason)
+    return {"ran": ran}

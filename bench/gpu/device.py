@@ -44,6 +44,11 @@ class Cuda:
         """Wait for everything that was launched; RuntimeError when the context is broken."""
         torch.cuda.synchronize()
 
+    def tidy(self) -> None:
+        """After an item: give back what it held, since other processes want memory too."""
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
     def facts(self) -> hardware.Device:
         """What the device is."""
         return hardware.current_device(self.name)
@@ -143,6 +148,9 @@ class Stub(Cuda):
         """Fail for good after a sticky error."""
         if self._is_broken:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def tidy(self) -> None:
+        """Nothing is held."""
 
     def case(self, case: Case) -> Case:
         """A case a hundred times smaller; different cases stay different."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["BUDGET", "CALLS", "KERNELS", "OVERHEAD", "STAGES", "TOTAL", "Stage"]
+__all__ = ["BUDGET", "CALLS", "KERNELS", "OVERHEAD", "SHARDS", "STAGES", "TOTAL", "Stage"]
 
 # Device time of the whole run, and what a call costs beside its own seconds: a machine is started
 # and files are copied. An assumption, from "a minute or more" in the words of who lends machines.
@@ -26,6 +26,10 @@ KERNELS = (
     "native-row",
 )
 
+# Triton compiles in the process that launches, on one core, for seconds a kernel; what is not timed
+# is therefore dealt out to several processes of a family, named FAMILY.0, FAMILY.1, ...
+SHARDS = 3
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -36,7 +40,8 @@ class Stage:
         module: of bench.gpu, with `items(device, stage, family)`.
         families: one process each.
         seconds: what all families together may take in a call.
-        limit: seconds that one item may take before it counts as hanging.
+        limit: seconds without a sign of life after which an item counts as hanging; a kernel that
+            Triton has compiled is one.
         together: families run at the same time, because nothing is timed.
         needs: a probe of the environment stage that must have found its tool.
         env: what the processes find in their environment beside the common part.
@@ -52,6 +57,11 @@ class Stage:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
+_CHECKED = (
+    *(f"{f}.{i}" for i in range(SHARDS) for f in KERNELS if f.startswith("triton")),
+    *(f for f in KERNELS if not f.startswith("triton")),
+    "auto",
+)
 _TABLE = {"MAESTRO_KERNELS_TUNE": "table", "MAESTRO_KERNELS_TABLE": "off"}
 # "measured" stands for the table that this run made: runner.py puts its path there.
 _MEASURED = {"MAESTRO_KERNELS_TUNE": "table", "MAESTRO_KERNELS_TABLE": "measured"}
@@ -63,9 +73,9 @@ STAGES = {
         # What is there. Never taken from an earlier call, whose machine is gone.
         Stage("environment", "environment", ("device", "ncu", "compute-sanitizer"), 60, 240, True),
         Stage("micro", "micro", ("chip", "cublas"), 50, 15),
-        Stage("checks", "checks", (*KERNELS, "auto"), 160, 30, True, env=_TABLE),
-        Stage("table", "table", KERNELS, 230, 20, env=_TABLE),
-        Stage("rows", "rows", ("auto", "compiled"), 120, 40, env=_MEASURED),
+        Stage("checks", "checks", _CHECKED, 160, 45, True, env=_TABLE),
+        Stage("table", "table", KERNELS, 230, 30, env=_TABLE),
+        Stage("rows", "rows", ("auto", "compiled"), 120, 60, env=_MEASURED),
         Stage("training", "training", ("auto",), 60, 40, env=_MEASURED),
         Stage("first-use", "rows", ("auto",), 40, 40, env=_FIRST_USE),
         Stage("launches", "launches", ("auto",), 30, 20, env=_MEASURED),

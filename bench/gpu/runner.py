@@ -96,6 +96,8 @@ class Process:
         """Take over what it wrote; its exit status once it is gone."""
         status = self._process.poll()
         self._take()
+        if status is not None:
+            self._kill_group()  # a compiler's helpers outlive who started them
         return status
 
     def _take(self) -> None:
@@ -127,12 +129,15 @@ class Process:
 
     def kill(self) -> None:
         """End it and whatever it started, and take over its last lines."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._kill_group()
         with contextlib.suppress(subprocess.TimeoutExpired):
             # A process that waits for a driver may take its time, and this run does not have it.
             self._process.wait(timeout=5)
         self._take()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     @property
     def last_words(self) -> str:

@@ -15,6 +15,7 @@ from bench.gpu.device import Device
 from bench.gpu.environment import find, run
 from bench.gpu.items import Item
 from bench.gpu.plan import Stage
+from bench.gpu.state import lines
 
 __all__ = ["items"]
 
@@ -71,7 +72,9 @@ def _sanitize(stage: Stage, family: str, tool: str) -> dict[str, Any]:
     print(text[-4000:])
     summary = next((s for s in reversed(text.splitlines()) if "SUMMARY" in s), _last(text))
     assert status == 0, f"status {status}: {summary.strip()}"
-    return {"summary": summary.strip()}
+    ran = [line for line in lines(scratch / "journal") if "end" in line]
+    assert ran, "no check came to its end"
+    return {"summary": summary.strip(), "checks": len(ran)}
 
 
 def _output(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:

@@ -13,13 +13,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from bench.gpu import device as devices
 from bench.gpu.items import Item
-from bench.gpu.plan import STAGES, Stage
+from bench.gpu.plan import SHARDS, STAGES, Stage
 from bench.gpu.runner import BROKEN
 from bench.gpu.state import LOST, State
 
@@ -30,10 +30,11 @@ _NOTE = 300
 
 
 def items_of(device: devices.Device, stage: Stage, family: str) -> Iterable[Item]:
-    """The items of a family, most wanted first."""
+    """The items of a family, most wanted first; of FAMILY.1 every so manieth of them."""
     module = importlib.import_module(f"bench.gpu.{stage.module}")
-    found: Iterable[Item] = module.items(device, stage, family)
-    return found
+    name, _, shard = family.partition(".")
+    found: Iterable[Item] = module.items(device, stage, name)
+    return list(found)[int(shard) :: SHARDS] if shard else found
 
 
 def left(items: Iterable[Item], state: State, stage: str, family: str) -> list[Item]:
@@ -68,6 +69,19 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
 
 
+def _tell_of_kernels(say: Callable[..., None]) -> None:
+    """A line for each kernel that Triton has compiled and loaded, which takes it seconds."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return
+
+    def loaded(module: object, function: object, name: str, *_: object) -> None:
+        say(alive=name)
+
+    knobs.runtime.kernel_load_end_hook.add(loaded)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run what is left until it is done or time is over."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -95,12 +109,14 @@ def main(argv: list[str] | None = None) -> int:
         say(left=len(rest), of=len(items))
         # What is imported stays; graphs are captured after a collection each.
         gc.freeze()
+        _tell_of_kernels(say)
         wrong = 0
         for item in rest:
             if time.monotonic() > end:
                 return 0
             say(begin=item.name)
             record = run_item(device, item, f"{stage.name}/{args.family}")
+            device.tidy()
             say(end=item.name, **record)
             wrong += record["outcome"] in ("failed", LOST)
             print(f"{record['outcome']:<8} {item.name}  {record['note']}", flush=True)

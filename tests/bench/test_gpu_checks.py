@@ -1,16 +1,20 @@
 """The checks of the GPU run on the stub device: right kernels pass, and every check can fail."""
 
+import itertools
+
 import pytest
 
-from bench.gpu import checks, suite
+from bench.gpu import checks, suite, worker
 from bench.gpu.device import Skip, Stub
+from bench.gpu.plan import STAGES
 from bench.gpu.worker import run_item
 from maestro_kernels.backends import native
 
+KEY = [case.id for case in suite.key()]
 CASES = {case.id for case in suite.cases()}
 needs_library = pytest.mark.skipif(native.load_error() is not None, reason="no compiled library")
 # Of the cases one layer and one group: the interpreter takes a second for each.
-SHOWN = {suite.key()[0].id, suite.key()[6].id}
+SHOWN = {KEY[0], KEY[6]}
 
 
 def items(device, family):
@@ -58,7 +62,7 @@ def test_every_check_notices_one_wrong_element(name, monkeypatch):
 
 @needs_library
 def test_a_check_that_raises_fails_and_a_broken_context_is_lost(monkeypatch):
-    name = names("auto")[0]
+    name = KEY[0]
     monkeypatch.setenv("MK_GPU_PLANT", '{"checks/auto/*": "raise"}')
     record = run("auto", name)
     assert (record["outcome"], record["note"][:12]) == ("failed", "RuntimeError")
@@ -73,3 +77,22 @@ def test_a_strategy_that_does_not_take_a_call_says_so():
     group = next(i for i in checks.items(device, None, "triton-row") if i.name.startswith("groups"))
     with pytest.raises(Skip, match="triton does not take this call by row"):
         group.run()
+
+
+def test_shards_together_are_the_family_and_a_kernel_that_was_compiled_is_a_sign_of_life():
+    device, stage = Stub(), STAGES["checks"]
+    whole = [item.name for item in worker.items_of(device, stage, "triton-row")]
+    parts = [[i.name for i in worker.items_of(device, stage, f"triton-row.{k}")] for k in range(3)]
+    assert sorted(itertools.chain(*parts)) == sorted(whole)
+    assert [part[0] for part in parts] == whole[:3]
+    pytest.importorskip("triton")
+    from triton import knobs
+
+    said, hook = [], knobs.runtime.kernel_load_end_hook
+    before = list(hook.calls)
+    worker._tell_of_kernels(lambda **line: said.append(line))
+    try:
+        hook(None, None, "two_phase_kernel", {}, "hash")
+    finally:
+        hook.calls[:] = before
+    assert said == [{"alive": "two_phase_kernel"}]
