@@ -15,7 +15,8 @@ class Item:
 
     Attributes:
         name: unique within stage and family.
-        run: AssertionError: a wrong result; device.Skip: it does not apply here.
+        run: gives the result for the record, in which "wrong" says what of it failed; raises
+            AssertionError for a wrong result, device.Skip where it does not apply.
         small: fit for a sanitizer, which slows a launch down a thousandfold.
     """
 

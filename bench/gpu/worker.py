@@ -52,6 +52,8 @@ def run_item(device: devices.Device, item: Item, where: str) -> dict[str, Any]:
         device.begin(f"{where}/{item.name}")
         result = item.run()
         device.check()
+        if result and result.get("wrong"):
+            outcome, note = "failed", result["wrong"]
     except devices.Skip as reason:
         outcome, note = "skipped", str(reason)
     except Exception as error:  # one item must not cost the others, whatever it raises

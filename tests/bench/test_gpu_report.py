@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from bench.gpu import launches, report, suite, table
+from bench.gpu.device import Stub
+from bench.gpu.items import Item
+from bench.gpu.worker import run_item
 from maestro_kernels import tables
 from maestro_kernels.benchmark import rows
 from maestro_kernels.benchmark.cases import Case, Layer
@@ -44,7 +47,8 @@ def test_rows_of_several_processes_are_scaled_by_what_each_timed_beside_them():
     assert merged.us[mode]["native: decode"][1] == pytest.approx(4.0)
     assert len(table.merged(of(a, row(1, a.us), row(16, a.us, layers=3)))) == 3
     lost = {"item": "x", "outcome": "lost", "family": "f", "result": None}
-    assert table.merged([lost]) == []
+    wrong = {**lost, "outcome": "failed", "result": {"row": None, "wrong": "y: max error"}}
+    assert table.merged([lost, wrong]) == []
 
 
 def test_strategies_are_compared_where_they_belong():
@@ -149,3 +153,11 @@ def test_a_strategy_that_is_wrong_or_raises_is_told_and_not_only_left_out():
     assert set().union(*us.values()) == {TWO}
     assert refused["forward: a: raises"] == "RuntimeError: out of resource"
     assert "max error" in refused["forward: b: wrong"]
+
+
+def test_what_of_a_result_failed_makes_the_item_fail_and_keeps_the_rest():
+    device = Stub()
+    item = Item("x", lambda: {"rows": ["kept"], "wrong": "ours: y: max error"})
+    record = run_item(device, item, "rows/auto")
+    assert (record["outcome"], record["note"]) == ("failed", "ours: y: max error")
+    assert record["result"]["rows"] == ["kept"]
