@@ -6,7 +6,6 @@ import argparse
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,6 @@ def _build(python: str, target: str, library: Path) -> None:
             cwd=ROOT,
             env=environment,
             check=True,
-            stdout=sys.stderr,
         )
         shutil.copyfile(Path(folder, "lib", "maestro_kernels", LIBRARY), library)
 

@@ -1,5 +1,6 @@
 """The GPU run against the stub: what a kernel can do to its process costs one item, no more."""
 
+import argparse
 import json
 import os
 import shutil
@@ -204,6 +205,33 @@ def test_commands_are_short_and_name_the_commit():
         assert len(text) < 2000
         assert "MAESTRO_KERNELS_COMMIT=" in text
         assert '--out "$OUT"' in text
+
+
+def test_prepare_builds_for_one_architecture_and_take_keeps_the_archives(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\nmkdir -p "$5/maestro_kernels"\n'
+        'echo "$MK_NATIVE $MK_CMAKE_ARGS" >"$5/maestro_kernels/_native.so"\n'
+    )
+    python.chmod(0o755)
+    parser = argparse.ArgumentParser()
+    prepare.register(parser.add_subparsers())
+    args = parser.parse_args(["prepare", "--python", str(python)])
+    assert args.run(args) == 0
+    carried = tmp_path / prepare.CARRIED
+    assert (carried / "_native.so").read_text() == "1 -DMK_CUDA_GENCODE=90a\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "carry: out/gpu"
+    assert [line.split()[4] for line in said[2:]] == ["1", "2", "3"]
+    back = tmp_path / "back"
+    back.mkdir()
+    (back / "state.tar.gz").write_text("state")
+    args = parser.parse_args(["take", str(back)])
+    assert args.run(args) == 0
+    assert (carried / "state.tar.gz").read_text() == "state"
 
 
 def test_another_commit_asks_again_and_tries_lost_items_last(tmp_path):
