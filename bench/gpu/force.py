@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,12 +41,17 @@ class Runner:
         ranks: Any,
         activations: Sequence[str | None] | None = None,
     ) -> list[Tensor]:
-        """Outputs of the layers.
+        """Outputs of the layers, in memory that held NaN if the allocator gives it out again.
 
         Raises:
             Skip: the strategy does not take the call; says why.
         """
-        return self.bound(x, us, vs, biases, ranks, activations)()
+        call = self.bound(x, us, vs, biases, ranks, activations)
+        shapes = [(*x.shape[:-1], u.shape[0]) for u in us]
+        # What a kernel leaves unwritten would otherwise be the right result of the call before.
+        held = [torch.full(s, math.nan, dtype=x.dtype, device=x.device) for s in shapes]
+        del held
+        return call()
 
     def bound(
         self,

@@ -3,12 +3,15 @@
 import itertools
 
 import pytest
+import torch
 
 from bench.gpu import checks, suite, worker
 from bench.gpu.device import Skip, Stub
+from bench.gpu.force import Runner
 from bench.gpu.plan import STAGES
 from bench.gpu.worker import run_item
 from maestro_kernels.backends import native
+from maestro_kernels.testing import make_inputs
 
 KEY = [case.id for case in suite.key()]
 CASES = {case.id for case in suite.cases()}
@@ -96,3 +99,14 @@ def test_shards_together_are_the_family_and_a_kernel_that_was_compiled_is_a_sign
     finally:
         hook.calls[:] = before
     assert said == [{"alive": "two_phase_kernel"}]
+
+
+def test_outputs_land_where_nan_was(monkeypatch):
+    filled, full = [], torch.full
+    monkeypatch.setattr(torch, "full", lambda *a, **o: filled.append(a) or full(*a, **o))
+    x, u, v, b = make_inputs(3, 5, 8, 4)
+    (y,) = Runner(Stub(), "auto")(x, [u], [v], [b], [4])
+    assert y.isfinite().all()
+    ((shape, value),) = filled
+    assert shape == (3, 5)
+    assert value != value
