@@ -60,10 +60,12 @@ def _profile(device: Device, stage: Stage, family: str, name: str) -> dict[str, 
 def _sanitize(stage: Stage, family: str, tool: str) -> dict[str, Any]:
     scratch = Path(os.environ["MK_GPU_STATE"]) / "journal" / f"sanitizer.{family}.{tool}"
     scratch.mkdir(parents=True, exist_ok=True)
+    journal = scratch / "checks.jsonl"
+    journal.unlink(missing_ok=True)
     command = [
         *(find("compute-sanitizer"), "--tool", tool, "--error-exitcode", str(_FOUND)),
         *(sys.executable, "-m", "bench.gpu.worker", "checks", family, "--small"),
-        *("--state", str(scratch), "--commit", "none", "--journal", str(scratch / "journal")),
+        *("--state", str(scratch), "--commit", "none", "--journal", str(journal)),
         *("--seconds", str(stage.limit - 20)),
     ]
     # Allocations of their own: the caching allocator would hide what lies out of bounds.
@@ -72,7 +74,7 @@ def _sanitize(stage: Stage, family: str, tool: str) -> dict[str, Any]:
     print(text[-4000:])
     summary = next((s for s in reversed(text.splitlines()) if "SUMMARY" in s), _last(text))
     assert status == 0, f"status {status}: {summary.strip()}"
-    ran = [line for line in lines(scratch / "journal") if "end" in line]
+    ran = [line for line in lines(journal) if "end" in line]
     assert ran, "no check came to its end"
     return {"summary": summary.strip(), "checks": len(ran)}
 
