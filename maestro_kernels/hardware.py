@@ -245,7 +245,8 @@ def _cpu_caches() -> tuple[int | None, int | None]:
 def versions() -> dict[str, str | bool | None]:
     """Software behind a measurement: package, commit, dirty flag, Python, torch, Triton, driver.
 
-    commit and dirty are None when the package does not run from a git work tree.
+    commit and dirty are None when the package does not run from a git work tree; where a copy of
+    one runs, MAESTRO_KERNELS_COMMIT says which, as `git describe --always --abbrev=40 --dirty`.
     """
     commit, dirty = _git_state()
     return {
@@ -276,6 +277,9 @@ def _version(distribution: str) -> str | None:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
+    told = os.environ.get("MAESTRO_KERNELS_COMMIT", "")
+    if told:
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None, None

@@ -36,17 +36,20 @@ def make_inputs(
         K: in_features; v is (R, K).
         R: max_rank.
         dtype: dtype of all tensors; values are rounded to it before they are returned.
-        device: where they live.
+        device: where they live. A CUDA device draws them itself: a host takes seconds for large
+            ones.
         bias: False gives None in the last place.
-        seed: seed of the CPU generator, so that every device sees the same numbers.
+        seed: of the generator; numbers of a CPU and of a CUDA device differ.
         requires_grad: whether the tensors are leaves that want gradients.
     """
-    generator = torch.Generator().manual_seed(seed)
+    place = torch.device(device)
+    source = place if place.type == "cuda" else torch.device("cpu")
+    generator = torch.Generator(source).manual_seed(seed)
     lead = (M,) if isinstance(M, int) else tuple(M)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        value = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
-        return value.to(device=device, dtype=dtype).requires_grad_(requires_grad)
+        value = torch.randn(*shape, generator=generator, dtype=torch.float64, device=source) * scale
+        return value.to(device=place, dtype=dtype).requires_grad_(requires_grad)
 
     x = draw(*lead, K)
     u = draw(N, R, scale=max(R, 1) ** -0.5)
@@ -83,13 +86,15 @@ def accuracy_error(
         return None
     if not bool(torch_out.isfinite().all()):
         return "the two-matmul result it is compared with is not finite"
-    out64, torch64, ref64 = (t.detach().double().cpu() for t in (out, torch_out, ref64))
+    # Where the result lies: a host takes seconds for what a GPU judges in none.
+    place = out.device
+    out64, torch64, ref64 = (t.detach().double().to(place) for t in (out, torch_out, ref64))
     eps = torch.finfo(out.dtype).eps
     for name, order, floor in (("max", float("inf"), eps), ("RMS", 2.0, eps / 2)):
         got = torch.linalg.vector_norm(out64 - ref64, order)
         bound = 2 * torch.linalg.vector_norm(torch64 - ref64, order)
         if rounding is not None:
-            bound = bound.maximum(torch.linalg.vector_norm(rounding.double().cpu(), order))
+            bound = bound.maximum(torch.linalg.vector_norm(rounding.double().to(place), order))
         bound = bound + floor * torch.linalg.vector_norm(ref64, order)
         if not bool(got <= bound):  # also true for NaN
             return f"{name} error: expected <= {float(bound):.3e}, got {float(got):.3e}"

@@ -102,6 +102,7 @@ def test_commit_and_dirty_follow_the_work_tree(tmp_path, monkeypatch):
     package = tmp_path / "maestro_kernels"
     package.mkdir()
     monkeypatch.setattr(hardware, "__file__", str(package / "hardware.py"))
+    monkeypatch.delenv("MAESTRO_KERNELS_COMMIT", raising=False)
     assert hardware._git_state() == (None, None)
     git("init", "-q")
     (package / "hardware.py").write_text("a")
@@ -113,6 +114,12 @@ def test_commit_and_dirty_follow_the_work_tree(tmp_path, monkeypatch):
     assert hardware._git_state() == (commit, False)
     (package / "hardware.py").write_text("b")
     assert hardware._git_state() == (commit, True)
+
+
+def test_a_copy_of_a_work_tree_is_told_its_commit(monkeypatch):
+    for told, expected in (("abc", ("abc", False)), ("abc-dirty", ("abc", True))):
+        monkeypatch.setenv("MAESTRO_KERNELS_COMMIT", told)
+        assert hardware._git_state() == expected
 
 
 def test_import_probes_nothing():

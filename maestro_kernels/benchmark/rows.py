@@ -145,10 +145,15 @@ def load(path: str | Path) -> list[Row]:
         FileNotFoundError: no such file.
         ValueError: a line is not a row of this schema; names the line and the field.
     """
-    return [_parse(record, where) for where, record in records.located(path, schema=SCHEMA)]
+    return [parse(record, where) for where, record in records.located(path, schema=SCHEMA)]
 
 
-def _parse(record: dict[str, Any], where: str) -> Row:
+def parse(record: dict[str, Any], where: str) -> Row:
+    """A row from its dictionary.
+
+    Raises:
+        ValueError: names `where`, the field, what was expected and what came.
+    """
     for name in _LAYERS:
         value = record.get(name)
         if value == []:

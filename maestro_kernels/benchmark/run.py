@@ -11,10 +11,17 @@ import torch
 from maestro_kernels import hardware
 from maestro_kernels.benchmark.providers import default_providers
 from maestro_kernels.benchmark.rows import Gate, Row, with_speedups
-from maestro_kernels.measure.accuracy import References, Rings, gate, walk
+from maestro_kernels.measure.accuracy import References, Rings, flush_bytes, gate, walk
 from maestro_kernels.measure.cases import Case
 from maestro_kernels.measure.providers import Bound, Provider, Unavailable, make_case_inputs
-from maestro_kernels.measure.timing import Clock, Stats, interleave, launch_modes, prepared
+from maestro_kernels.measure.timing import (
+    Clock,
+    CpuClock,
+    Stats,
+    interleave,
+    launch_modes,
+    prepared,
+)
 from maestro_kernels.measure.wording import first_line
 
 
@@ -86,8 +93,9 @@ def run_case(
         for cache in options.caches:
             rings = Rings(inputs, options.ring_bytes if cache == "cold" else 0)
             bounds, refused = _admit(case, providers, rings, references)
-            for launch, clock in launch_modes(options.device).items():
-                stats, unfit = _time(bounds, cache == "cold", clock(), options.seconds)
+            flush = flush_bytes(torch.device(options.device)) if cache == "cold" else 0
+            for launch, clock in launch_modes(options.device, flush).items():
+                stats, unfit = _time(bounds, cache == "cold", clock, options.seconds)
                 for provider in providers:
                     row = replace(
                         blank,
@@ -143,7 +151,11 @@ def _time(
     }
     if not calls:
         return {}, unfit
-    return interleave(calls, seconds=seconds, prime=not cold, clock=clock), unfit
+    # Only a GPU's caches are flushed; on a CPU a ring larger than the cache is all there is.
+    flushed = cold and not isinstance(clock, CpuClock)
+    most = {name: len(bounds[name]) for name in calls} if flushed else None
+    stats = interleave(calls, seconds=seconds, prime=not cold, clock=clock, most_calls=most)
+    return stats, unfit
 
 
 def _row(case: Case, device: hardware.Device, started: str, options: Options) -> Row:

@@ -32,6 +32,8 @@ _CACHES = 4
 _LEAST_BYTES, _MOST_BYTES = 32 << 20, 512 << 20
 # A ring has at most this many sets of weights: a tiny layer would otherwise need thousands.
 _MAX_RING = 512
+# Overwriting this many times the L2 leaves nothing in it.
+_FLUSH = 2
 
 
 class Rings:
@@ -177,18 +179,45 @@ def ring_bytes(device: torch.device) -> int:
     return min(max(_CACHES * private, _LEAST_BYTES), _MOST_BYTES)
 
 
+def flush_bytes(device: torch.device) -> int:
+    """What a GPU overwrites to leave nothing in its second-level cache; nothing on a CPU.
+
+    A CPU has only the ring, which is larger than its caches.
+    """
+    if device.type != "cuda":
+        return 0
+    return _FLUSH * (hardware.current_device(device).l2_bytes or 0)
+
+
 def passing(
-    case: Case, providers: Sequence[Provider], inputs: Inputs, yardstick: Sequence[str] = ()
+    case: Case,
+    providers: Sequence[Provider],
+    inputs: Inputs,
+    yardstick: Sequence[str] = (),
+    refused: dict[str, str] | None = None,
 ) -> list[Provider]:
-    """The providers that run and pass the accuracy gate, or are what it measures by."""
+    """The providers that run and pass the accuracy gate, or are what it measures by.
+
+    Args:
+        case: what they compute.
+        providers: the candidates.
+        inputs: of the case.
+        yardstick: names that need no gate.
+        refused: gets name -> why of those that failed, but for those that do not take the case.
+    """
+    refused = {} if refused is None else refused
     found = []
     for provider in providers:
         if provider.name not in yardstick:
             try:
                 _, problem = checked(case, provider, inputs)
-            except (Unavailable, RuntimeError):
+            except Unavailable:
+                continue
+            except RuntimeError as error:
+                refused[provider.name] = f"{type(error).__name__}: {error}"
                 continue
             if problem is not None:
+                refused[provider.name] = problem
                 continue
         found.append(provider)
     return found

@@ -59,8 +59,33 @@ class CpuClock:
         return (time.perf_counter_ns() - start) * 1e-9
 
 
+class _Flush:
+    """Overwrites a buffer: what lay in a GPU's L2 before has to come from memory again.
+
+    Args:
+        size: bytes; twice the L2 leaves nothing of what was there. 0 does nothing.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._buffer: torch.Tensor | None = None
+
+    def __call__(self) -> None:
+        if self._size:
+            if self._buffer is None:
+                self._buffer = torch.empty(self._size, dtype=torch.uint8, device="cuda")
+            self._buffer.zero_()
+
+
 class CudaClock:
-    """Eager launches between two events on the current stream, so launch cost is part of it."""
+    """Eager launches between two events on the current stream, so launch cost is part of it.
+
+    Args:
+        flush: bytes that are overwritten before each sample, so that caches are cold.
+    """
+
+    def __init__(self, flush: int = 0) -> None:
+        self._flush = _Flush(flush)
 
     def prepare(self, name: str, call: Call) -> None:
         """Nothing to prepare."""
@@ -69,6 +94,7 @@ class CudaClock:
         """Seconds for all `calls` calls together."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        self._flush()
         start.record()
         for _ in range(calls):
             call()
@@ -78,9 +104,14 @@ class CudaClock:
 
 
 class CudaGraphClock:
-    """Replays of one CUDA graph per candidate that holds `calls` calls: device time alone."""
+    """Replays of one CUDA graph per candidate that holds `calls` calls: device time alone.
 
-    def __init__(self) -> None:
+    Args:
+        flush: bytes that are overwritten before each replay, so that caches are cold.
+    """
+
+    def __init__(self, flush: int = 0) -> None:
+        self._flush = _Flush(flush)
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
     def prepare(self, name: str, call: Call, calls: int = 1) -> None:
@@ -98,6 +129,8 @@ class CudaGraphClock:
         self.prepare(name, call, calls)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        # It also keeps the device busy while the host launches the graph.
+        self._flush()
         start.record()
         self._graphs[name, calls].replay()
         end.record()
@@ -163,11 +196,16 @@ def _nothing() -> None:
 Clock = CpuClock | CudaClock | CudaGraphClock
 
 
-def launch_modes(device: torch.device | str) -> dict[str, type[Clock]]:
-    """Launch mode -> its clock, for the modes that a device has."""
+def launch_modes(device: torch.device | str, flush: int = 0) -> dict[str, Clock]:
+    """Launch mode -> a new clock, for the modes that a device has.
+
+    Args:
+        device: where calls run.
+        flush: bytes that a GPU overwrites before each sample.
+    """
     if torch.device(device).type == "cuda":
-        return {"eager": CudaClock, "graph": CudaGraphClock}
-    return {"eager": CpuClock}
+        return {"eager": CudaClock(flush), "graph": CudaGraphClock(flush)}
+    return {"eager": CpuClock()}
 
 
 def rounds(names: Sequence[str]) -> Iterator[list[str]]:
@@ -206,6 +244,7 @@ def interleave(
     max_rounds: int = 100,
     prime: bool = True,
     clock: Clock | None = None,
+    most_calls: Mapping[str, int] | None = None,
 ) -> dict[str, Stats]:
     """Time callables against each other and return seconds per call for each.
 
@@ -222,6 +261,8 @@ def interleave(
         prime: call once untimed before each sample, which brings back into the caches what other
             candidates pushed out; leave it off for cold measurements.
         clock: how `calls` calls are timed; wall time by default.
+        most_calls: name -> most calls in a sample: the sets of weights that a cold one walks
+            through, because the next round of them would be warm.
 
     Returns:
         A Stats for every candidate, in the order of `candidates`.
@@ -238,7 +279,11 @@ def interleave(
         )
     clock = clock or CpuClock()
     deadline = time.perf_counter() + seconds
-    calls = {name: _repeats(call, sample_seconds) for name, call in candidates.items()}
+    most = most_calls or {}
+    calls = {
+        name: min(_repeats(call, sample_seconds), most.get(name, 10_000))
+        for name, call in candidates.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     with _no_garbage_collection():
         for k, order in enumerate(rounds(list(candidates))):
@@ -337,6 +382,8 @@ def timed(
     seconds: float,
     *,
     rounds: tuple[int, int],
+    flush: int = 0,
+    copies: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[str, dict[str, Stats]]]:
     """(launch mode, what its clock can time, in turns) for every launch mode of a device.
 
@@ -346,10 +393,12 @@ def timed(
         cache: "warm" or "cold".
         seconds: of samples per call.
         rounds: fewest and most samples.
+        flush: bytes that a GPU overwrites before each sample.
+        copies: name -> sets of weights that a cold call walks through: where caches are flushed
+            before a sample, that is the most calls one may hold.
     """
-    for launch, clock in launch_modes(device).items():
-        timer = clock()
-        fit, _ = prepared(timer, calls)
+    for launch, clock in launch_modes(device, flush).items():
+        fit, _ = prepared(clock, calls)
         yield (
             launch,
             interleave(
@@ -358,7 +407,8 @@ def timed(
                 min_rounds=rounds[0],
                 max_rounds=rounds[1],
                 prime=cache == "warm",
-                clock=timer,
+                clock=clock,
+                most_calls=copies if flush else None,
             ),
         )
 

@@ -12,7 +12,7 @@ import torch
 from maestro_kernels import hardware, tables, tuned
 from maestro_kernels.arguments import renamed
 from maestro_kernels.backends import native
-from maestro_kernels.measure.accuracy import Rings, passing, ring_bytes, walk
+from maestro_kernels.measure.accuracy import Rings, flush_bytes, passing, ring_bytes, walk
 from maestro_kernels.measure.cases import Case, Layer
 from maestro_kernels.measure.progress import Advance, progress_bar
 from maestro_kernels.measure.providers import Inputs, Provider
@@ -147,14 +147,15 @@ class Sweep:
             points: list[Point] = []
             for cache in ("warm", "cold"):
                 ring = ring_bytes(self.device) if cache == "cold" else 0
-                calls = {}
+                calls, copies = {}, {}
                 for rank, chosen in admitted.items():
                     rings = Rings(inputs[rank], ring)
                     case = self.case(max(rank, 1))
                     for provider in chosen:
                         bound = provider.bound(case, rings[provider.family])
                         calls[f"{rank} {provider.name}"] = walk(bound)
-                points += self._time(calls, cache)
+                        copies[f"{rank} {provider.name}"] = len(bound)
+                points += self._time(calls, cache, copies)
         return points
 
     def _inputs(self, rank: int) -> Inputs:
@@ -170,9 +171,14 @@ class Sweep:
             return Inputs(x, (u,), (v,), (b,), (), (rank,))
         return Inputs(x, (), (), (b,), (), (1,), dense=(v,))
 
-    def _time(self, calls: dict[str, Callable[[], object]], cache: str) -> list[Point]:
+    def _time(
+        self, calls: dict[str, Callable[[], object]], cache: str, copies: dict[str, int]
+    ) -> list[Point]:
         points = []
-        for launch, stats in timed(calls, self.device, cache, self.seconds, rounds=(5, 40)):
+        flush = flush_bytes(self.device) if cache == "cold" else 0
+        for launch, stats in timed(
+            calls, self.device, cache, self.seconds, rounds=(5, 40), flush=flush, copies=copies
+        ):
             for name, s in stats.items():
                 rank, _, strategy = name.partition(" ")
                 times = (1e3 * s.p20, 1e3 * s.p50, 1e3 * s.p80)

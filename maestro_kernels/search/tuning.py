@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from maestro_kernels import hardware, tables
-from maestro_kernels.measure.accuracy import Rings, passing, ring_bytes, walk
+from maestro_kernels.measure.accuracy import Rings, flush_bytes, passing, ring_bytes, walk
 from maestro_kernels.measure.cases import Case, Layer
 from maestro_kernels.measure.cost import break_even_rank
 from maestro_kernels.measure.providers import Provider, make_case_inputs
@@ -127,13 +127,13 @@ def tune(
     known = {str(row): row for row in journal.items} if journal else {}
     rows = []
     for i, case in enumerate(plan.cases):
-        blank = _row(case, device, {})
+        blank = table_row(case, device, {})
         progress(str(blank), i, len(plan.cases))
         row = known.get(str(blank))
         if row is None and time.monotonic() > deadline:
             continue
         if row is None:
-            row = _row(case, device, measure(case, plan.device, seconds))
+            row = table_row(case, device, measure(case, plan.device, seconds))
             if journal is not None:
                 journal.add([row])
         rows.append(row)
@@ -146,7 +146,8 @@ def _parse(record: object) -> Row:
     return tables.parse_row(record, "row")
 
 
-def _row(case: Case, device: hardware.Device, us: Modes) -> Row:
+def table_row(case: Case, device: hardware.Device, us: Modes) -> Row:
+    """A table's row of a measured case."""
     total = sum(layer.N + layer.K for layer in case.layers)
     rank = round(sum(s.rank * (s.N + s.K) for s in case.layers) / total)
     aligned = device.kind == "cpu" or (case.K % 8 == 0 and all(s.R % 8 == 0 for s in case.layers))
@@ -160,18 +161,35 @@ def measure(
     device: torch.device,
     seconds: float = _SECONDS,
     providers: Callable[[Case], Sequence[Provider]] = for_table,
+    refused: dict[str, str] | None = None,
 ) -> Modes:
-    """Every strategy of a call, gated and interleaved, in every mode."""
+    """Every strategy of a call, gated and interleaved, in every mode.
+
+    Args:
+        case: the call.
+        device: where.
+        seconds: of samples per strategy and mode.
+        providers: the strategies, two library matmuls among them.
+        refused: gets "mode: strategy" -> why what can run the call was not timed.
+    """
     modes: Modes = {}
     for mode in ("forward", "training"):
         kind = Case(case.source, case.M, case.layers, case.dtype, mode)  # type: ignore[arg-type]
         with torch.set_grad_enabled(mode == "training"):
             inputs = make_case_inputs(kind, device)
-            chosen = passing(kind, providers(kind), inputs)
+            why: dict[str, str] = {}
+            chosen = passing(kind, providers(kind), inputs, refused=why)
+            if refused is not None:
+                refused.update({f"{mode}: {name}": reason for name, reason in why.items()})
             for cache in ("cold", "warm") if mode == "forward" else ("cold",):
                 rings = Rings(inputs, ring_bytes(device) if cache == "cold" else 0)
-                calls = {p.name: walk(p.bound(kind, rings[p.family])) for p in chosen}
-                for launch, stats in timed(calls, device, cache, seconds, rounds=(6, 60)):
+                bounds = {p.name: p.bound(kind, rings[p.family]) for p in chosen}
+                calls = {name: walk(ring) for name, ring in bounds.items()}
+                copies = {name: len(ring) for name, ring in bounds.items()}
+                flush = flush_bytes(device) if cache == "cold" else 0
+                for launch, stats in timed(
+                    calls, device, cache, seconds, rounds=(6, 60), flush=flush, copies=copies
+                ):
                     if BASELINE in stats:
                         modes[f"{mode} {cache} {launch}"] = {
                             n: (1e6 * s.p20, 1e6 * s.p50, 1e6 * s.p80) for n, s in stats.items()

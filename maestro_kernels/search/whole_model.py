@@ -168,7 +168,7 @@ def measure_models(
             stack.enter_context(calibrating(model))
         calls = {name: partial(call, model, batch) for name, model in models.items()}
         on_gpu = any(p.is_cuda for model in models.values() for p in model.parameters())
-        clock = launch_modes("cuda" if on_gpu else "cpu")["eager"]()
+        clock = launch_modes("cuda" if on_gpu else "cpu")["eager"]
         found = interleave(calls, seconds=seconds, clock=clock)
     return {n: Measurement(s.p50 * 1e3, s.p20 * 1e3, s.p80 * 1e3) for n, s in found.items()}
 

@@ -4,9 +4,17 @@ from collections import Counter
 from functools import partial
 
 import pytest
+import torch
 
 from maestro_kernels.measure import timing
-from maestro_kernels.measure.timing import CpuClock, Stats, interleave, rounds
+from maestro_kernels.measure.timing import (
+    CpuClock,
+    CudaClock,
+    CudaGraphClock,
+    Stats,
+    interleave,
+    rounds,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -72,6 +80,51 @@ def test_short_calls_are_repeated_within_a_sample():
     stats = interleave({"a": lambda: None}, seconds=0.05, sample_seconds=1e-3, min_rounds=1)
     assert stats["a"].calls > 100
     assert stats["a"].p50 < 1e-5
+
+
+def test_a_cold_sample_walks_through_no_more_calls_than_there_are_weights():
+    stats = interleave(
+        {"a": lambda: None, "b": lambda: None}, seconds=0.0, min_rounds=1, most_calls={"a": 3}
+    )
+    assert stats["a"].calls == 3
+    assert stats["b"].calls > 3
+
+
+@pytest.mark.parametrize("flush", [0, 64])
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_gpu_clock_flushes_before_it_starts(monkeypatch, flush, graph):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record = lambda: log.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 3.0
+
+    class Buffer:
+        def zero_(self):
+            log.append("flush")
+
+    class Graph:
+        def replay(self):
+            log.append("call")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    sizes = []
+    monkeypatch.setattr(timing.torch, "empty", lambda size, **_: sizes.append(size) or Buffer())
+    clock = CudaGraphClock(flush) if graph else CudaClock(flush)
+    if graph:
+        clock._graphs["a", 1] = Graph()
+    for _ in range(2):
+        assert clock.time("a", lambda: log.append("call"), 1) == pytest.approx(3e-3)
+    once = ["wait", *["flush"] * bool(flush), "event", "call", "event"]
+    assert log == 2 * once
+    assert sizes == [flush] * bool(flush)
 
 
 def test_wall_clock_tells_a_slow_call_from_a_fast_one():

@@ -1,0 +1,93 @@
+"""What is run, in which order, and how long each part may take.
+
+Seconds are what a stage may take in the call that it belongs to; what is left of it then is taken
+up again by a later call, once that call's own stages are through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["BUDGET", "CALLS", "KERNELS", "OVERHEAD", "SHARDS", "STAGES", "TOTAL", "Stage"]
+
+# Device time of the whole run, and what a call costs beside its own seconds: a machine is started
+# and files are copied. An assumption, from "a minute or more" in the words of who lends machines.
+TOTAL, OVERHEAD = 1500, 90
+# Seconds of one call, of which three with their overhead fit into TOTAL.
+BUDGET = 400
+
+# One process each: the strategies of the kernels as plans print them, ": " left out.
+KERNELS = (
+    "triton-two_phase",
+    "triton-row",
+    "native-decode",
+    "native-rows",
+    "native-row",
+)
+
+# Triton compiles in the process that launches, on one core, for seconds a kernel; what is not timed
+# is therefore dealt out to several processes of a family, named FAMILY.0, FAMILY.1, ...
+SHARDS = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of question.
+
+    Attributes:
+        name: what people and records call it.
+        module: of bench.gpu, with `items(device, stage, family)`.
+        families: one process each.
+        seconds: what all families together may take in a call.
+        limit: seconds without a sign of life after which an item counts as hanging; a kernel that
+            Triton has compiled is one.
+        together: families run at the same time, because nothing is timed.
+        needs: a probe of the environment stage that must have found its tool.
+        env: what the processes find in their environment beside the common part.
+    """
+
+    name: str
+    module: str
+    families: tuple[str, ...]
+    seconds: int
+    limit: int = 30
+    together: bool = False
+    needs: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+_CHECKED = (
+    *(f"{f}.{i}" for i in range(SHARDS) for f in KERNELS if f.startswith("triton")),
+    *(f for f in KERNELS if not f.startswith("triton")),
+    "auto",
+)
+_TABLE = {"MAESTRO_KERNELS_TUNE": "table", "MAESTRO_KERNELS_TABLE": "off"}
+# "measured" stands for the table that this run made: runner.py puts its path there.
+_MEASURED = {"MAESTRO_KERNELS_TUNE": "table", "MAESTRO_KERNELS_TABLE": "measured"}
+_FIRST_USE = {"MAESTRO_KERNELS_TUNE": "first-use", "MAESTRO_KERNELS_TABLE": "unset"}
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        # What is there. Never taken from an earlier call, whose machine is gone.
+        Stage("environment", "environment", ("device", "ncu", "compute-sanitizer"), 60, 240, True),
+        Stage("micro", "micro", ("chip", "cublas"), 50, 15),
+        Stage("checks", "checks", _CHECKED, 160, 45, True, env=_TABLE),
+        Stage("table", "table", KERNELS, 230, 30, env=_TABLE),
+        Stage("rows", "rows", ("auto", "compiled"), 120, 60, env=_MEASURED),
+        Stage("training", "training", ("auto",), 60, 40, env=_MEASURED),
+        Stage("first-use", "rows", ("auto",), 40, 40, env=_FIRST_USE),
+        Stage("launches", "launches", ("auto",), 30, 20, env=_MEASURED),
+        Stage("ncu", "tools", KERNELS, 90, 60, needs="ncu", env=_TABLE),
+        Stage("sanitizer", "tools", KERNELS, 90, 80, True, "compute-sanitizer", _TABLE),
+    )
+}
+
+# Decode, 4096 x 4096 and groups come first within each stage (suite.py); across calls: is it right,
+# what does the chip do, what is fastest, and only then why.
+CALLS = {
+    1: ("environment", "micro", "checks", "table"),
+    2: ("environment", "table", "rows", "first-use"),
+    3: ("environment", "rows", "training", "launches", "ncu", "sanitizer"),
+}
