@@ -121,9 +121,11 @@ def row_kernel(
     )  # fmt: skip
     # The same rounding as between two matmuls; the tile becomes the A operand of the next product.
     b_h = tl.where((o_r < rank)[None, :], b_h, 0.0).to(p_y.dtype.element_ty)
-    if SAVE_H and i_split == 0:
+    if SAVE_H:
         width = tl.cdiv(R, 8) * 8 if TENSOR_RANK else rank_up
         p_h += o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
+        # The first of those who share a block stores H.
+        width = tl.where(i_split == 0, width, 0)
         tl.store(p_h, b_h, mask=(o_m < M)[:, None] & (o_r < width)[None, :])
     p_y += o_m[:, None].to(tl.int64) * stride_ym
     # Descriptors end at the width, and u is read in eights: then what follows the rank comes along.
