@@ -60,7 +60,9 @@ def _expand_rows(
 
     CLEAR: what E holds from the rank on is set to zero.
     """
-    for o_n0 in range(o_begin, o_end, BLOCK_N):
+    # Counted from zero: from o_begin on, ptxas serialises the wgmma of dx (C7514).
+    for i_n in range(0, o_end - o_begin, BLOCK_N):
+        o_n0 = o_begin + i_n
         o_n = o_n0 + tl.arange(0, BLOCK_N)
         if DESCRIPTORS:
             if TRANSPOSED:
