@@ -44,7 +44,10 @@ MK_DEVICE void decode_shrink_sum(ShrinkSums<Op, kTilesM>& sums, const Layer& lay
                                  int k_end) {
   using T = typename Op::Element;
   constexpr int kStep = kStepBytes / sizeof(T), kTilesR = kDecodeBlockR / 8;
-  constexpr int kBatch = kTilesM == 1 ? Op::kBatch : 1;
+  // Weights of so many steps are asked for together, which is what keeps memory busy; rows of x, which come from L2,
+  // one step at a time where there are several tiles of them to multiply.
+  constexpr int kBatch = Op::kBatch;
+  constexpr int kRowBatch = kTilesM == 1 ? kBatch : 1;
   const int group = lane_index() / 4, t = lane_index() % 4, M = static_cast<int>(layer.M);
   const T* const x = static_cast<const T*>(layer.x);
   const T* const v = static_cast<const T*>(layer.v) + (rank0 + group) * layer.stride_vr;
@@ -59,20 +62,24 @@ MK_DEVICE void decode_shrink_sum(ShrinkSums<Op, kTilesM>& sums, const Layer& lay
       for (int j = 0; j < kTilesR; ++j)
         weights[b][j] = load_row<T, kWide>(v + 8 * j * layer.stride_vr, column(b), k_end, rank0 + 8 * j + group < rank);
 #pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
-      if (Op::kRowPacks == 16 && 16 * i >= M) continue;  // those of the tensor core cost nothing
-      Pack rows[kBatch][Op::kRowPacks];
+    for (int b0 = 0; b0 < kBatch; b0 += kRowBatch) {
+      if (b0 > 0 && k0 + b0 * kDecodeWarps * kStep >= k_end) break;
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b)
+      for (int i = 0; i < kTilesM; ++i) {
+        if (Op::kRowPacks == 16 && 16 * i >= M) continue;  // those of the tensor core cost nothing
+        Pack rows[kRowBatch][Op::kRowPacks];
 #pragma unroll
-        for (int q = 0; q < Op::kRowPacks; ++q) {
-          const int m = 16 * i + Op::row_of(q);
-          rows[b][q] = load_row<T, kWide>(x + m * layer.stride_xm, column(b), k_end, m < M);
-        }
+        for (int b = 0; b < kRowBatch; ++b)
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b)
+          for (int q = 0; q < Op::kRowPacks; ++q) {
+            const int m = 16 * i + Op::row_of(q);
+            rows[b][q] = load_row<T, kWide>(x + m * layer.stride_xm, column(b0 + b), k_end, m < M);
+          }
 #pragma unroll
-        for (int j = 0; j < kTilesR; ++j) Op::add(sums.of[i][j], rows[b], weights[b][j]);
+        for (int b = 0; b < kRowBatch; ++b)
+#pragma unroll
+          for (int j = 0; j < kTilesR; ++j) Op::add(sums.of[i][j], rows[b], weights[b0 + b][j]);
+      }
     }
   }
 }

@@ -63,7 +63,8 @@ def activation_grad_kernel(
             rank = tl.minimum(tl.maximum(tl.load(rank), 0), R)
         b_z = expand_sum(
             tl.zeros((BLOCK_M, BLOCK_N), tl.float32), p_h, p_u, M, N, rank, stride_hm, stride_un,
-            stride_ur, i_m, i_n, ROUND_RANK, BLOCK_M, BLOCK_N, BLOCK_R, INPUT_PRECISION,
+            stride_ur, i_m, i_n, ROUND_RANK, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_R,
+            INPUT_PRECISION,
         )  # fmt: skip
         if HAS_BIAS:
             b_z += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]

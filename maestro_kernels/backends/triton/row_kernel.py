@@ -60,7 +60,9 @@ def _expand_rows(
 
     CLEAR: what E holds from the rank on is set to zero.
     """
-    for o_n0 in range(o_begin, o_end, BLOCK_N):
+    # Counted from zero: from o_begin on, ptxas serialises the wgmma of dx (C7514).
+    for i_n in range(0, o_end - o_begin, BLOCK_N):
+        o_n0 = o_begin + i_n
         o_n = o_n0 + tl.arange(0, BLOCK_N)
         if DESCRIPTORS:
             if TRANSPOSED:
@@ -121,9 +123,11 @@ def row_kernel(
     )  # fmt: skip
     # The same rounding as between two matmuls; the tile becomes the A operand of the next product.
     b_h = tl.where((o_r < rank)[None, :], b_h, 0.0).to(p_y.dtype.element_ty)
-    if SAVE_H and i_split == 0:
+    if SAVE_H:
         width = tl.cdiv(R, 8) * 8 if TENSOR_RANK else rank_up
         p_h += o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
+        # The first of those who share a block stores H.
+        width = tl.where(i_split == 0, width, 0)
         tl.store(p_h, b_h, mask=(o_m < M)[:, None] & (o_r < width)[None, :])
     p_y += o_m[:, None].to(tl.int64) * stride_ym
     # Descriptors end at the width, and u is read in eights: then what follows the rank comes along.

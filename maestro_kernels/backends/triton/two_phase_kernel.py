@@ -106,37 +106,40 @@ def _shrink_sum(
 @triton.jit
 def expand_sum(
     b_y, p_h, p_e, M, N, rank, stride_hm, stride_en, stride_er, i_m, i_n, EIGHTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TAIL_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_y + H · Eᵀ of one tile. EIGHTS: E is contiguous along r, and read 8 ranks at a time."""
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = tl.arange(0, BLOCK_R)
-    p_h = p_h + o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
-    p_e = p_e + o_n[None, :].to(tl.int64) * stride_en + o_r[:, None].to(tl.int64) * stride_er
+    p_h = p_h + o_m[:, None].to(tl.int64) * stride_hm
+    p_e = p_e + o_n[None, :].to(tl.int64) * stride_en
     rank_stored = tl.cdiv(rank, 8) * 8
-    rank_read = rank_stored if EIGHTS else rank
     # Eights that end beyond the rank bring in what is not ours: H is zero there, but zero times NaN
-    # is not. Clearing it takes E through registers, which only the last block has to pay.
+    # is not. Clearing it takes E through registers, which only the last TAIL_R ranks have to pay.
     rank_as_read = rank
     if EIGHTS:
-        rank_as_read = tl.where(rank % 8 == 0, rank, rank // BLOCK_R * BLOCK_R)
+        rank_as_read = tl.where(rank % 8 == 0, rank, rank // TAIL_R * TAIL_R) // 8 * 8
+        rank_stored = rank_as_read
+    p_hr = p_h + o_r[None, :]
+    p_er = p_e + o_r[:, None].to(tl.int64) * stride_er
     for o_r0 in range(0, rank_as_read, BLOCK_R):
         m_h = (o_r0 + o_r < rank_stored)[None, :]
-        m_e = (o_r0 + o_r < rank_read)[:, None]
-        b_h = tl.load(p_h, mask=(o_m < M)[:, None] & m_h, other=0.0)
-        b_e = tl.load(p_e, mask=m_e & (o_n < N)[None, :], other=0.0)
+        m_e = (o_r0 + o_r < rank_as_read)[:, None]
+        b_h = tl.load(p_hr, mask=(o_m < M)[:, None] & m_h, other=0.0)
+        b_e = tl.load(p_er, mask=m_e & (o_n < N)[None, :], other=0.0)
         b_y = tl.dot(b_h, b_e, b_y, input_precision=INPUT_PRECISION)
-        p_h += BLOCK_R
-        p_e += BLOCK_R * stride_er
+        p_hr += BLOCK_R
+        p_er += BLOCK_R * stride_er
     if EIGHTS:
         if rank_as_read < rank:
-            m_h = (rank_as_read + o_r < rank_stored)[None, :]
-            m_e = (rank_as_read + o_r < rank_read)[:, None]
-            b_h = tl.load(p_h, mask=(o_m < M)[:, None] & m_h, other=0.0)
-            b_e = tl.load(p_e, mask=m_e & (o_n < N)[None, :], other=0.0)
-            b_e = tl.where((rank_as_read + o_r < rank)[:, None], b_e, 0.0)
+            o_t = rank_as_read + tl.arange(0, TAIL_R)
+            m_t = o_t < tl.cdiv(rank, 8) * 8
+            b_h = tl.load(p_h + o_t[None, :], mask=(o_m < M)[:, None] & m_t[None, :], other=0.0)
+            p_et = p_e + o_t[:, None].to(tl.int64) * stride_er
+            b_e = tl.load(p_et, mask=m_t[:, None] & (o_n < N)[None, :], other=0.0)
+            b_e = tl.where((o_t < rank)[:, None], b_e, 0.0)
             b_y = tl.dot(b_h, b_e, b_y, input_precision=INPUT_PRECISION)
     return b_y
 
@@ -361,7 +364,7 @@ def two_phase_kernel(
                 b_y, pick(hs, i, NUM_LAYERS), pick(es, i, NUM_LAYERS), M, N, rank,
                 pick(strides_hm, i, NUM_LAYERS), _eights(pick(strides_en, i, NUM_LAYERS), ROWS),
                 _eights(pick(strides_er, i, NUM_LAYERS), COLUMNS), i_m, i_n, ROWS, BLOCK_M,
-                BLOCK_N, STEP_R, INPUT_PRECISION,
+                BLOCK_N, STEP_R, STEP_R if STEP_R < BLOCK_R else BLOCK_R, INPUT_PRECISION,
             )  # fmt: skip
         p_bias = pick(biases, i_layer, NUM_LAYERS)
         b_y = _epilogue(b_y, p_bias, N, i_layer, i_n, ACTIVATIONS, BIAS_BITS, BLOCK_N)
