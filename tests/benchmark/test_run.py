@@ -26,6 +26,7 @@ from maestro_kernels.benchmark.run import (
     Options,
     Reference,
     _References,
+    _time,
     checked,
     gate,
     run,
@@ -177,7 +178,8 @@ class PickyClock(CpuClock):
 
 def test_launch_modes_are_rows_and_what_cannot_be_captured_says_so(monkeypatch):
     clocks = {"eager": CpuClock, "graph": PickyClock}
-    monkeypatch.setattr(Options, "launches", property(lambda self: clocks))
+    monkeypatch.setattr(Options, "launches", property(lambda self: tuple(clocks)))
+    monkeypatch.setattr(Options, "clock", lambda self, launch, cache: clocks[launch]())
     rows = rows_of(CASE, [provider("two matmuls", two), provider("other", two)])
     found = {(r.provider, r.launch): (r.gate, r.reason) for r in rows if r.cache == "warm"}
     assert [key for key, (gate, _) in found.items() if gate == "passed"] == [
@@ -320,3 +322,33 @@ def test_shapes_are_parsed_and_refused():
         parse_shape("1,2,3,4,5")
     with pytest.raises(ValueError, match="Case: M, layers: expected M >= 1"):
         parse_shape("0,2,3,4")
+
+
+def test_on_a_gpu_what_is_cold_is_flushed_and_what_is_warm_is_not(monkeypatch):
+    monkeypatch.setattr(hardware, "current_device", lambda device: hardware.H100)
+    options = Options("cuda")
+    assert options.launches == ("eager", "graph")
+    sizes = {
+        (launch, cache): options.clock(launch, cache)._flush._size
+        for launch in options.launches
+        for cache in ("cold", "warm")
+    }
+    twice = 2 * hardware.H100.l2_bytes
+    assert sizes == {(a, b): twice * (b == "cold") for a, b in sizes}
+    assert isinstance(Options("cpu").clock("eager", "cold"), CpuClock)
+
+
+def test_a_flushed_sample_has_no_more_calls_than_copies_of_the_weights():
+    class Flushing:
+        def prepare(self, name, call):
+            pass
+
+        def time(self, name, call, calls):
+            return 1e-6 * calls
+
+    ring = [make_case_inputs(CASE, "cpu", seed=s) for s in range(2)]
+    bounds = {"two": provider("two", two).bound(CASE, ring)}
+    for cold, clock, few in ((True, Flushing(), True), (False, Flushing(), False),
+                             (True, CpuClock(), False)):  # fmt: skip
+        stats, _ = _time(bounds, cold, clock, 0.0)
+        assert (stats["two"].calls <= 2) == few
