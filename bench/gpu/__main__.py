@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +20,15 @@ __all__ = ["Call", "main"]
 
 # Seconds that writing the files may take; the last of them are kept for it.
 _WRITING = 40
+# A stage with less time than this would not get past the start of its processes.
+_LEAST = 10
 
 
 class Call:
     """One of the three calls.
 
     Args:
-        stages: in order.
+        stages: in order, with the seconds that each may take.
         state: what is known.
         out: folder for the files.
         budget: seconds of the plan until everything is written.
@@ -35,7 +39,7 @@ class Call:
 
     def __init__(
         self,
-        stages: tuple[str, ...],
+        stages: Mapping[str, float],
         known: state.State,
         out: Path,
         budget: float,
@@ -59,14 +63,13 @@ class Call:
             self._state.add({"stage": "run", "family": "", "item": "begun", "outcome": "passed"})
         # What an earlier call did not finish is taken up once this call's own stages are through.
         others = [] if self._alone else [name for name in STAGES if name not in self._stages]
-        for own, names in ((True, self._stages), (False, others)):
-            for name in names:
-                self._stage(_of_test(STAGES[name]), own)
+        for name in (*self._stages, *others):
+            self._stage(_of_test(STAGES[name]), self._stages.get(name, math.inf))
         self._write(last=True)
         rest = summary.left(self._state)
         return 3 if any("(" not in name for name in rest) else 0
 
-    def _stage(self, stage: Stage, own: bool) -> None:
+    def _stage(self, stage: Stage, seconds: float) -> None:
         notes = self._notes.setdefault(stage.name, [])
         if all(self._state.complete(stage.name, f) for f in stage.families):
             return
@@ -74,14 +77,14 @@ class Call:
         if why is not None:
             notes.append(f"not possible here: {why}")
             return
-        now = self._clock.now()
-        if now >= self._end:
+        if self._clock.now() >= self._end - _LEAST:
             return
         if stage.env.get("MAESTRO_KERNELS_TABLE") == "measured" and self._table_is_old:
             self._report()
             self._table_is_old = False
-            now = self._clock.now()
-        seconds = stage.seconds if own else self._end - now
+        now = self._clock.now()
+        if now >= self._end:
+            return
         deadline = min(self._end, now + seconds)
         print(f"{now - self._begin:5.0f} s  {stage.name}, {deadline - now:.0f} s", flush=True)
         self._table_is_old |= stage.name == "table"
@@ -160,7 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command not in map(str, CALLS):
         return int(args.run(args))
-    stages = tuple(args.only.split(",")) if args.only else CALLS[int(args.command)]
+    stages: dict[str, float] = {**CALLS[int(args.command)]}
+    if args.only:
+        stages = dict.fromkeys(args.only.split(","), math.inf)
     unknown = [name for name in stages if name not in STAGES]
     if unknown:
         parser.error(f"--only: expected of {', '.join(STAGES)}, got {', '.join(unknown)}")

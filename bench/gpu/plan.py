@@ -1,7 +1,6 @@
 """What is run, in which order, and how long each part may take.
 
-Seconds are what a stage may take in the call that it belongs to; what is left of it then is taken
-up again by a later call, once that call's own stages are through.
+What a stage could not do in the seconds that it has in a call is taken up again by a later one.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ class Stage:
         name: what people and records call it.
         module: of bench.gpu, with `items(device, stage, family)`.
         families: one process each.
-        seconds: what all families together may take in a call.
         limit: seconds without a sign of life after which an item counts as hanging; a kernel that
             Triton has compiled is one.
         together: families run at the same time, because nothing is timed.
@@ -50,7 +48,6 @@ class Stage:
     name: str
     module: str
     families: tuple[str, ...]
-    seconds: int
     limit: int = 30
     together: bool = False
     needs: str = ""
@@ -71,23 +68,26 @@ STAGES = {
     stage.name: stage
     for stage in (
         # What is there. Never taken from an earlier call, whose machine is gone.
-        Stage("environment", "environment", ("device", "ncu", "compute-sanitizer"), 60, 240, True),
-        Stage("micro", "micro", ("chip", "cublas"), 50, 15),
-        Stage("checks", "checks", _CHECKED, 160, 45, True, env=_TABLE),
-        Stage("table", "table", KERNELS, 230, 30, env=_TABLE),
-        Stage("rows", "rows", ("auto", "compiled"), 120, 60, env=_MEASURED),
-        Stage("training", "training", ("auto",), 60, 40, env=_MEASURED),
-        Stage("first-use", "rows", ("auto",), 40, 40, env=_FIRST_USE),
-        Stage("launches", "launches", ("auto",), 30, 20, env=_MEASURED),
-        Stage("ncu", "tools", KERNELS, 90, 60, needs="ncu", env=_TABLE),
-        Stage("sanitizer", "tools", KERNELS, 90, 80, True, "compute-sanitizer", _TABLE),
+        Stage("environment", "environment", ("device", "ncu", "compute-sanitizer"), 240, True),
+        Stage("micro", "micro", ("chip", "cublas"), 15),
+        Stage("checks", "checks", _CHECKED, 45, True, env=_TABLE),
+        Stage("table", "table", KERNELS, 30, env=_TABLE),
+        Stage("rows", "rows", ("auto", "compiled"), 60, env=_MEASURED),
+        Stage("training", "training", ("auto",), 40, env=_MEASURED),
+        Stage("first-use", "rows", ("auto",), 40, env=_FIRST_USE),
+        Stage("launches", "launches", ("auto",), 20, env=_MEASURED),
+        Stage("ncu", "tools", KERNELS, 60, needs="ncu", env=_TABLE),
+        Stage("sanitizer", "tools", KERNELS, 80, True, "compute-sanitizer", _TABLE),
     )
 }
 
-# Decode, 4096 x 4096 and groups come first within each stage (suite.py); across calls: is it right,
-# what does the chip do, what is fastest, and only then why.
+# Seconds that each stage may take in a call. Decode, 4096 x 4096 and groups come first within each
+# (suite.py); across calls: is it right, what does the chip do, what is fastest, and only then why.
 CALLS = {
-    1: ("environment", "micro", "checks", "table"),
-    2: ("environment", "table", "rows", "first-use"),
-    3: ("environment", "rows", "training", "launches", "ncu", "sanitizer"),
+    1: {"environment": 60, "micro": 50, "checks": 170, "table": 100},
+    2: {"environment": 30, "checks": 60, "table": 150, "rows": 100, "first-use": 30},
+    3: {
+        **{"environment": 30, "checks": 30, "rows": 90, "training": 50},
+        **{"launches": 20, "ncu": 80, "sanitizer": 80},
+    },
 }

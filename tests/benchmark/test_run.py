@@ -8,8 +8,14 @@ from benchmark_support import CASE, GROUP, provider, two, without_bias
 from maestro_kernels import hardware
 from maestro_kernels.backends import native
 from maestro_kernels.benchmark.providers import default_providers
-from maestro_kernels.benchmark.run import Options, run, run_case
-from maestro_kernels.measure.providers import Provider, Unavailable, two_forward
+from maestro_kernels.benchmark.run import Options, _time, run, run_case
+from maestro_kernels.measure import accuracy, timing
+from maestro_kernels.measure.providers import (
+    Provider,
+    Unavailable,
+    make_case_inputs,
+    two_forward,
+)
 from maestro_kernels.measure.timing import CpuClock
 
 DEVICE = hardware.Device(
@@ -109,7 +115,8 @@ class PickyClock(CpuClock):
 
 def test_launch_modes_are_rows_and_what_cannot_be_captured_says_so(monkeypatch):
     clocks = {"eager": CpuClock, "graph": PickyClock}
-    monkeypatch.setattr("maestro_kernels.benchmark.run.launch_modes", lambda device: clocks)
+    made = {name: clock() for name, clock in clocks.items()}
+    monkeypatch.setattr("maestro_kernels.benchmark.run.launch_modes", lambda *a: made)
     rows = rows_of(CASE, [provider("two matmuls", two), provider("other", two)])
     found = {(r.provider, r.launch): (r.gate, r.reason) for r in rows if r.cache == "warm"}
     assert [key for key, (gate, _) in found.items() if gate == "passed"] == [
@@ -192,3 +199,39 @@ def test_run_measures_the_device_and_reports_progress():
     assert rows[0].device["bandwidth"] > 1e8
     assert rows[0].threads == torch.get_num_threads()
     assert rows[0].versions["torch"] == torch.__version__
+
+
+def test_on_a_gpu_what_is_cold_is_flushed_and_what_is_warm_is_not(monkeypatch):
+    monkeypatch.setattr(hardware, "current_device", lambda device: hardware.H100)
+    assert accuracy.flush_bytes(torch.device("cuda")) == 2 * hardware.H100.l2_bytes
+    assert accuracy.flush_bytes(torch.device("cpu")) == 0
+    asked = []
+    monkeypatch.setattr(
+        "maestro_kernels.benchmark.run.flush_bytes", lambda device: asked.append(device) or 7
+    )
+    monkeypatch.setattr(
+        "maestro_kernels.benchmark.run.launch_modes",
+        lambda device, flush: asked.append(flush) or {"eager": CpuClock()},
+    )
+    rows_of(CASE, [provider("two matmuls", two)])
+    assert sorted(a for a in asked if isinstance(a, int)) == [0, 7]
+    found = timing.launch_modes("cuda", 5)
+    assert list(found) == ["eager", "graph"]
+    assert all(clock._flush._size == 5 for clock in found.values())
+    assert isinstance(timing.launch_modes("cpu", 5)["eager"], CpuClock)
+
+
+def test_a_flushed_sample_has_no_more_calls_than_copies_of_the_weights():
+    class Flushing:
+        def prepare(self, name, call):
+            pass
+
+        def time(self, name, call, calls):
+            return 1e-6 * calls
+
+    ring = [make_case_inputs(CASE, "cpu", seed=s) for s in range(2)]
+    bounds = {"two": provider("two matmuls", two).bound(CASE, ring)}
+    for cold, clock, few in ((True, Flushing(), True), (False, Flushing(), False),
+                             (True, CpuClock(), False)):  # fmt: skip
+        stats, _ = _time(bounds, cold, clock, 0.0)
+        assert (stats["two"].calls <= 2) == few
