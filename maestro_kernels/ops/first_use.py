@@ -21,6 +21,7 @@ from torch import Tensor
 
 from maestro_kernels import choices, dispatch, hardware
 from maestro_kernels.backends import matmul
+from maestro_kernels.backends.native import ACTIVATION_CODES
 from maestro_kernels.backends.workspace import fills_a_pool
 from maestro_kernels.call import Call
 from maestro_kernels.choices import Measured
@@ -195,7 +196,7 @@ def _clocks(plan: Plan) -> list[tuple[Mode, _MakeClock]]:
 def _candidate(plan: Plan, call: Call, save_h: bool) -> Callable[[], object]:
     """What a program waits for: the outputs, and in training the gradients that are asked for."""
     if not plan.mode.training:
-        return partial(gradient.forward, plan, call, False)
+        return _inference(plan, call)
     tensors = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in call.tensors]
     own = call.with_tensors(tensors)
     leaves = [t for t in tensors if t is not None and t.requires_grad]
@@ -212,6 +213,17 @@ def _candidate(plan: Plan, call: Call, save_h: bool) -> Callable[[], object]:
         torch.autograd.grad(ys, leaves, dys, allow_unused=True)
 
     return run
+
+
+def _inference(plan: Plan, call: Call) -> Callable[[], object]:
+    """Without gradients; what ops/run.py's `quick` serves, by the calls that it makes."""
+    if not (plan.is_quick and call.n == 1):
+        return partial(gradient.forward, plan, call, False)
+    x, u, v, bias, rank, activation = call.layer(0)
+    if plan.backend == "native":
+        code = ACTIVATION_CODES[activation]
+        return partial(plan.raw, x, u, v, bias, -1 if rank is None else rank, None, code)
+    return partial(matmul.layer, x, u, v, bias, v.shape[0] if rank is None else rank, activation)
 
 
 @contextmanager
