@@ -263,8 +263,9 @@ def test_which_strategies_take_a_call():
     assert not triton.takes("row", [replace(call, rank=None)])
     assert not triton.takes("nonsense", [call])
     # The refusal above is the kernel's own limit.
-    assert triton.row_config.MAX_WIDTH == max(
-        config.BLOCK_R for configs in triton.row_config.SHIPPED.values() for config in configs
+    assert (
+        max(config.BLOCK_R for configs in triton.row_config.SHIPPED.values() for config in configs)
+        == triton.row_config.MAX_WIDTH
     )
 
 
