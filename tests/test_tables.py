@@ -282,6 +282,11 @@ def test_which_strategies_take_a_call():
     assert not triton.takes("row", [replace(call, rank=257)])
     assert not triton.takes("row", [replace(call, rank=None)])
     assert not triton.takes("nonsense", [call])
+    # The refusal above is the kernel's own limit.
+    assert (
+        max(config.BLOCK_R for configs in triton.row_config.SHIPPED.values() for config in configs)
+        == triton.row_config.MAX_WIDTH
+    )
 
 
 def test_float32_at_another_precision_is_another_kind_of_row(use):

@@ -61,6 +61,9 @@ class Counters:
         if held is not None and held.numel() >= size:
             return held
         with self._lock:
+            held = self._held.get((stream, capture))
+            if held is not None and held.numel() >= size:  # another thread was first
+                return held
             # Doubled on a stream, so that a growing problem does not allocate each time. Launches
             # that were given the smaller block keep it: nobody else will.
             least = size if capture else max(size, 1024, 2 * (0 if held is None else held.numel()))

@@ -325,8 +325,8 @@ def race(
     After one untimed call and two timed calls of each, rounds follow as in `interleave`, until the
     fastest is faster than all others beyond noise, or `seconds` are over. Two untimed calls come
     before each sample: the threads of another library have to fall asleep, and one's own to wake.
-    No garbage is collected, so that a race in the middle of a program costs little. A candidate that
-    raises is left out.
+    No garbage is collected, so that a race in the middle of a program costs little. A candidate
+    that raises is left out.
 
     Args:
         candidates: name -> zero-argument callable.

@@ -15,6 +15,7 @@ from maestro_kernels.backends.triton import choose, interpreter
 from maestro_kernels.backends.triton.epilogue import activation_name
 from maestro_kernels.backends.triton.launch import device_of, empty_h, record_of
 from maestro_kernels.backends.triton.row_config import (
+    MAX_REGISTERS,
     MAX_WIDTH,
     SHIPPED,
     RowConfig,
@@ -152,7 +153,7 @@ def _launch(
             TENSOR_RANK=tensor_rank, ROUND_RANK=R % 8 == 0, TRANSPOSED=transposed,
             DESCRIPTORS=config.descriptors, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
             BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, INPUT_PRECISION=input_precision,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return y, h
 
@@ -195,7 +196,11 @@ def aot_spec(config: RowConfig, dtype: str, arch: str) -> Iterator[dict[str, Any
             "kernel": row_kernel,
             "label": f"{config} {form}",
             "signature": _signature(config, dtype, form),
-            "options": {"num_warps": config.num_warps, "num_stages": config.num_stages},
+            "options": {
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+                "maxnreg": MAX_REGISTERS,
+            },
             "dot_rows": config.BLOCK_M,
             "resident": config.resident,
             "h_in_registers": config.precision != "ieee",

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-__all__ = ["MAX_WIDTH", "SHIPPED", "RowConfig", "RowPlan", "candidates", "plans", "width_bucket"]
+__all__ = [
+    "MAX_REGISTERS",
+    "MAX_WIDTH",
+    "SHIPPED",
+    "RowConfig",
+    "RowPlan",
+    "candidates",
+    "plans",
+    "width_bucket",
+]
 
 # Wider accumulators do not fit into the registers of a program.
 MAX_WIDTH = 256
+# Left alone, ptxas aims at more programs than shared memory holds, and on sm_100 spills for them.
+MAX_REGISTERS = 255
 
 
 @dataclass(frozen=True)
