@@ -33,12 +33,15 @@ def quick(
     """
     if eager.any_autocast() or not eager.is_plain(x, u, v, bias):
         return None
-    wants_grad = torch.is_grad_enabled() and (
-        x.requires_grad
-        or u.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-    )
+    try:
+        wants_grad = torch.is_grad_enabled() and (
+            x.requires_grad
+            or u.requires_grad
+            or v.requires_grad
+            or (bias is not None and bias.requires_grad)
+        )
+    except AttributeError:  # None is no tensor: `run` has the words
+        return None
     plan = dispatch.quick_plan(x, u, v, bias, rank, activation, wants_grad)
     if plan is None or v is None or (wants_grad and eager.in_backward()):
         return None
