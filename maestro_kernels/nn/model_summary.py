@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from maestro_kernels.arguments import check_int
@@ -197,6 +198,7 @@ def _summarised(candidate: Candidate, module: nn.Module, rows: int, note: str) -
     )
 
 
+@torch.no_grad()
 def _runs_on(layer: LoDLinear, rows: int) -> str:
     """What a call on (rows, K) without gradients or autocast runs on, as the dispatcher says."""
     shared = layer.group if layer.group is not None and layer.group.active else None
