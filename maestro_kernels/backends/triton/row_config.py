@@ -59,7 +59,8 @@ def _table(arch: str) -> Iterator[RowConfig]:
     """
     narrow = (16, 32, 64)
     pointers = (
-        *(RowConfig(64, 64, 64, r, 4, 3) for r in (16, 32)),
+        RowConfig(64, 64, 64, 16, 4, 3),
+        RowConfig(64, 64, 32, 32, 4, 3),
         *(RowConfig(64, 64, 32, r, 8, 3) for r in (64, 128)),
         RowConfig(32, 32, 32, 256, 8, 3),
         *(RowConfig(64, 64, 32, r, 4, 3, "tf32") for r in (16, 32)),
@@ -73,13 +74,15 @@ def _table(arch: str) -> Iterator[RowConfig]:
             RowConfig(64, 64, 64, 256, 8, 3),
             *(RowConfig(128, 128, 64, r, 8, 4) for r in (*narrow, 128)),
             RowConfig(128, 64, 64, 256, 8, 3),
-            *(RowConfig(64, 64, 32, r, 4, 4, "tf32") for r in narrow),
+            *(RowConfig(64, 64, 32, r, 4, 4, "tf32") for r in (16, 32)),
+            RowConfig(64, 64, 32, 64, 4, 3, "tf32"),
             RowConfig(64, 64, 32, 128, 8, 3, "tf32"),
-            RowConfig(64, 32, 32, 256, 8, 3, "tf32"),
+            RowConfig(64, 32, 32, 256, 8, 2, "tf32"),
         )
         yield from (replace(config, descriptors=True) for config in described)
     yield from pointers
-    yield from (RowConfig(32, 32, 32, r, 4, 2, "ieee") for r in (16, 32))
+    yield RowConfig(32, 32, 32, 16, 4, 2, "ieee")
+    yield RowConfig(32, 32, 16, 32, 4, 2, "ieee")
     yield from (RowConfig(32, 32, 16, r, 8, 2, "ieee") for r in (64, 128, 256))
 
 
