@@ -130,8 +130,9 @@ def _admit(
                 problem = gate(bound[-1], references[provider.family])
         except Unavailable as reason:
             refused[provider.name] = ("unavailable", str(reason))
-        except RuntimeError as error:
-            # Compilation, memory and launch errors of one candidate must not end the others.
+        except (RuntimeError, KeyError) as error:
+            # Compilation, memory and launch errors of one candidate must not end the others. The
+            # compiler of torch 2.11 has a KeyError for a user without a name.
             refused[provider.name] = ("error", f"{type(error).__name__}: {first_line(error)}")
         else:
             if problem is None:

@@ -91,17 +91,22 @@ def test_refusals_and_errors_are_rows_and_do_not_stop_the_others():
     def broken(i):
         raise RuntimeError("compiler: no such flag\nwith details")
 
+    def nameless(i):
+        raise KeyError("getpwuid(): uid not found: 0")
+
     rows = rows_of(
         CASE,
         [
             Provider("elsewhere", "ours", unavailable),
             provider("broken", broken),
+            provider("nameless", nameless),
             provider("two matmuls", two),
         ],
     )
     found = {row.provider: (row.gate, row.reason) for row in rows}
     assert found["elsewhere"] == ("unavailable", "needs another machine")
     assert found["broken"] == ("error", "RuntimeError: compiler: no such flag")
+    assert found["nameless"] == ("error", "KeyError: 'getpwuid(): uid not found: 0'")
     assert found["two matmuls"][0] == "passed"
 
 
