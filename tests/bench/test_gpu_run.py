@@ -151,6 +151,7 @@ def test_out_of_time_is_no_fault(tmp_path):
     found = outcomes(tmp_path)
     assert LOST not in found.values()
     assert "at the next call" in (tmp_path / "out" / "summary.txt").read_text()
+    few["MK_GPU_CLOCK"] = SLOWLY
     call(1, tmp_path, "--budget", "70", "--only", "checks", **few)
     assert len(outcomes(tmp_path)) > len(found)
 
