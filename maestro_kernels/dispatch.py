@@ -37,6 +37,7 @@ __all__ = [
     "forget",
     "halves",
     "is_here",
+    "keep_prediction",
     "plan",
     "plan_afresh",
     "quick_plan",
@@ -514,6 +515,13 @@ def plan(call: Call, backend: str | None, training: bool = False, again: bool = 
             if found.backend == "matmul":
                 short = _matmul_key(x, u, v, bias, rank, activation, given)
             _remember(_plans, short, found)
+    return found
+
+
+def keep_prediction(call: Call, plan: Plan) -> Plan:
+    """Let the prediction for a call stand, where measuring is over and has told nothing."""
+    found = replace(plan, rivals=())
+    _remember(_plans, _key(call, None, plan.mode.training), found)
     return found
 
 

@@ -58,7 +58,11 @@ def settle(plan: Plan, call: Call, save_h: bool) -> tuple[Plan, Callable[[], Non
     Two threads do not measure at a time: each would measure the other. Meanwhile, while kernels are
     compiled, and while a CUDA graph is captured or warmed up, the prediction serves.
     """
-    if plan.mode.captured or fills_a_pool(call.xs[0].device) or not _compiled(plan, call, save_h):
+    if plan.mode.captured or fills_a_pool(call.xs[0].device):
+        return plan, None
+    if len(_compiling) >= _MAX_COMPILED and plan.bucket not in _compiling and _compiles(plan):
+        return dispatch.keep_prediction(call, plan), None
+    if not _compiled(plan, call, save_h):
         return plan, None
     if not _measuring.acquire(blocking=_is_thorough):
         return plan, None
@@ -72,7 +76,8 @@ def settle(plan: Plan, call: Call, save_h: bool) -> tuple[Plan, Callable[[], Non
             return (plan, None) if eager.in_checkpoint() else _turn(plan)
     finally:
         _measuring.release()
-    return dispatch.plan(call, None, plan.mode.training), None
+    settled = dispatch.plan(call, None, plan.mode.training)
+    return dispatch.keep_prediction(call, settled) if settled.rivals else settled, None
 
 
 @contextmanager
@@ -279,13 +284,10 @@ def _now(place: torch.device) -> float:
 
 def _compiled(plan: Plan, call: Call, save_h: bool) -> bool:
     """Whether the kernels that the rivals need are there; asks a thread to compile them if not."""
-    families = {name.partition(": ")[0] for name in plan.rivals}
-    if not any(getattr(dispatch.backend_module(name), "COMPILES", False) for name in families):
+    if not _compiles(plan):
         return True
     thread = _compiling.get(plan.bucket)
     if thread is None:
-        if len(_compiling) >= _MAX_COMPILED:
-            return False
         thread = threading.Thread(
             target=_compile, args=(plan, call, save_h), name="maestro_kernels compile", daemon=True
         )
@@ -294,6 +296,12 @@ def _compiled(plan: Plan, call: Call, save_h: bool) -> bool:
     if _is_thorough:
         thread.join()
     return not thread.is_alive()
+
+
+def _compiles(plan: Plan) -> bool:
+    """Whether a rival's kernels are compiled when they first run."""
+    families = {name.partition(": ")[0] for name in plan.rivals}
+    return any(getattr(dispatch.backend_module(name), "COMPILES", False) for name in families)
 
 
 def _compile(plan: Plan, call: Call, save_h: bool) -> None:

@@ -406,14 +406,28 @@ def test_two_matmuls_serve_while_kernels_are_compiled(times, ran, monkeypatch): 
     assert mk.explain(X, U, V).plan.backend == "native"
 
 
-def test_a_process_compiles_for_so_many_kinds_and_no_more(times, monkeypatch):  # noqa: F811
-    clock = times(native=10)
+def test_a_process_compiles_for_so_many_kinds_and_then_predicts_once(times, monkeypatch):  # noqa: F811
+    clock, planned = times(native=10), []
     monkeypatch.setattr(native, "COMPILES", True, raising=False)
     monkeypatch.setattr(first_use, "_MAX_COMPILED", 0)
+    real = dispatch.plan_afresh
+    monkeypatch.setattr(dispatch, "plan_afresh", lambda *a: planned.append(a) or real(*a))
     for _ in range(3):
         mk.lod_linear(X, U, V)
     assert not clock.timed
     assert not first_use._compiling
+    assert len(planned) == 1
+
+
+def test_a_race_that_tells_nothing_is_not_run_again(times, monkeypatch):  # noqa: F811
+    times()
+    races = []
+    monkeypatch.setattr(
+        timing, "race", lambda calls, **k: races.append(calls) or timing.Race({}, decided=False)
+    )
+    for _ in range(3):
+        mk.lod_linear(X, U, V)
+    assert len(races) == 1
 
 
 # --- a recorded H100 -----------------------------------------------------------------------------
