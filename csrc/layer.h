@@ -1,6 +1,6 @@
 // What the bindings hand to a kernel: plain structs, no torch header.
 //
-//   y = act(x v[:r]^T u[:, :r]^T + bias)      x (M, K), v (R, K), u (N, R), y (M, N)
+//   y = act((scale x v[:r]^T) u[:, :r]^T + bias + residual)      x (M, K), v (R, K), u (N, R), y and residual (M, N)
 #pragma once
 
 #include <cstdint>
@@ -25,9 +25,12 @@ struct Layer {
   const void* bias;  // (N,) or null
   void* y;
   int64_t stride_ym;
-  void* h;  // H (M, rank) in the layer's dtype, zero beyond rank; null where nobody wants it
+  void* h;  // H = scale x v^T (M, rank) in the layer's dtype, zero beyond rank; null where nobody wants it
   int64_t stride_hm;
   Activation activation;
+  const void* residual;  // (M, N) or null; never y itself. CPU kernels only, as is scale
+  int64_t stride_resm;
+  float scale = 1;
 };
 
 }  // namespace mk

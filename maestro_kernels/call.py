@@ -20,7 +20,7 @@ Needs = tuple[bool, bool, bool, bool]
 
 
 class Call(NamedTuple):
-    """y_i = act_i(x_i @ v_i[:r_i].T @ u_i[:, :r_i].T + bias_i) for n layers.
+    """y_i = act_i((scale_i · x_i @ v_i[:r_i].T) @ u_i[:, :r_i].T + bias_i + residual_i), n layers.
 
     Attributes:
         fn: the public function, for errors.
@@ -31,6 +31,8 @@ class Call(NamedTuple):
         ranks: r_i or None (R_i) for each, or one int32 tensor on the device of x: (n,), or 0-d for
             the rank of one layer.
         activations: a name or None for each.
+        residuals: (..., N_i) or None for each; () where none has one.
+        scales: a number for each; () where all are 1.
     """
 
     fn: str
@@ -40,6 +42,8 @@ class Call(NamedTuple):
     biases: Sequence[Tensor | None]
     ranks: Ranks
     activations: Sequence[str | None]
+    residuals: Sequence[Tensor | None] = ()
+    scales: Sequence[float] = ()
 
     @property
     def n(self) -> int:
@@ -49,13 +53,14 @@ class Call(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Everything that may want a gradient, in the order of the attributes."""
-        return (*self.xs, *self.us, *self.vs, *self.biases)
+        return (*self.xs, *self.us, *self.vs, *self.biases, *self.residuals)
 
     def with_tensors(self, tensors: Sequence[Any]) -> Call:
         """The same call of others, in the order of `tensors`; there may be more behind them."""
         x, n = len(self.xs), len(self.us)
         us, vs, biases = (tensors[a : a + n] for a in (x, x + n, x + 2 * n))
-        return Call(self.fn, tensors[:x], us, vs, biases, self.ranks, self.activations)
+        residuals = tensors[x + 3 * n : x + 3 * n + len(self.residuals)]
+        return self._replace(xs=tensors[:x], us=us, vs=vs, biases=biases, residuals=residuals)
 
     def x(self, i: int) -> Tensor:
         """What layer i reads."""
@@ -63,26 +68,41 @@ class Call(NamedTuple):
 
     def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Any, str | None]:
         """(x, u, v, bias, rank, activation) of layer i."""
-        _, xs, us, vs, biases, ranks, activations = self
+        _, xs, us, vs, biases, ranks, activations, _, _ = self
         x = xs[0 if len(xs) == 1 else i]
         one_rank = isinstance(ranks, Tensor) and ranks.dim() == 0
         return x, us[i], vs[i], biases[i], ranks if one_rank else ranks[i], activations[i]
 
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is added to the outputs and nothing scaled."""
+        return not (self.residuals or self.scales)
+
+    def residual(self, i: int) -> Tensor | None:
+        """What is added to the output of layer i."""
+        return self.residuals[i] if self.residuals else None
+
+    def scale(self, i: int) -> float:
+        """What H of layer i is multiplied by."""
+        return self.scales[i] if self.scales else 1.0
+
     def for_backend(self) -> Call:
-        """The call as backends take it: each x (M, K), each rank an int, or all one tensor."""
-        fn, xs, us, vs, biases, ranks, activations = self
+        """The call as backends take it: matrices, and each rank an int, or all one tensor."""
+        _, xs, _, vs, _, ranks, _, residuals, _ = self
         are_ints = not isinstance(ranks, Tensor) and None not in ranks
         if are_ints and len(xs) == 1 and xs[0].dim() == 2:
             return self
+        if residuals:
+            residuals = [t if t is None else as_rows(t) for t in residuals]
         for x in xs:
             if x.dim() != 2:
                 xs = [as_rows(x) for x in xs]
                 break
         if not are_ints and not isinstance(ranks, Tensor):
             ranks = [v.shape[0] if r is None else r for r, v in zip(ranks, vs, strict=True)]
-        if xs is self.xs and ranks is self.ranks:
+        if xs is self.xs and ranks is self.ranks and not residuals:
             return self
-        return Call(fn, xs, us, vs, biases, ranks, activations)
+        return self._replace(xs=xs, ranks=ranks, residuals=residuals)
 
     def shaped(self, ys: list[Tensor]) -> list[Tensor]:
         """Outputs (M, N_i) of `for_backend` with the leading dimensions of x."""

@@ -127,7 +127,8 @@ def bucket(group: Sequence[LoDProblem], mode: tables.Mode, *, shared_x: bool) ->
             " + bias" if p.has_bias else "",
             f" {p.activation}" if p.activation else "",
         )
-        words.append(f"{p.K}→{p.N} {rank}{bias}{activation}{odd}{copied}")
+        added = (" + residual" if p.has_residual else "") + (" scaled" if p.is_scaled else "")
+        words.append(f"{p.K}→{p.N} {rank}{bias}{added}{activation}{odd}{copied}")
     if len(group) > 1 and not shared_x:
         words.append("one x each")
     return "; ".join(words)

@@ -99,7 +99,9 @@ class Plan:
     @cached_property
     def raw(self) -> Callable[..., Tensor]:
         """The native library's op of one layer."""
-        op: Callable[..., Tensor] = self.module.raw_linear()
+        problem = self.problems[0]
+        is_plain = not (problem.has_residual or problem.is_scaled)
+        op: Callable[..., Tensor] = self.module.raw_linear(is_plain=is_plain)
         return op
 
     @cached_property
@@ -344,7 +346,8 @@ def rivals_of_halves(plan: Plan) -> list[list[str]]:
     for name in KERNELS:
         module = backend_module(name)
         names = [s for s in module.STRATEGIES.get(kind, ()) if module.takes(s, group)]
-        if hasattr(module, "weight_grads") and names and _unsupported_group(name, group) is None:
+        own = getattr(module, "weight_grads", matmul.weight_grads) is not matmul.weight_grads
+        if own and names and _unsupported_group(name, group) is None:
             found[0] += [f"{name}: {strategy}" for strategy in names]
             found[1].append(f"{name}: {names[0]}")
     return found
@@ -430,6 +433,7 @@ def quick_plan(
     rank: Any,
     activation: Any,
     training: bool,
+    added: tuple[Any, Any] | None = None,
 ) -> Plan | None:
     """The plan of one layer's call that ran before by what checks the rest of it itself, or None.
 
@@ -438,7 +442,7 @@ def quick_plan(
     try:
         # True is equal to 1 as a key, but is no rank.
         if rank is None or type(rank) is int:
-            given = _given(training)
+            given = _given(training) if added is None else (_given(training), _of_added(*added))
             if training:  # then library matmuls are the likely ones
                 found = _plans.get(_matmul_key(x, u, v, bias, rank, activation, given))
                 if found is not None:
@@ -451,6 +455,11 @@ def quick_plan(
     except _NO_KEY:
         pass  # `plan`, which comes next, says what is wrong
     return None
+
+
+def _of_added(residual: Tensor | None, scale: Any) -> tuple[Any, ...]:
+    """What a plan of one layer depends on of its residual and scale."""
+    return None if residual is None else residual.shape, _kind_of_scale(scale)
 
 
 def _given(training: bool) -> tuple[Any, ...]:
@@ -511,6 +520,8 @@ def plan(call: Call, backend: str | None, training: bool = False, again: bool = 
         if found.is_quick and backend is None and call.fn == "lod_linear":
             x, u, v, bias, rank, activation = call.layer(0)
             given = _given(training)
+            if not call.is_plain:
+                given = given, _of_added(call.residual(0), call.scale(0))
             short = (x.shape, u.shape, x.dtype, rank, activation, given)
             if found.backend == "matmul":
                 short = _matmul_key(x, u, v, bias, rank, activation, given)
@@ -541,8 +552,8 @@ def _remember(plans: dict[tuple[Any, ...], Plan], key: tuple[Any, ...], found: P
 
 def _key(call: Call, backend: str | None, training: bool) -> tuple[Any, ...]:
     """What decides a plan. Every attribute read here is paid on every eager call."""
-    fn, xs, us, vs, biases, ranks, activations = call
-    tensors = (*xs, *us, *vs, *biases)
+    fn, xs, us, vs, biases, ranks, activations, residuals, scales = call
+    tensors = (*xs, *us, *vs, *biases, *residuals)
     common = (
         fn,
         backend,
@@ -552,6 +563,7 @@ def _key(call: Call, backend: str | None, training: bool) -> tuple[Any, ...]:
         if isinstance(ranks, Tensor)
         else (*ranks, *map(type, ranks)),
         *activations,
+        scales and tuple(map(_kind_of_scale, scales)),
     )
     if xs[0].is_cpu and backend != "triton":
         # A tensor without strides, or on a GPU, is refused by what runs on a CPU.
@@ -559,6 +571,12 @@ def _key(call: Call, backend: str | None, training: bool) -> tuple[Any, ...]:
             t if t is None else (t.shape, t.dtype, t.stride(), t.is_meta) for t in tensors
         ]
     return *common, is_capturing(xs[0]), *[t if t is None else _layout(t) for t in tensors]
+
+
+def _kind_of_scale(scale: Any) -> Any:
+    """A number may change with every step, and decides nothing but whether H is scaled."""
+    is_finite = type(scale) in (int, float) and scale - scale == 0
+    return scale == 1 if is_finite else repr(scale)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maestro_kernels import dispatch as _dispatch
 from maestro_kernels.call import Call
-from maestro_kernels.ops.run import quick, run
+from maestro_kernels.ops.run import quick, quick_with_residual, run
 from maestro_kernels.problem import check_storages
 
 __all__ = ["explain", "lod_linear", "lod_linear_grouped"]
@@ -24,14 +24,18 @@ def lod_linear(
     *,
     rank: int | Tensor | None = None,
     activation: str | None = None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
     backend: str | None = None,
     save_h: bool = True,
 ) -> Tensor:
-    """Compute y = act(x @ v[:r].T @ u[:, :r].T + bias), r = rank, in one call.
+    """Compute y = act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual), r = rank, in one call.
 
-    Sums are kept in float32 or better; H = x @ v[:r].T is rounded to the dtype of x, exactly as two
-    library matmuls would. Gradients of u[:, r:] and v[r:] are exactly zero. No factor is copied for
-    a rank. One call is bitwise repeatable on the same device.
+    Sums are kept in float32 or better; H = scale · x @ v[:r].T is rounded to the dtype of x, as two
+    library matmuls would. A residual is added before y is written: a low-rank correction of what
+    another layer computed (LoRA, the rest of a quantised weight) takes no second pass over y.
+    Gradients of u[:, r:] and v[r:] are exactly zero. No factor is copied for a rank. One call is
+    bitwise repeatable on the same device.
 
     Args:
         x: input (..., K), float16, bfloat16, float32 or float64.
@@ -41,13 +45,15 @@ def lod_linear(
         rank: active rank, 0 <= rank <= R; None means R. A 0-d int32 tensor on x's device is clamped
             to 0..R on the device and never read by the host, so that a captured CUDA graph or a
             compiled model follows it.
-        activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu", applied after the bias.
+        activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu", applied after the additions.
+        residual: (..., N), dtype and device of x, or None; it gets a gradient too.
+        scale: a finite number, no tensor; it gets no gradient.
         backend: None or "auto" chooses (see `explain`); "reference", "matmul", "triton" or "native"
             forces one.
         save_h: keep H, (M, r), for the backward; False computes it again there.
 
     Returns:
-        Tensor (..., N), dtype of x. Rank 0 gives act(bias), or zeros.
+        Tensor (..., N), dtype of x, never an alias of residual. Rank 0 gives act(bias + residual).
 
     Raises:
         TypeError: an argument is no tensor or has the wrong dtype.
@@ -64,11 +70,19 @@ def lod_linear(
         Horvath et al., Maestro: Uncovering Low-Rank Structures via Trainable Decomposition,
         ICML 2024 (arXiv 2308.14929).
     """
+    is_plain = residual is None and type(scale) is float and scale == 1.0
     if backend is None:
-        y = quick(x, u, v, bias, rank, activation, save_h)
+        y = (
+            quick(x, u, v, bias, rank, activation, save_h)
+            if is_plain
+            else quick_with_residual(x, u, v, bias, rank, activation, residual, scale)
+        )
         if y is not None:
             return y
-    return run(_single(x, u, v, bias, rank, activation), backend, save_h)[0]
+    call = _single(x, u, v, bias, rank, activation)
+    if not is_plain:
+        call = call._replace(residuals=(residual,), scales=(scale,))
+    return run(call, backend, save_h)[0]
 
 
 def lod_linear_grouped(
@@ -79,10 +93,12 @@ def lod_linear_grouped(
     *,
     ranks: int | Tensor | Sequence[int | Tensor | None] | None = None,
     activation: str | Sequence[str | None] | None = None,
+    residuals: Sequence[Tensor | None] | None = None,
+    scales: float | Sequence[float] = 1.0,
     backend: str | None = None,
     save_h: bool = True,
 ) -> list[Tensor]:
-    """Compute y_i = act_i(x_i @ v_i[:r_i].T @ u_i[:, :r_i].T + bias_i) for several layers at once.
+    """Compute y_i = act_i((scale_i · x_i @ v_i[:r_i].T) @ u_i[:, :r_i].T + bias_i + residual_i).
 
     The layers may differ in N, R and r; nothing is padded to the largest rank. They read one shared
     x (q/k/v, gate/up) or one x each.
@@ -95,6 +111,8 @@ def lod_linear_grouped(
         ranks: one active rank per layer (int, 0-d int32 tensor or None), one value for every layer,
             or one int32 tensor (n,) on x's device.
         activation: one name or None for every layer, or one per layer.
+        residuals: None, or one (..., N_i) or None per layer.
+        scales: one number for every layer, or one per layer.
         backend: as for `lod_linear`.
         save_h: as for `lod_linear`.
 
@@ -113,7 +131,8 @@ def lod_linear_grouped(
         >>> [tuple(y.shape) for y in mk.lod_linear_grouped(x, us, vs, ranks=[16, 8, 5])]
         [(4, 64), (4, 32), (4, 32)]
     """
-    return run(_spread(x, us, vs, biases, ranks, activation), backend, save_h)
+    call = _spread(x, us, vs, biases, ranks, activation)
+    return run(_with_added(call, residuals, scales), backend, save_h)
 
 
 def explain(
@@ -124,6 +143,8 @@ def explain(
     *,
     rank: int | Tensor | Sequence[int | Tensor | None] | None = None,
     activation: str | Sequence[str | None] | None = None,
+    residual: Tensor | Sequence[Tensor | None] | None = None,
+    scale: float | Sequence[float] = 1.0,
     backend: str | None = None,
 ) -> _dispatch.Explanation:
     """Say which strategy would run a call, why, and its predicted cost; computes nothing.
@@ -143,6 +164,10 @@ def explain(
     """
     several = isinstance(u, Sequence) and not isinstance(u, str)
     call = (_spread if several else _single)(x, u, v, bias, rank, activation)
+    if several:
+        call = _with_added(call, residual, scale)
+    elif residual is not None or type(scale) is not float or scale != 1.0:
+        call = call._replace(residuals=(residual,), scales=(scale,))  # type: ignore[arg-type]
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and getattr(t, "requires_grad", False) for t in call.tensors
     )
@@ -182,6 +207,18 @@ def _spread(x: Any, us: Any, vs: Any, biases: Any, ranks: Any, activation: Any) 
         if any(isinstance(r, Tensor) for r in ranks):
             ranks = _stack_ranks(ranks, vs)
     return Call(fn, xs, list(us), list(vs), biases, ranks, activation)
+
+
+def _with_added(call: Call, residuals: Any, scales: Any) -> Call:
+    """The call of a group with what is added to its outputs and what its Hs are multiplied by."""
+    if residuals is not None:
+        residuals = _listed("residuals", residuals, "None or a sequence of tensors and None")
+        call = call._replace(residuals=residuals)
+    if isinstance(scales, Sequence):
+        return call._replace(scales=_listed("scales", scales, "a number or a sequence of numbers"))
+    return (
+        call if type(scales) is float and scales == 1.0 else call._replace(scales=[scales] * call.n)
+    )
 
 
 def _listed(name: str, value: Any, expected: str) -> list[Any]:

@@ -1,7 +1,8 @@
 """The one place that validates and describes a call.
 
-What a layer computes is `act(x @ v[:r].T @ u[:, :r].T + bias)`, x (..., K), v (R, K), u (N, R). A
-`LoDProblem` says which of those it is; which kernel serves it is decided in dispatch.py.
+What a layer computes is `act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual)`, x (..., K),
+v (R, K), u (N, R). A `LoDProblem` says which of those it is; which kernel serves it is decided in
+dispatch.py.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class LoDProblem:
         u_stride: strides of u, in elements.
         v_stride: strides of v, in elements.
         aligned: every tensor starts on a 16-byte boundary.
+        has_residual: whether a matrix (M, N) is added.
+        is_scaled: whether H is multiplied by a number, which the plan does not depend on.
     """
 
     M: int
@@ -70,6 +73,8 @@ class LoDProblem:
     u_stride: tuple[int, ...] = ()
     v_stride: tuple[int, ...] = ()
     aligned: bool = True
+    has_residual: bool = False
+    is_scaled: bool = False
 
     @property
     def max_active_rank(self) -> int:
@@ -84,11 +89,14 @@ class LoDProblem:
     def __str__(self) -> str:
         rank = "tensor" if self.rank is None else self.rank
         kind = str(self.dtype).removeprefix("torch.")
-        extras = (" + bias" if self.has_bias else "") + (
-            f", {self.activation}" if self.activation else ""
+        extras = (
+            (" + bias" if self.has_bias else "")
+            + (" + residual" if self.has_residual else "")
+            + (f", {self.activation}" if self.activation else "")
         )
+        scale = "scale · " if self.is_scaled else ""
         return (
-            f"x ({self.M}, {self.K}) · v[:{rank}]ᵀ · u[:, :{rank}]ᵀ{extras} -> "
+            f"{scale}x ({self.M}, {self.K}) · v[:{rank}]ᵀ · u[:, :{rank}]ᵀ{extras} -> "
             f"({self.M}, {self.N}), R = {self.R}, {kind} on {self.device}"
         )
 
@@ -175,11 +183,14 @@ def check_storages(fn: str, call: Call, layers: Sequence[int] | None = None, **m
         more: other tensors by name.
     """
     xs, us, vs, biases, ranks = call.xs, call.us, call.vs, call.biases, call.ranks
+    residuals = call.residuals
     tensors: dict[str, Any] = {**more, "x": xs[0]} if len(xs) == 1 else more
     if call.fn == "lod_linear":
         tensors |= {"u": us[0], "v": vs[0], "bias": biases[0], "rank": ranks}
+        tensors["residual"] = call.residual(0)
     else:
-        lists = {"us": us, "vs": vs, "biases": biases, "x": xs if len(xs) > 1 else ()}
+        lists = {"us": us, "vs": vs, "biases": biases, "residuals": residuals}
+        lists["x"] = xs if len(xs) > 1 else ()
         for i, number in enumerate(range(call.n) if layers is None else layers):
             tensors |= {f"{name}[{number}]": ts[i] for name, ts in lists.items() if ts}
         tensors["ranks"] = ranks
@@ -222,18 +233,22 @@ def check_call(call: Call, backend: Any = None) -> None:
 
     A single layer's errors name its arguments, those of a group name entries of its lists.
     """
-    fn, xs, us, vs, biases, ranks, activations = call
+    fn, xs, us, vs, biases, ranks, activations, residuals, scales = call
     if fn == "lod_linear":
         check_choices(fn, activations[0], backend)
         rank = ranks if isinstance(ranks, Tensor) else ranks[0]
         check_linear(fn, xs[0], us[0], vs[0], biases[0], rank)
+        _check_added(call, 0, ("x", "u", "residual", "scale"))
         return
     n, shared = len(us), len(xs) == 1
     if n == 0:
         raise ValueError(f"{fn}: us: expected at least one layer, got none")
     if len(xs) not in (1, n):
         raise ValueError(f"{fn}: x: expected one tensor or {n} (one per layer), got {len(xs)}")
-    for name, entries in (("vs", vs), ("biases", biases), ("activation", activations)):
+    lists = {"vs": vs, "biases": biases, "activation": activations}
+    lists |= {"residuals": residuals} if residuals else {}
+    lists |= {"scales": scales} if scales else {}
+    for name, entries in lists.items():
         if len(entries) != n:
             raise ValueError(f"{fn}: {name}: expected {n} entries like us, got {len(entries)}")
     if isinstance(ranks, Tensor):
@@ -253,6 +268,7 @@ def check_call(call: Call, backend: Any = None) -> None:
         names = (x_name, f"us[{i}]", f"vs[{i}]", f"biases[{i}]", f"ranks[{i}]")
         rank = None if isinstance(ranks, Tensor) else ranks[i]
         check_linear(fn, x, us[i], vs[i], biases[i], rank, names=names)
+        _check_added(call, i, (x_name, f"us[{i}]", f"residuals[{i}]", f"scales[{i}]"))
         if x.dtype != first.dtype:
             raise TypeError(f"{fn}: x[{i}]: expected {first.dtype} like x[0], got {x.dtype}")
         if x.device != first.device:
@@ -261,9 +277,49 @@ def check_call(call: Call, backend: Any = None) -> None:
         raise ValueError(f"{fn}: ranks: expected device {first.device}, got {ranks.device}")
 
 
+def _check_added(call: Call, i: int, names: tuple[str, str, str, str]) -> None:
+    """Raise a TypeError or ValueError unless a checked layer's residual and scale fit it."""
+    fn, x, u, residual, scale = call.fn, call.x(i), call.us[i], call.residual(i), call.scale(i)
+    x_name, u_name, name, scale_name = names
+    is_number = isinstance(scale, int | float | torch.SymFloat) and not isinstance(scale, bool)
+    if not is_number:
+        got = type(scale).__name__
+        raise TypeError(f"{fn}: {scale_name}: expected a number, got {got}")
+    if scale - scale != 0:  # torch.compile does not trace math.isfinite
+        raise ValueError(f"{fn}: {scale_name}: expected a finite number, got {scale}")
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{fn}: {name}: expected a Tensor, got {type(residual).__name__}")
+    _check_plain(fn, name, residual)
+    expected = (*x.shape[:-1], u.shape[0])
+    if tuple(residual.shape) != expected:
+        raise ValueError(
+            f"{fn}: {name}: expected shape {expected} to match {x_name} {_shape(x)} and {u_name} "
+            f"{_shape(u)}, got {_shape(residual)}"
+        )
+    if residual.dtype != x.dtype:
+        raise TypeError(f"{fn}: {name}: expected {x.dtype} like {x_name}, got {residual.dtype}")
+    if residual.device != x.device:
+        raise ValueError(
+            f"{fn}: {name}: expected device {x.device} like {x_name}, got {residual.device}"
+        )
+
+
 def describe_call(call: Call) -> tuple[LoDProblem, ...]:
     """Describe the layers of a checked call."""
-    return tuple([describe(*call.layer(i)) for i in range(call.n)])
+    found = [describe(*call.layer(i)) for i in range(call.n)]
+    if call.is_plain:
+        return tuple(found)
+    return tuple(
+        replace(
+            problem,
+            has_residual=call.residual(i) is not None,
+            is_scaled=call.scale(i) != 1,
+            aligned=problem.aligned and _is_aligned(call.residual(i)),
+        )
+        for i, problem in enumerate(found)
+    )
 
 
 def describe(
@@ -295,13 +351,13 @@ def describe(
         x_stride=(x.stride(-2) if x.dim() > 1 else K, x.stride(-1)),
         u_stride=tuple(u.stride()),
         v_stride=tuple(v.stride()),
-        aligned=all(_aligned(t) for t in tensors),
+        aligned=all(map(_is_aligned, tensors)),
     )
 
 
-def _aligned(tensor: Tensor) -> bool:
+def _is_aligned(tensor: Tensor | None) -> bool:
     # The storage of every allocator torch has starts on at least 16 bytes; a view may not.
-    return tensor.storage_offset() * tensor.element_size() % 16 == 0
+    return tensor is None or tensor.storage_offset() * tensor.element_size() % 16 == 0
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

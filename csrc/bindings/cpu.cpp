@@ -19,14 +19,17 @@ void run_cpu(const Layer* layers, const void* const* packed, int64_t n, DType dt
   MK_REFUSE_UNLESS(!refused, refused);
 }
 
-// linear and linear_h: (x, u, v, bias?, rank, rank_tensor?, activation) -> y, or (y, H).
-template <bool save_h>
+// linear and linear_h: (x, u, v, bias?, rank, rank_tensor?, activation) -> y, or (y, H); linear_residual also takes
+// (residual?, scale).
+template <bool save_h, bool adds = false>
 void linear_cpu(StableIValue* stack, uint64_t, uint64_t) {
   const Argument x(stack[0]), u(stack[1]), v(stack[2]), bias(stack[3], true), rank_tensor(stack[5], true);
+  const Argument residual(adds ? stack[7] : 0, true);
   const auto rank = static_cast<int64_t>(stack[4]), activation = static_cast<int64_t>(stack[6]);
   const View x_view = x.view();
   Layer layer =
       describe(x_view, u.view(), v.view(), bias.view(), rank, rank_pointer(rank_tensor.view(), x_view, 1), activation);
+  if (adds) take_residual(residual.view(), x_view, torch::stable::detail::to<double>(stack[8]), layer);
   Argument y(reinterpret_cast<StableIValue>(make_y(x_view, layer)));
   Argument h(save_h ? reinterpret_cast<StableIValue>(make_h(x_view, layer)) : 0);
   const void* const unpacked = nullptr;
@@ -39,20 +42,23 @@ std::vector<Tensor> grouped_cpu(const std::vector<Tensor>& xs, const std::vector
                                 const std::vector<Tensor>& vs, const std::vector<Tensor>& biases,
                                 const std::vector<int64_t>& has_bias, const std::vector<int64_t>& ranks,
                                 const std::optional<Tensor>& rank_tensor, const std::vector<int64_t>& activations,
-                                bool save_h) {
-  Group group = make_group(xs, us, vs, biases, has_bias, ranks, rank_tensor, activations, save_h);
+                                bool save_h, const std::vector<std::optional<Tensor>>& residuals,
+                                const std::vector<double>& scales) {
+  Group group = make_group(xs, us, vs, biases, has_bias, ranks, rank_tensor, activations, save_h, residuals, scales);
   const std::vector<const void*> unpacked(us.size(), nullptr);
   run_cpu(group.layers.data(), unpacked.data(), static_cast<int64_t>(unpacked.size()), dtype_of(View(xs[0])));
   return group.outputs;
 }
 
-// packed_linear: (packed, x, bias?) -> y.
+// packed_linear: (packed, x, bias?) -> y; packed_residual also takes (residual?, scale).
+template <bool adds>
 void packed_linear_cpu(StableIValue* stack, uint64_t, uint64_t) {
-  const Argument packed(stack[0]), x(stack[1]), bias(stack[2], true);
+  const Argument packed(stack[0]), x(stack[1]), bias(stack[2], true), residual(adds ? stack[3] : 0, true);
   const View x_view = x.view();
   const Packed layers(packed.view(), x_view);
   MK_REFUSE_UNLESS(layers.n() == 1, "packed: expected the bytes of one layer, got those of ", layers.n());
   Layer layer = layers.describe(0, x_view, bias.view());
+  if (adds) take_residual(residual.view(), x_view, torch::stable::detail::to<double>(stack[4]), layer);
   Argument y(reinterpret_cast<StableIValue>(make_y(x_view, layer)));
   const void* const panels = layers.panels(0);
   run_cpu(&layer, &panels, 1, layers.dtype());
@@ -111,10 +117,14 @@ STABLE_TORCH_LIBRARY(maestro_native, m) {
       "linear_h(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank, Tensor? rank_tensor, int activation) "
       "-> (Tensor, Tensor)");
   m.def(
+      "linear_residual(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank, Tensor? rank_tensor, int activation, "
+      "Tensor? residual, float scale) -> Tensor");
+  m.def(
       "grouped(Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, int[] has_bias, int[] ranks, "
-      "Tensor? rank_tensor, int[] activations, bool save_h) -> Tensor[]");
+      "Tensor? rank_tensor, int[] activations, bool save_h, Tensor?[] residuals, float[] scales) -> Tensor[]");
   m.def("pack(Tensor[] us, Tensor[] vs, int[] ranks, int[] activations) -> Tensor");
   m.def("packed_linear(Tensor packed, Tensor x, Tensor? bias) -> Tensor");
+  m.def("packed_residual(Tensor packed, Tensor x, Tensor? bias, Tensor? residual, float scale) -> Tensor");
   m.def("packed_grouped(Tensor packed, Tensor x, Tensor?[] biases) -> Tensor[]");
   m.def(
       "cuda_grouped(Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, int[] has_bias, int[] ranks, "
@@ -125,9 +135,11 @@ STABLE_TORCH_LIBRARY(maestro_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(maestro_native, CPU, m) {
   m.impl("linear", &mk::bindings::linear_cpu<false>);
   m.impl("linear_h", &mk::bindings::linear_cpu<true>);
+  m.impl("linear_residual", &mk::bindings::linear_cpu<false, true>);
   m.impl("grouped", TORCH_BOX(&mk::bindings::grouped_cpu));
   m.impl("pack", TORCH_BOX(&mk::bindings::pack_cpu));
-  m.impl("packed_linear", &mk::bindings::packed_linear_cpu);
+  m.impl("packed_linear", &mk::bindings::packed_linear_cpu<false>);
+  m.impl("packed_residual", &mk::bindings::packed_linear_cpu<true>);
   m.impl("packed_grouped", &mk::bindings::packed_grouped_cpu);
 }
 
@@ -135,7 +147,7 @@ STABLE_TORCH_LIBRARY_IMPL(maestro_native, CPU, m) {
 
 // Goes up with every change of a schema or of a function here: an installation that links to a working tree may meet a
 // library that was built before.
-extern "C" __attribute__((visibility("default"))) int32_t mk_interface() { return 3; }
+extern "C" __attribute__((visibility("default"))) int32_t mk_interface() { return 4; }
 
 extern "C" __attribute__((visibility("default"))) const char* mk_cpu_isa(int32_t dtype) {
   return mk::cpu::isa(static_cast<mk::DType>(dtype));

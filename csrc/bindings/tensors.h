@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -93,18 +94,29 @@ inline AtenTensorHandle empty(const View& like, const int64_t* sizes, int64_t di
   return handle;
 }
 
+// (..., columns) as rows.
+struct Rows {
+  int64_t n = 1, columns, stride;
+
+  Rows(const View& matrix, const char* name) {
+    const int64_t last = matrix.dims - 1;
+    MK_REFUSE_UNLESS(last >= 0 && matrix.steps(last, 1), name, ": expected rows of stride 1");
+    columns = stride = matrix.sizes[last];
+    for (int64_t i = last - 1; i >= 0; --i) {
+      if (matrix.sizes[i] == 1) continue;
+      if (n == 1) stride = matrix.strides[i];
+      MK_REFUSE_UNLESS(matrix.strides[i] == n * stride, name, ": leading dimensions do not flatten to rows");
+      n *= matrix.sizes[i];
+    }
+  }
+};
+
 // K of x, its rows and where they lie.
 inline void take_x(const View& x, Layer& layer) {
-  MK_REFUSE_UNLESS(x.dims >= 1 && x.steps(x.dims - 1, 1), "x: expected rows of stride 1");
-  layer.K = x.sizes[x.dims - 1];
-  layer.M = 1;
-  layer.stride_xm = layer.K;
-  for (int64_t i = x.dims - 2; i >= 0; --i) {
-    if (x.sizes[i] == 1) continue;
-    if (layer.M == 1) layer.stride_xm = x.strides[i];
-    MK_REFUSE_UNLESS(x.strides[i] == layer.M * layer.stride_xm, "x: leading dimensions do not flatten to rows");
-    layer.M *= x.sizes[i];
-  }
+  const Rows rows(x, "x");
+  layer.M = rows.n;
+  layer.K = rows.columns;
+  layer.stride_xm = rows.stride;
   layer.x = x.data;
 }
 
@@ -114,6 +126,19 @@ inline void take_bias(const View& bias, const View& x, Layer& layer) {
   MK_REFUSE_UNLESS(bias.dims == 1 && bias.sizes[0] == layer.N && bias.steps(0, 1) && bias.like(x),
                    "bias: expected (N,) of stride 1, dtype of x");
   layer.bias = bias.data;
+}
+
+// What is added to a layer whose M and N are known; `residual` may be empty.
+inline void take_residual(const View& residual, const View& x, double scale, Layer& layer) {
+  MK_REFUSE_UNLESS(std::isfinite(scale), "scale: expected a finite number, got ", scale);
+  layer.scale = static_cast<float>(scale);
+  if (!residual) return;
+  const Rows rows(residual, "residual");
+  MK_REFUSE_UNLESS(residual.dims == x.dims && std::equal(x.sizes, x.sizes + x.dims - 1, residual.sizes) &&
+                       rows.columns == layer.N && residual.like(x),
+                   "residual: expected (..., N), dtype of x");
+  layer.residual = residual.data;
+  layer.stride_resm = rows.stride;
 }
 
 inline Activation activation_of(int64_t code) {
@@ -229,12 +254,16 @@ struct Group {
   std::vector<Tensor> outputs;
 };
 
-// `biases` holds those that exist, in the order of `has_bias`.
+// `biases` holds those that exist, in the order of `has_bias`. `residuals` and `scales` may be empty.
 inline Group make_group(const std::vector<Tensor>& xs, const std::vector<Tensor>& us, const std::vector<Tensor>& vs,
                         const std::vector<Tensor>& biases, const std::vector<int64_t>& has_bias,
                         const std::vector<int64_t>& ranks, const std::optional<Tensor>& rank_tensor,
-                        const std::vector<int64_t>& activations, bool save_h) {
+                        const std::vector<int64_t>& activations, bool save_h,
+                        const std::vector<std::optional<Tensor>>& residuals = {},
+                        const std::vector<double>& scales = {}) {
   const size_t n = us.size();
+  MK_REFUSE_UNLESS((residuals.empty() || residuals.size() == n) && (scales.empty() || scales.size() == n),
+                   "grouped: residuals, scales: expected one entry per layer, or none");
   MK_REFUSE_UNLESS(n > 0 && vs.size() == n && has_bias.size() == n && ranks.size() == n && activations.size() == n &&
                        (xs.size() == 1 || xs.size() == n),
                    "grouped: expected one entry per layer");
@@ -252,6 +281,8 @@ inline Group make_group(const std::vector<Tensor>& xs, const std::vector<Tensor>
     const View bias = has_bias[i] ? View(biases[i_bias++]) : View();
     group.layers.push_back(describe(views[i], View(us[i]), View(vs[i]), bias, ranks[i],
                                     rank_ptr ? rank_ptr + i : nullptr, activations[i]));
+    const bool adds = !residuals.empty() && residuals[i].has_value();
+    take_residual(adds ? View(*residuals[i]) : View(), views[i], scales.empty() ? 1 : scales[i], group.layers.back());
     group.outputs.emplace_back(make_y(views[i], group.layers.back()));
   }
   for (size_t i = 0; save_h && i < n; ++i) group.outputs.emplace_back(make_h(views[i], group.layers[i]));

@@ -134,6 +134,7 @@ void run_shrink(const Call& call, const Work& w, int64_t task, char* scratch) {
   p.stride_hidden = w.stride_hidden;
   p.out = l.h ? at(l.h, (row * l.stride_hm + column) * bytes) : nullptr;
   p.stride_out = l.stride_hm * bytes;
+  p.scale = l.scale;
   p.target = Target::hidden;
   if (w.parts > 1) {
     float* const first_part = reinterpret_cast<float*>(call.scratch + w.partial) + row * width + column;
@@ -175,6 +176,8 @@ void run_expand(const Call& call, const Work& w, int64_t task, char* scratch) {
   p.out = at(l.y, (row * l.stride_ym + column) * bytes);
   p.stride_out = l.stride_ym * bytes;
   p.bias = l.bias ? at(l.bias, column * bytes) : nullptr;
+  p.residual = l.residual ? at(l.residual, (row * l.stride_resm + column) * bytes) : nullptr;
+  p.stride_residual = l.stride_resm * bytes;
   p.activation = l.activation;
   call.kernel->product(p, scratch);
 }
@@ -269,6 +272,7 @@ Layer rows_of(Layer l, int64_t row, int64_t rows, DType dtype) {
   l.M = most<int64_t>(0, least(rows, l.M - row));
   l.x = at(l.x, row * l.stride_xm * bytes);
   l.y = at(l.y, row * l.stride_ym * bytes);
+  if (l.residual) l.residual = at(l.residual, row * l.stride_resm * bytes);
   if (l.h) l.h = at(l.h, row * l.stride_hm * bytes);
   return l;
 }

@@ -30,8 +30,8 @@ static constexpr inline int64_t panel_bytes(int64_t k, DType dtype) {
 // Where the sums of a product go.
 enum class Target {
   partial,  // float32 sums, to be added to those of other k
-  hidden,   // H: rounded to the dtype, as the A of the next product and, if wanted, for the caller
-  output,   // y: bias, activation, rounded to the dtype
+  hidden,   // H: scaled, rounded to the dtype, as the A of the next product and, if wanted, for the caller
+  output,   // y: bias, residual, activation, rounded to the dtype
 };
 
 // C (rows, n) = A (rows, k) W^T for a range of W's rows, given as panels or as they are.
@@ -46,13 +46,16 @@ struct Product {
   const char* w;         // first row of the range, at its first k
   int64_t stride_w;      // bytes
   Target target;
-  float* partial;          // target partial: (rows, n rounded up to 32)
-  int64_t stride_partial;  // floats
-  char* hidden;            // target hidden: zeros up to a multiple of 32 columns beyond n
-  int64_t stride_hidden;   // bytes
-  char* out;               // target output: y. Target hidden: the caller's H or null
-  int64_t stride_out;      // bytes
-  const char* bias;        // target output: first of the range, or null
+  float* partial;           // target partial: (rows, n rounded up to 32)
+  int64_t stride_partial;   // floats
+  float scale;              // target hidden
+  char* hidden;             // target hidden: zeros up to a multiple of 32 columns beyond n
+  int64_t stride_hidden;    // bytes
+  char* out;                // target output: y. Target hidden: the caller's H or null
+  int64_t stride_out;       // bytes
+  const char* bias;         // target output: first of the range, or null
+  const char* residual;     // target output: what is added to the range, or null
+  int64_t stride_residual;  // bytes
   Activation activation;
 };
 

@@ -129,32 +129,40 @@ void tiles(const TileProduct& t) {
   }
 }
 
-// Whole panels: sums of 32 columns plus bias to y. `bias` is 32 floats.
-template <DType D>
-void write_whole(const Product& p, const float* sum, int64_t stride_sum, int64_t rows, const float* bias, char* y) {
+// Whole panels: sums of 32 columns plus bias and residual to y. `bias` is 32 floats.
+template <DType D, bool with_residual>
+void write_whole(const Product& p, const float* sum, int64_t stride_sum, int64_t row, int64_t rows, int64_t column,
+                 const float* bias) {
   const Vec low_bias = Vec::load(bias), high_bias = Vec::load(bias + 16);
   for (int64_t i = 0; i < rows; ++i) {
-    const Vec low = apply(p.activation, Vec::load(sum + i * stride_sum) + low_bias);
-    const Vec high = apply(p.activation, Vec::load(sum + i * stride_sum + 16) + high_bias);
-    char* const row = y + i * p.stride_out;
+    Vec low = Vec::load(sum + i * stride_sum) + low_bias, high = Vec::load(sum + i * stride_sum + 16) + high_bias;
+    if constexpr (with_residual) {
+      const char* const residual = p.residual + (row + i) * p.stride_residual + column * 2;
+      low = low + load_as<D>(residual, Vec::lanes);
+      high = high + load_as<D>(residual + 32, Vec::lanes);
+    }
+    low = apply(p.activation, low);
+    high = apply(p.activation, high);
+    char* const y = p.out + (row + i) * p.stride_out + column * 2;
     if constexpr (D == DType::bf16) {
-      _mm512_storeu_si512(row, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
+      _mm512_storeu_si512(y, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
     } else {
-      store_as<D>(row, low, Vec::lanes);
-      store_as<D>(row + 32, high, Vec::lanes);
+      store_as<D>(y, low, Vec::lanes);
+      store_as<D>(y + 32, high, Vec::lanes);
     }
   }
 }
 
 template <DType D>
-void write_part(const Product& p, float* sum, int64_t stride_sum, int64_t rows, int64_t n, const float* bias, char* y) {
+void write_part(const Product& p, float* sum, int64_t stride_sum, int64_t row, int64_t rows, int64_t column, int64_t n,
+                const float* bias) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < kPanel; j += Vec::lanes) {
       float* s = sum + i * stride_sum + j;
       (Vec::load(s) + Vec::load(bias + j)).store(s);
     }
   }
-  write_output<D>(p, sum, stride_sum, rows, n, y);
+  write_output<D>(p, sum, stride_sum, row, rows, column, n);
 }
 
 int64_t scratch_bytes_amx(int64_t rows, int64_t n) {
@@ -185,9 +193,9 @@ void finish(const Product& p, float* sum, int64_t stride_sum, int64_t row, int64
   if (p.bias) {
     for (int64_t j = 0; j < n; j += Vec::lanes) load_as<D>(p.bias + (column + j) * 2, n - j).store(bias + j);
   }
-  char* y = p.out + row * p.stride_out + column * 2;
-  if (n == kPanel) return write_whole<D>(p, sum, stride_sum, rows, bias, y);
-  write_part<D>(p, sum, stride_sum, rows, n, bias, y);
+  if (n < kPanel) return write_part<D>(p, sum, stride_sum, row, rows, column, n, bias);
+  p.residual ? write_whole<D, true>(p, sum, stride_sum, row, rows, column, bias)
+             : write_whole<D, false>(p, sum, stride_sum, row, rows, column, bias);
 }
 
 // k in passes, in each the panels, in each pairs of row tiles. Where one pass does, a strip of panels is short enough

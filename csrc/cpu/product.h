@@ -54,6 +54,8 @@ struct Tile {
   int64_t stride_sum;
   char* y;  // result in the dtype, n columns
   int64_t stride_y;
+  const char* residual;  // what is added to y, or null
+  int64_t stride_residual;
   int64_t n;
 };
 
@@ -172,6 +174,13 @@ void tile(const Tile& t) {
         chain = select_less(abs(lost[i][j]), infinity, chain + lost[i][j], chain);
       });
     }
+    if (!t.sum && t.residual) {
+      each([&](int i, int j, Vec& chain) __attribute__((always_inline)) {
+        const int64_t column = j * Vec::lanes, present = most(0, least(Vec::lanes, t.n - column));
+        chain =
+            chain + load_as<F::dtype>(t.residual + i * t.stride_residual + column * element_bytes(F::dtype), present);
+      });
+    }
     if (t.sum) {
       each([&](int i, int j, Vec& chain)
                __attribute__((always_inline)) { chain.store(t.sum + i * t.stride_sum + j * Vec::lanes); });
@@ -202,27 +211,32 @@ struct Tiles {
   constexpr Tiles() { fill(); }
 };
 
-// Rows [0, rows) of sums to y: activation and rounding. Columns beyond n are not touched.
+// Rows [row, row + rows) of sums of columns [column, column + n) to y: residual, activation and rounding. Columns
+// beyond n are not touched.
 template <DType D>
-void write_output(const Product& p, const float* sum, int64_t stride_sum, int64_t rows, int64_t n, char* y) {
+void write_output(const Product& p, const float* sum, int64_t stride_sum, int64_t row, int64_t rows, int64_t column,
+                  int64_t n) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < n; j += Vec::lanes) {
-      const Vec z = apply(p.activation, Vec::load(sum + i * stride_sum + j));
-      store_as<D>(y + i * p.stride_out + j * element_bytes(D), z, n - j);
+      const int64_t offset = (column + j) * element_bytes(D);
+      Vec z = Vec::load(sum + i * stride_sum + j);
+      if (p.residual) z = z + load_as<D>(p.residual + (row + i) * p.stride_residual + offset, n - j);
+      store_as<D>(p.out + (row + i) * p.stride_out + offset, apply(p.activation, z), n - j);
     }
   }
 }
 
-// Rows [0, rows) of one panel's sums to H, rounded to the dtype: for the next product, zero from column n to the end of
-// the panel, and for the caller where wanted.
+// Rows [0, rows) of one panel's sums to H, scaled and rounded to the dtype: for the next product, zero from column n to
+// the end of the panel, and for the caller where wanted.
 template <class F>
 void write_hidden(const Product& p, const float* sum, int64_t stride_sum, int64_t row, int64_t rows, int64_t column) {
   constexpr DType D = F::dtype;
   const int64_t n = least(kPanel, p.n - column);
+  const Vec scale = Vec::set(p.scale);
   for (int64_t i = 0; i < rows; ++i) {
     char half[kPanel * 4] = {};
     for (int64_t j = 0; j < n; j += Vec::lanes) {
-      store_as<D>(half + j * element_bytes(D), Vec::load(sum + i * stride_sum + j), n - j);
+      store_as<D>(half + j * element_bytes(D), Vec::load(sum + i * stride_sum + j) * scale, n - j);
     }
     char* hidden = p.hidden + (row + i) * p.stride_hidden + column * element_bytes(F::a_dtype);
     for (int64_t j = 0; j < kPanel; j += Vec::lanes) {
@@ -411,6 +425,7 @@ class Multiplication {
     t.stride_start = first ? stride_result : 0;
     t.stride_sum = stride_result;
     t.stride_y = p.stride_out;
+    t.stride_residual = p.stride_residual;
     const bool careful = t.chain < kLongChain, direct = p.target == Target::output && p.activation == Activation::none;
     // Every tile fetches its part: all at once would occupy the buffers that rows of A come through.
     const int64_t lines = ahead ? units * kUnitBytes / kLine : 0, steps = units / kStep;
@@ -431,6 +446,7 @@ class Multiplication {
         t.start = first ? t.sum : with_bias ? bias + c : nullptr;
         if (direct && last_pass()) t.sum = nullptr;
         t.y = p.out + row * p.stride_out + (column + c) * element_bytes(D);
+        if (p.residual) t.residual = p.residual + row * p.stride_residual + (column + c) * element_bytes(D);
         t.n = n - c;
         (both ? wide.of_rows : narrow.of_rows)[rows](t);
       }
@@ -442,7 +458,7 @@ class Multiplication {
     const float* sum = sums_of(row, column);
     if (p.target == Target::hidden) write_hidden<F>(p, sum, stride_result, row, rows, column);
     if (p.target == Target::output) {
-      write_output<D>(p, sum, stride_result, rows, n, p.out + row * p.stride_out + column * element_bytes(D));
+      write_output<D>(p, sum, stride_result, row, rows, column, n);
     }
   }
 
@@ -530,7 +546,7 @@ void dot_products(const Product& p) {
       const Vec bias = load_as<D>(p.bias + (column + j) * element_bytes(D), n - j);
       for (int64_t i = 0; i < p.rows; ++i) (Vec::load(sum + i * kPanel + j) + bias).store(sum + i * kPanel + j);
     }
-    write_output<D>(p, sum, kPanel, p.rows, n, p.out + column * element_bytes(D));
+    write_output<D>(p, sum, kPanel, 0, p.rows, column, n);
   }
 }
 

@@ -32,12 +32,13 @@ def unsupported(problem: LoDProblem) -> str | None:
 def forward(
     call: Call, *, save_h: bool, strategy: str
 ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
-    """Ys = act(x @ v[:r].T @ u[:, :r].T + bias), and Hs."""
+    """Ys = act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual), and Hs."""
     if strategy == ONE_SHRINK:
         return _one_shrink(call)
     ys, hs = [], []
     for i in range(call.n):
-        y, h = layer(*call.layer(i), save_h=save_h)
+        added = {} if call.is_plain else {"residual": call.residual(i), "scale": call.scale(i)}
+        y, h = layer(*call.layer(i), save_h=save_h, **added)
         ys.append(y)
         hs.append(h)
     return ys, hs
@@ -52,8 +53,10 @@ def layer(
     activation: str | None,
     *,
     save_h: bool = False,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Y and H of one layer, for x (..., K)."""
+    """Y and H of one layer, for x (..., K); with a residual, both of two dimensions."""
     R = v.shape[0]
     pad = R if isinstance(rank, Tensor) else 0
     rank = host_rank(rank, R)
@@ -65,7 +68,14 @@ def layer(
     else:
         h = F.linear(x, v[:rank])
         u = u[:, :rank]
-    y = F.linear(h, u, bias)
+    if residual is None or save_h:
+        h, scale = reference.scaled(h, scale), 1.0
+    if residual is None:
+        y = F.linear(h, u, bias)
+    else:
+        # All in the pass over y; a library has a place for one matrix, not for a bias beside it.
+        y = torch.addmm(residual, h, u.mT, alpha=scale)
+        y = y if bias is None else y + bias
     if activation is not None:
         y = reference.ACTIVATIONS[activation](y)
     if pad and save_h:  # H of a tensor rank is as wide as the factors
@@ -121,7 +131,8 @@ def _on_host(call: Call, hs: Sequence[Tensor | None]) -> tuple[Call, Sequence[Te
 
 def takes_one_shrink(problems: Sequence[LoDProblem], *, shared_x: bool) -> bool:
     """Whether the layers can share the product with their v."""
-    return shared_x and len(problems) > 1 and all(p.rank for p in problems)
+    are_plain = not any(p.has_residual or p.is_scaled for p in problems)
+    return shared_x and len(problems) > 1 and are_plain and all(p.rank for p in problems)
 
 
 def _concatenated(vs: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:

@@ -75,6 +75,16 @@ def make_form(name: str, u: Tensor, v: Tensor, rank: int, activation: str | None
     return _onednn([v[:rank], u[:, :rank]], activation)
 
 
+def with_residual(
+    fused: Form, x: Tensor, bias: Tensor | None, residual: Tensor | None, scale: float
+) -> Tensor:
+    """What the form "fused" computes, with H multiplied by `scale` and `residual` added."""
+    made: Tensor = fused.args[0]  # type: ignore[attr-defined]
+    residual = None if residual is None else residual.contiguous()
+    y: Tensor = native.raw("packed_residual")(made, x.contiguous(), bias, residual, scale)
+    return y
+
+
 def _packable(u: Tensor, v: Tensor) -> bool:
     return (
         u.dtype in (torch.float32, torch.bfloat16, torch.float16)

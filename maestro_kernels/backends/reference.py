@@ -39,8 +39,10 @@ def lod_linear_ref(
     *,
     rank: int | Tensor | None = None,
     activation: str | None = None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Y = act(x @ v[:r].T @ u[:, :r].T + bias), in the dtype of x.
+    """Y = act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual), in the dtype of x.
 
     Args:
         x: input (..., K).
@@ -50,28 +52,42 @@ def lod_linear_ref(
         rank: active rank r; None means R; a 0-d integer tensor is clamped to 0..R without
             being read by the host.
         activation: a key of ACTIVATIONS.
+        residual: (..., N) or None.
+        scale: what H is multiplied by.
 
     Returns:
         Tensor (..., N).
     """
     if isinstance(rank, Tensor):  # so that the gradient of x is free of it, too
         v = zero_beyond(v.mT, rank).mT
-    return ACTIVATIONS[activation](expand(shrink(x, v, rank), u, bias, rank))
+    return ACTIVATIONS[activation](expand(shrink(x, v, rank, scale), u, bias, rank, residual))
 
 
-def shrink(x: Tensor, v: Tensor, rank: int | Tensor | None) -> Tensor:
-    """H = x @ v[:r].T, (..., r); for a tensor rank (..., R) with zeros beyond it."""
+def shrink(x: Tensor, v: Tensor, rank: int | Tensor | None, scale: float = 1.0) -> Tensor:
+    """H = scale · x @ v[:r].T, (..., r); for a tensor rank (..., R) with zeros beyond it."""
     if isinstance(rank, Tensor):
-        return zero_beyond(x @ v.mT, rank)
-    return x @ v[:rank].mT
+        return scaled(zero_beyond(x @ v.mT, rank), scale)
+    return scaled(x @ v[:rank].mT, scale)
 
 
-def expand(h: Tensor, u: Tensor, bias: Tensor | None, rank: int | Tensor | None = None) -> Tensor:
-    """Z = H @ u[:, :r].T + bias, (..., N), where r is a tensor rank or else the width of H."""
+def scaled(h: Tensor, scale: float) -> Tensor:
+    """Scale · h; h itself where that changes nothing."""
+    return h if scale == 1 else h * scale
+
+
+def expand(
+    h: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    rank: int | Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Z = H @ u[:, :r].T + bias + residual, (..., N); r is a tensor rank or else the width of H."""
     # Zeros in H are not enough: zero times NaN is NaN.
     u = zero_beyond(u, rank) if isinstance(rank, Tensor) else u[:, : h.shape[-1]]
     z = h @ u.mT
-    return z if bias is None else z + bias
+    z = z if bias is None else z + bias
+    return z if residual is None else z + residual
 
 
 def activation_backward(dy: Tensor, z: Tensor, activation: str | None) -> Tensor:
@@ -96,8 +112,8 @@ def forward(
     ys, hs = [], []
     for i in range(call.n):
         x, u, v, bias, rank, activation = call.layer(i)
-        h = shrink(x, v, rank)
-        ys.append(ACTIVATIONS[activation](expand(h, u, bias, rank)))
+        h = shrink(x, v, rank, call.scale(i))
+        ys.append(ACTIVATIONS[activation](expand(h, u, bias, rank, call.residual(i))))
         hs.append(h)
     return ys, hs
 
@@ -113,7 +129,7 @@ def backward(
 ) -> tuple[Grads, Grads, Grads, Grads]:
     """(dxs, dus, dvs, dbiases) of the formula; what `needs` does not ask for is None.
 
-    With dz = dy * act'(z): dH = dz @ u[:, :r], dx = dH @ v[:r], du[:, :r] = dz.T @ H,
+    With dz = dy * act'(z): dH = scale · dz @ u[:, :r], dx = dH @ v[:r], du[:, :r] = dz.T @ H,
     dv[:r] = dH.T @ x, dbias = sum of dz over rows; du and dv are exactly zero beyond r. An x that
     the layers share has the sum of its gradients.
 
@@ -145,7 +161,7 @@ def input_grads(
     dxs: Grads = [None] * len(call.xs)
     kept = []
     for i in range(call.n):
-        dx, *rest = _input_grad(call.layer(i), dys[i], hs[i], ys[i], needs)
+        dx, *rest = _input_grad(call, i, dys[i], hs[i], ys[i], needs)
         i_x = 0 if len(dxs) == 1 else i
         before = dxs[i_x]
         dxs[i_x] = dx if before is None or dx is None else before + dx
@@ -168,7 +184,7 @@ def weight_grads(
         call: of the forward, each x (M, K).
         dzs: gradients before the activation (M, N).
         hs: H, (M, r), or (M, R) with zeros beyond a tensor rank; needed for du.
-        dhs: its gradient, of the same shape; needed for dv.
+        dhs: the gradient of x @ v[:r].T, of the same shape; needed for dv.
         needs: which of x, u, v, bias want a gradient.
     """
     _, needs_u, needs_v, needs_bias = needs
@@ -193,14 +209,15 @@ def weight_grads(
 
 
 def _input_grad(
-    layer: tuple[Tensor, Tensor, Tensor, Tensor | None, int | Tensor, str | None],
+    call: Call,
+    i: int,
     dy: Tensor,
     h: Tensor | None,
     y: Tensor | None,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dz, H, dH) of one layer, None for what nothing needs."""
-    x, u, v, bias, rank, activation = layer
+    """(dx, dz, H, dH) of layer i, None for what nothing needs."""
+    x, u, v, bias, rank, activation = call.layer(i)
     needs_x, needs_u, needs_v, _ = needs
     R = v.shape[0]
     needs_z = activation is not None and not (activation == "relu" and y is not None)
@@ -214,15 +231,15 @@ def _input_grad(
     else:
         u_r, v_r = (u, v) if width == R else (u[:, :width], v[:width])
     if h is None and (needs_u or needs_z):
-        h = shrink(x, v_r, rank)
+        h = shrink(x, v_r, rank, call.scale(i))
     if activation is None:
         dz = dy
     else:
-        z = F.linear(_present(h), u_r, bias) if needs_z else y
+        z = expand(_present(h), u_r, bias, residual=call.residual(i)) if needs_z else y
         dz = activation_backward(dy, _present(z), activation)
     dh = dx = None
     if needs_x or needs_v:
-        dh = dz @ u_r
+        dh = scaled(dz @ u_r, call.scale(i))
         if isinstance(rank, Tensor):
             dh = zero_beyond(dh, rank)
         if needs_x:

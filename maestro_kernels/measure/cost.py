@@ -23,19 +23,20 @@ Mode = Literal["forward", "backward", "training"]
 
 @dataclass(frozen=True)
 class Size:
-    """One layer at its active rank: x (M, K), u (N, rank), v (rank, K), y (M, N)."""
+    """One layer at its active rank: x (M, K), u (N, rank), v (rank, K), y and residual (M, N)."""
 
     M: int
     N: int
     K: int
     rank: int
     bias: bool = False
+    residual: bool = False
 
     @classmethod
     def of(cls, problem: LoDProblem) -> Size:
         """The size of a described call; a rank only the device knows counts as R."""
         p = problem
-        return cls(p.M, p.N, p.K, p.max_active_rank, p.has_bias)
+        return cls(p.M, p.N, p.K, p.max_active_rank, p.has_bias, p.has_residual)
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def count(
     """FLOP and bytes of one call, for one layer or a group.
 
     forward, per layer: dense 2MKN; low rank 2Mr(K + N). "two matmuls" writes H and reads it back;
-    "fused" is one step that never does, and in a group reads a shared x once. The bias is counted,
-    the activation is not.
+    "fused" is one step that never does, and in a group reads a shared x once. Bias and residual
+    are counted, the activation is not.
 
     backward, with every gradient asked for. dense: dx, dW and a pass over dy for dbias.
     "two matmuls": dH, dx, du, dv and that pass, and for a shared x one more pass per extra layer
@@ -152,24 +153,28 @@ def _bias(s: Size) -> int:
     return s.N if s.bias else 0
 
 
+def _added(s: Size) -> int:
+    return _bias(s) + (s.M * s.N if s.residual else 0)
+
+
 def _x_elements(layers: Sequence[Size], shared_x: bool) -> int:
     read = [s.M * s.K for s in layers if s.rank]
     return max(read, default=0) if shared_x else sum(read)
 
 
 def _dense_forward(layers: Sequence[Size], shared_x: bool, save_h: bool) -> list[Step]:
-    return [_matmul(s.M, s.N, s.K, _bias(s)) for s in layers]
+    return [_matmul(s.M, s.N, s.K, _added(s)) for s in layers]
 
 
 def _two_forward(layers: Sequence[Size], shared_x: bool, save_h: bool) -> list[Step]:
-    pairs = ((_matmul(s.M, s.rank, s.K), _matmul(s.M, s.N, s.rank, _bias(s))) for s in layers)
+    pairs = ((_matmul(s.M, s.rank, s.K), _matmul(s.M, s.N, s.rank, _added(s))) for s in layers)
     return [step for pair in pairs for step in pair]
 
 
 def _fused_forward(layers: Sequence[Size], shared_x: bool, save_h: bool) -> list[Step]:
     elements = _x_elements(layers, shared_x)
     for s in layers:
-        elements += s.rank * (s.K + s.N) + s.M * s.N + _bias(s) + (s.M * s.rank if save_h else 0)
+        elements += s.rank * (s.K + s.N) + s.M * s.N + _added(s) + (s.M * s.rank if save_h else 0)
     return [Step(sum(forward_flop(s.M, s.N, s.K, s.rank) for s in layers), elements)]
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class LoDLinear(LoDLayer):
-    """y = act(x @ v[:r].T @ u[:, :r].T + bias), r = `rank`, in one call.
+    """y = act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual), r = `rank`, in one call.
 
     Args:
         in_features: K.
@@ -83,24 +83,33 @@ class LoDLinear(LoDLayer):
         )
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Y (..., N) for x (..., K)."""
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """Y (..., N) for x (..., K), as `lod_linear` computes it.
+
+        With a residual or a scale a layer of a group runs by itself, and a packed one from its
+        packed factors where the fused kernel was chosen, else from its factors.
+        """
         rank: int | Tensor
+        is_plain = residual is None and scale == 1.0
         if is_compiling():
             rank = self.active_rank
-            if self.group is not None:
+            if self.group is not None and is_plain:
                 y = self.group.trace(self, x)
                 if y is not None:
                     return y
         else:
             # Read once: another thread may set it meanwhile.
             rank = now = self._rank if not self.training else self.forward_rank()
-            if self.group is not None:
+            if self.group is not None and is_plain:
                 y = self.group(self, x, now)
                 if y is not None:
                     return y
             if self.packed is not None:
-                y = self.packed(self, x, now)
+                y = (
+                    self.packed(self, x, now)
+                    if is_plain
+                    else self.packed.with_residual(self, x, now, residual, scale)
+                )
                 if y is not None:
                     return y
             if is_capturing(x):
@@ -112,6 +121,8 @@ class LoDLinear(LoDLayer):
             self.bias,
             rank=rank,
             activation=self.activation,
+            residual=residual,
+            scale=scale,
             backend=self.backend,
         )
 

@@ -67,6 +67,11 @@ class _State:
             return replace(old, made=made, bias=bias, threads=threads, choices={}, runs={})
         return _State(made, bias, made[0].u.dtype, threads)
 
+    def serves(self, layer: LoDLinear, rank: int) -> bool:
+        """Whether it is of the one layer as it is now."""
+        made, threads = self.made, self.threads
+        return bool(made) and made[0].same(layer, rank) and threads == torch.get_num_threads()
+
     def choosing(self, bucket: int, name: str, form: Any) -> _State:
         """The state with one more choice, without the forms that run nowhere."""
         choices = {**self.choices, bucket: name}
@@ -179,11 +184,7 @@ class PackedLinear(_Packed):
         if not _takes(x) or (torch.is_grad_enabled() and _wants_grad(x, layer)):
             return None
         state = self._state
-        if not (
-            state.made
-            and state.made[0].same(layer, rank)
-            and state.threads == torch.get_num_threads()
-        ):
+        if not state.serves(layer, rank):
             renewed = self._made_again(layer, rank)
             if renewed is None:
                 return None
@@ -201,6 +202,35 @@ class PackedLinear(_Packed):
             _unpacked(layer, x, rank)
             raise
         return y
+
+    def with_residual(
+        self, layer: LoDLinear, x: Tensor, rank: int, residual: Tensor | None, scale: float
+    ) -> Tensor | None:
+        """The output with a residual, or None where the call has to run unpacked.
+
+        Of the packed forms the fused kernel is the one that adds it in its own pass.
+        """
+        if not _takes(x) or (residual is not None and not _takes(residual)):
+            return None
+        if torch.is_grad_enabled() and (
+            _wants_grad(x, layer) or (residual is not None and residual.requires_grad)
+        ):
+            return None
+        state: _State | None = self._state
+        if not self._state.serves(layer, rank):
+            state = self._made_again(layer, rank)
+        K = layer.in_features
+        if state is None or x.dtype is not state.dtype or not x.numel() or x.shape[-1] != K:
+            return None
+        rows = x.numel() // K
+        state = self._prepared(state, (layer,), rows, wait=False)
+        if state is None or state.choices[_bucket(rows)] != "fused":
+            return None
+        try:
+            return packed.with_residual(state.forms["fused"], x, state.bias, residual, scale)
+        except RuntimeError:
+            _unpacked(layer, x, rank, residual=residual, scale=scale)
+            raise
 
     def _made_again(self, layer: LoDLinear, rank: int) -> _State | None:
         """The state of the layer as it is, or None where that cannot be told or packed."""
@@ -393,8 +423,9 @@ class PackedGroup(_Packed):
         return packed.fastest(key, candidates, wait=wait)
 
 
-def _unpacked(layer: LoDLinear, x: Tensor, rank: int) -> Tensor:
-    return lod_linear(x, layer.u, layer.v, layer.bias, rank=rank, activation=layer.activation)
+def _unpacked(layer: LoDLinear, x: Tensor, rank: int, **added: Any) -> Tensor:
+    activation = layer.activation
+    return lod_linear(x, layer.u, layer.v, layer.bias, rank=rank, activation=activation, **added)
 
 
 def _takes(x: Tensor) -> bool:

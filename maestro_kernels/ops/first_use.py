@@ -164,7 +164,7 @@ def _candidates_of_halves(
     """What computes dx and what computes the gradients of weights, of made-up gradients of y."""
     n_x, n = len(call.xs), call.n
     wanted = [t is not None and t.requires_grad for t in call.tensors]
-    cuts = (0, n_x, n_x + n, n_x + 2 * n, len(wanted))
+    cuts = (0, n_x, n_x + n, n_x + 2 * n, n_x + 3 * n)
     needs: Any = tuple(any(wanted[a:b]) for a, b in itertools.pairwise(cuts))
     own = call.for_backend()
     with torch.no_grad():
@@ -225,10 +225,15 @@ def _inference(plan: Plan, call: Call) -> Callable[[], object]:
     if not (plan.is_quick and call.n == 1):
         return partial(gradient.forward, plan, call, False)
     x, u, v, bias, rank, activation = call.layer(0)
+    residual, scale = call.residual(0), call.scale(0)
     if plan.backend == "native":
         code = ACTIVATION_CODES[activation]
-        return partial(plan.raw, x, u, v, bias, -1 if rank is None else rank, None, code)
-    return partial(matmul.layer, x, u, v, bias, v.shape[0] if rank is None else rank, activation)
+        added = () if call.is_plain else (residual, scale)
+        return partial(plan.raw, x, u, v, bias, -1 if rank is None else rank, None, code, *added)
+    if residual is not None and x.dim() != 2:
+        return partial(gradient.forward, plan, call, False)
+    r = v.shape[0] if rank is None else rank
+    return partial(matmul.layer, x, u, v, bias, r, activation, residual=residual, scale=scale)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The one gradient of a call, for eager calls; registered.py hands it to torch's other machinery.
 
-With dz = dy * act'(z), for each layer: dH = dz @ u[:, :r], dx = dH @ v[:r], du[:, :r] = dz.T @ H,
-dv[:r] = dH.T @ x, dbias = the sum of dz over rows. H is what the forward kept, or computed again.
+With dz = dy * act'(z), for each layer: dH = scale · dz @ u[:, :r], dx = dH @ v[:r],
+du[:, :r] = dz.T @ H, dv[:r] = dH.T @ x, dbias = the sum of dz over rows, dresidual = dz. H is what
+the forward kept, or computed again.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def backward(
     ys: Sequence[Tensor | None],
     needs: Needs,
     layers: Sequence[int] | None = None,
-) -> tuple[Grads, Grads, Grads, Grads]:
-    """(dxs, dus, dvs, dbiases) of a planned call.
+) -> tuple[Grads, Grads, Grads, Grads, Sequence[Tensor]]:
+    """(dxs, dus, dvs, dbiases, dresiduals) of a planned call; the last () where none has one.
 
     Where the gradient itself is to be differentiated (create_graph, functorch), the reference's
     algebra runs instead of a kernel, with H computed again so that it is part of the graph.
@@ -69,22 +70,30 @@ def backward(
         nothing if again else [y if y is None else as_rows(y) for y in ys],
     )
     try:
+        dzs: Sequence[Tensor] = ()
         if plan.halves is None or again:
             module = reference if again else plan.module
-            dxs, *rest = module.backward(*arguments, needs=needs, strategy=plan.strategy)
+            if call.is_plain:
+                dxs, *rest = module.backward(*arguments, needs=needs, strategy=plan.strategy)
+            else:
+                options = {"needs": needs, "strategy": plan.strategy}
+                dxs, dzs, *kept = module.input_grads(*arguments, **options)
+                rest = module.weight_grads(arguments[0], dzs, *kept, needs=needs)
         else:
             (first, strategy), (second, _) = (half.split(": ") for half in plan.halves)
-            dxs, *kept = backend_module(first).input_grads(
+            dxs, dzs, *kept = backend_module(first).input_grads(
                 *arguments, needs=needs, strategy=strategy
             )
-            rest = backend_module(second).weight_grads(arguments[0], *kept, needs=needs)
+            rest = backend_module(second).weight_grads(arguments[0], dzs, *kept, needs=needs)
     except RuntimeError:  # what was saved may have been freed since
         check_storages(f"{plan.fn} backward", call, layers, **dict(zip(("dy",), dys, strict=False)))
         raise
     for i, (dx, x) in enumerate(zip(dxs, call.xs, strict=True)):
         if dx is not None and dx.dim() != x.dim():
             dxs[i] = dx.reshape(x.shape)
-    return dxs, *rest
+    if not call.residuals:
+        return dxs, *rest, ()
+    return dxs, *rest, [dz.reshape(dy.shape) for dz, dy in zip(dzs, dys, strict=True)]
 
 
 def kept_outputs(call: Call, ys: Sequence[Tensor]) -> list[Tensor | None]:
@@ -109,41 +118,49 @@ class Gradient(torch.autograd.Function):
         is_tensor = isinstance(ranks, Tensor)
         ctx.set_materialize_grads(False)
         nothing = [None] * len(ys)
+        if call.residuals:  # without an activation nothing asks for z
+            both = zip(call.residuals, call.activations, strict=True)
+            tensors = (*tensors[: -call.n], *[None if a is None else t for t, a in both])
         ctx.save_for_backward(
             *tensors,
             *(hs if save_h else nothing),
             *(kept_outputs(call, ys) if "relu" in call.activations else nothing),
             ranks if is_tensor else None,
         )
-        ctx.call = plan, len(call.xs), None if is_tensor else ranks
+        added = len(call.residuals), call.scales
+        ctx.call = plan, len(call.xs), None if is_tensor else ranks, added
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
-        (plan, n_x, ranks), n = ctx.call, len(dys)
+        (plan, n_x, ranks, (n_added, scales)), n = ctx.call, len(dys)
         reached = [i for i, dy in enumerate(dys) if dy is not None]
+        wanted = ctx.needs_input_grad[3:]
         if not reached:
-            return (None,) * (3 + n_x + 3 * n)
-        saved, wanted = _saved(ctx, reached, n_x, n), ctx.needs_input_grad[3:]
+            return (None,) * (3 + len(wanted))
+        saved = _saved(ctx, reached, n_x, n)
         ranks = saved[-1] if ranks is None else ranks
+        n_parts = 7 if n_added else 6
         if n == 1:
-            parts, needs = [(tensor,) for tensor in saved[:6]], [(want,) for want in wanted]
+            parts, needs = [(tensor,) for tensor in saved[:n_parts]], [(want,) for want in wanted]
         else:
-            parts, needs = _parts(saved, n_x, n)[:6], _parts(wanted, n_x, n)
+            parts, needs = _parts(saved, n_x, n)[:n_parts], _parts(wanted, n_x, n)
         if len(reached) < n:
             parts, needs = _of(reached, parts, n_x), _of(reached, needs, n_x)
             tensor = isinstance(ranks, Tensor)
             ranks = ranks[reached] if tensor else [ranks[i] for i in reached]
             dys = tuple([dys[i] for i in reached])
-        xs, us, vs, biases, hs, ys = parts
+            scales = [scales[i] for i in reached] if scales else ()
+        xs, us, vs, biases, *residuals, hs, ys = parts
         activations = [plan.problems[i].activation for i in reached]
-        call = Call(plan.fn, xs, us, vs, biases, ranks, activations)
-        need_x, need_u, need_v, need_b = map(any, needs)
-        grads: Sequence[Grads] = backward(
+        added = residuals[0] if residuals else ()
+        call = Call(plan.fn, xs, us, vs, biases, ranks, activations, added, scales)
+        need_x, need_u, need_v, need_b = map(any, needs[:4])
+        grads: Sequence[Sequence[Tensor | None]] = backward(
             plan, call, dys, hs, ys, (need_x, need_u, need_v, need_b), reached
         )
         if len(reached) < n:
-            grads = _among(reached, grads, n_x, n)
+            grads = _among(reached, grads if n_added else grads[:4], n_x, n)
         flat = itertools.chain(*grads)
         return (None, None, None, *[g if w else None for g, w in zip(flat, wanted, strict=True)])
 
@@ -160,10 +177,12 @@ def _of(layers: Sequence[int], parts: Sequence[Any], n_x: int) -> list[Any]:
     return [xs if n_x == 1 else [xs[i] for i in layers], *some]
 
 
-def _among(layers: Sequence[int], found: Sequence[Grads], n_x: int, n: int) -> list[Grads]:
+def _among(
+    layers: Sequence[int], found: Sequence[Sequence[Tensor | None]], n_x: int, n: int
+) -> list[Sequence[Tensor | None]]:
     """Gradients of some layers, with None for the others; see `_of`."""
     spread = [dict(zip(layers, part, strict=True)) for part in found[n_x == 1 :]]
-    grads = [[part.get(i) for i in range(n)] for part in spread]
+    grads: list[Sequence[Tensor | None]] = [[part.get(i) for i in range(n)] for part in spread]
     return [found[0], *grads] if n_x == 1 else grads
 
 
@@ -204,7 +223,9 @@ def _saved(ctx: Any, reached: Sequence[int], n_x: int, n: int) -> Sequence[Any]:
     if not rest:
         ctx.later = None
         return saved
-    places = {n_x + part * n + i for part in range(5) for i in rest} | {n_x + 5 * n}
+    # What there is one of per layer, between the xs and the ranks.
+    n_parts = (len(saved) - n_x - 1) // n
+    places = {n_x + part * n + i for part in range(n_parts) for i in rest} | {len(saved) - 1}
     places |= {0} if n_x == 1 else rest
     kept = [tensor if i in places else None for i, tensor in enumerate(saved)]
     ctx.later = rest, kept, [0 if t is None else t._version for t in kept]

@@ -2,11 +2,12 @@
 
 maestro_kernels::lod_linear           ys, for inference; its gradient computes the Hs again
 maestro_kernels::lod_linear_train     (ys, hs), the Hs kept for the gradient
-maestro_kernels::lod_linear_backward  dxs + dus + dvs + dbiases, empty where not asked for
+maestro_kernels::lod_linear_backward  dxs + dus + dvs + dbiases + dresiduals, empty where not asked
 
 A layer is a group of one. `xs` holds one shared input or one per layer; `biases` those that exist
-(torch.library differentiates a Tensor[] but not a Tensor?[]), `has_bias` says whose; "none" is no
-activation. A schema has no `int | Tensor`: `ranks` or `rank_tensor` holds the ranks, or neither.
+(torch.library differentiates a Tensor[] but not a Tensor?[]), `has_bias` says whose, and so for
+residuals; "none" is no activation. A schema has no `int | Tensor`:
+`ranks` or `rank_tensor` holds the ranks, or neither.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ from maestro_kernels.ops.gradient import backward, forward, kept_outputs
 __all__ = ["run"]
 
 library = torch.library.Library("maestro_kernels", "DEF")
-_FACTORS = "Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases"
-_CHOICES = "bool[] has_bias, SymInt[]? ranks, Tensor? rank_tensor, str[] activations, str? backend"
-library.define(f"lod_linear({_FACTORS}, {_CHOICES}) -> Tensor[]")
-library.define(f"lod_linear_train({_FACTORS}, {_CHOICES}) -> (Tensor[], Tensor[])")
+_TENSORS = "Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, Tensor[] residuals"
+_CHOICES = (
+    "bool[] has_bias, bool[] has_residual, SymInt[]? ranks, Tensor? rank_tensor, "
+    "str[] activations, float[] scales, str? backend"
+)
+# Lists of tensors that come first, of those that may want gradients.
+_KINDS = 5
+library.define(f"lod_linear({_TENSORS}, {_CHOICES}) -> Tensor[]")
+library.define(f"lod_linear_train({_TENSORS}, {_CHOICES}) -> (Tensor[], Tensor[])")
 library.define(
-    f"lod_linear_backward(Tensor[] dys, Tensor[] hs, Tensor[] ys, bool[] needs, {_FACTORS}, "
+    f"lod_linear_backward(Tensor[] dys, Tensor[] hs, Tensor[] ys, bool[] needs, {_TENSORS}, "
     f"{_CHOICES}) -> Tensor[]"
 )
 _ops = torch.ops.maestro_kernels
@@ -57,9 +63,11 @@ class _Signature(NamedTuple):
 
     n_x: int
     has_bias: list[bool]
+    has_residual: list[bool]
     ranks: list[int] | None
     has_rank_tensor: bool
     activations: list[str]
+    scales: list[float]
     backend: str | None
 
     @classmethod
@@ -68,31 +76,36 @@ class _Signature(NamedTuple):
         return cls(
             len(call.xs),
             [b is not None for b in call.biases],
+            [call.residual(i) is not None for i in range(call.n)],
             None
             if isinstance(ranks, Tensor)
             else [v.shape[0] if r is None else r for r, v in zip(ranks, call.vs, strict=True)],
             isinstance(ranks, Tensor),
             [a or "none" for a in call.activations],
+            # Never empty: torch.library takes that for a list of tensors.
+            list(call.scales) or [1.0] * call.n,
             backend,
         )
 
     def tensors(self, call: Call) -> list[Tensor]:
-        """xs, us, vs, the biases that exist, and the rank tensor where there is one."""
+        """xs, us, vs, the biases and residuals that exist, then the rank tensor if there is one."""
         ranks = [call.ranks] if isinstance(call.ranks, Tensor) else []
         return [t for t in call.tensors if t is not None] + ranks
 
     def split(self, tensors: Sequence[Any]) -> tuple[list[Any], ...]:
-        """(xs, us, vs, biases, the rest) of a flat sequence in this order."""
+        """(xs, us, vs, biases, residuals, the rest) of a flat sequence in this order."""
         n = len(self.has_bias)
-        cuts = itertools.accumulate((self.n_x, n, n, sum(self.has_bias)), initial=0)
+        numbers = (self.n_x, n, n, sum(self.has_bias), sum(self.has_residual))
+        cuts = itertools.accumulate(numbers, initial=0)
         *parts, rest = (list(tensors[a:b]) for a, b in itertools.pairwise((*cuts, len(tensors))))
         return *parts, rest
 
     def arguments(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """An op's arguments, of flat tensors as `tensors` gives them."""
-        *factors, rest = self.split(tensors)
+        *parts, rest = self.split(tensors)
         ranks = rest[0] if self.has_rank_tensor else None
-        return (*factors, self.has_bias, self.ranks, ranks, self.activations, self.backend)
+        has = self.has_bias, self.has_residual
+        return (*parts, *has, self.ranks, ranks, self.activations, self.scales, self.backend)
 
 
 def _call_of(
@@ -100,10 +113,13 @@ def _call_of(
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     biases: Sequence[Tensor],
+    residuals: Sequence[Tensor],
     has_bias: Sequence[bool],
+    has_residual: Sequence[bool],
     ranks: Sequence[int] | None,
     rank_tensor: Tensor | None,
     activations: Sequence[str],
+    scales: Sequence[float],
     backend: str | None,
 ) -> Call:
     """The call that an op's arguments stand for."""
@@ -118,6 +134,8 @@ def _call_of(
         _fill(biases, has_bias),
         given if rank_tensor is None else rank_tensor,
         [None if a == "none" else a for a in activations],
+        _fill(residuals, has_residual) if any(has_residual) else (),
+        () if all(type(s) is float and s == 1.0 for s in scales) else scales,
     )
 
 
@@ -156,12 +174,21 @@ def _op_backward(
     wanted = (needs[0], needs[1], needs[2], needs[3])
     kept = _fill(ys, [bool(ys) and a == "relu" for a in call.activations])
     with torch.no_grad():
-        *grads, dbiases = backward(
+        *grads, dzs = backward(
             plan_call(call, args[-1]), call, dys, hs or [None] * call.n, kept, wanted
         )
-    flat = [g for part in grads for g in part]
-    flat += [g for g, b in zip(dbiases, call.biases, strict=True) if b is not None]
+        # Without an activation it is dy itself, which an op may not return.
+        dzs = [z.clone() if a is None else z for z, a in zip(dzs, call.activations, strict=False)]
+    flat = [g for part in _present(call, [*grads, dzs]) for g in part]
     return [call.xs[0].new_empty(0) if g is None else g.contiguous() for g in flat]
+
+
+def _present(call: Call, grads: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """[dxs, dus, dvs, dbiases, dresiduals], of biases and residuals that exist only."""
+    *parts, dbiases, dresiduals = grads
+    for found, given in ((dbiases, call.biases), (dresiduals, call.residuals)):
+        parts.append([g for g, t in zip(found, given, strict=True) if t is not None])
+    return parts
 
 
 def _fake_forward(*args: Any) -> list[Tensor]:
@@ -184,7 +211,7 @@ def _fake_backward(
 ) -> list[Tensor]:
     return [
         t.new_empty(tuple(t.shape) if need else (0,))
-        for tensors, need in zip(args[:4], needs, strict=True)
+        for tensors, need in zip(args[:_KINDS], needs, strict=True)
         for t in tensors
     ]
 
@@ -194,7 +221,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     call = _call_of(*inputs)
     signature = _Signature.of(call, inputs[-1])
     _keep(ctx, signature, signature.tensors(call), kept_outputs(call, ys) if hs else [], hs)
-    ctx.wanted = [any(t.requires_grad for t in tensors) for tensors in inputs[:4]]
+    ctx.wanted = [any(t.requires_grad for t in tensors) for tensors in inputs[:_KINDS]]
 
 
 def _keep(
@@ -210,7 +237,7 @@ def _keep(
 
 
 def _gradients(ctx: Any, dys: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[list[Any]]:
-    """[dxs, dus, dvs, dbiases] of the biases that exist; None for all of a kind not wanted."""
+    """[dxs, dus, dvs, dbiases, dresiduals] of what exists; None for all of a kind not wanted."""
     signature, (a, b) = ctx.signature, ctx.cuts
     saved = ctx.saved_tensors
     tensors, ys, hs = saved[:a], saved[a:b], saved[b:]
@@ -224,15 +251,16 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None], wanted: Sequence[bool]) -
         plan = plan_call(call, "reference")
         nothing: list[None] = [None] * call.n
         needs = (wanted[0], wanted[1], wanted[2], wanted[3])
-        *grads, dbiases = backward(plan, call, filled, nothing, nothing, needs)
-        return [*grads, [g for g, b in zip(dbiases, call.biases, strict=True) if b is not None]]
+        return [
+            list(g) for g in _present(call, backward(plan, call, filled, nothing, nothing, needs))
+        ]
     flat = _ops.lod_linear_backward(filled, list(hs), list(ys), list(wanted), *arguments)
     *parts, _ = signature.split(flat)
     return [part if want else [None] * len(part) for part, want in zip(parts, wanted, strict=True)]
 
 
 def _registered_backward(ctx: Any, dys: Any, dhs: Any = None) -> tuple[Any, ...]:
-    return (*_gradients(ctx, dys, ctx.wanted), *[None] * 5)
+    return (*_gradients(ctx, dys, ctx.wanted), *[None] * 7)
 
 
 class _Transformed(torch.autograd.Function):
@@ -260,7 +288,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[1:]
-        wanted = [any(part) for part in ctx.signature.split(needs)[:4]]
+        wanted = [any(part) for part in ctx.signature.split(needs)[:_KINDS]]
         flat = [g for part in _gradients(ctx, dys[: ctx.n], wanted) for g in part]
         flat += [None] * ctx.signature.has_rank_tensor
         return (None, *(g if need else None for g, need in zip(flat, needs, strict=True)))
@@ -271,13 +299,21 @@ class _Transformed(torch.autograd.Function):
 
 
 def _vmap(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Batching rule: a batch of x is one more leading dimension; batched factors make a loop."""
+    """Batching rule: a batch of x is one more leading dimension; batched factors make a loop.
+
+    So is a batch of residuals, which have the leading dimensions of x.
+    """
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        x_dims, *others = in_dims
-        if op is _ops.lod_linear and None not in x_dims and not any(map(_is_batched, others)):
-            xs = [x.movedim(dim, 0) for x, dim in zip(args[0], x_dims, strict=True)]
-            return op(xs, *args[1:]), 0
+        x_dims, *factors, residual_dims = in_dims[:_KINDS]
+        others = (*factors, *in_dims[_KINDS:])
+        together = None not in (*x_dims, *residual_dims) and not any(map(_is_batched, others))
+        if op is _ops.lod_linear and together:
+            xs, residuals = (
+                [t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
+                for tensors, dims in ((args[0], x_dims), (args[4], residual_dims))
+            )
+            return op(xs, *args[1:4], residuals, *args[_KINDS:]), 0
         results = [op(*_of_batch(args, in_dims, i)) for i in range(info.batch_size)]
         return tree_map(lambda *entries: torch.stack(entries), *results), 0
 
@@ -304,8 +340,8 @@ def _autocast(op: Any, device_type: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             dtype = torch.get_autocast_dtype(device_type)
-            factors = ([eager.cast(t, dtype) for t in tensors] for tensors in args[:4])
-            return op(*factors, *args[4:])
+            factors = ([eager.cast(t, dtype) for t in tensors] for tensors in args[:_KINDS])
+            return op(*factors, *args[_KINDS:])
 
     return kernel
 
@@ -340,15 +376,16 @@ def _sizes(xs: Any, us: Any, vs: Any, ranks: Any) -> Iterator[tuple[int, int, in
 
 @flop_formula(_ops.lod_linear, _ops.lod_linear_train)
 def _forward_flop(
-    xs: Any, us: Any, vs: Any, biases: Any, has_bias: Any, ranks: Any, *_: Any, **__: Any
-) -> int:
+    xs: Any, us: Any, vs: Any, biases: Any, residuals: Any, has_bias: Any, has_residual: Any,
+    ranks: Any, *_: Any, **__: Any,
+) -> int:  # fmt: skip
     return sum(cost.forward_flop(*size) for size in _sizes(xs, us, vs, ranks))
 
 
 @flop_formula(_ops.lod_linear_backward)
 def _backward_flop(
-    dys: Any, hs: Any, ys: Any, needs: Any, xs: Any, us: Any, vs: Any, biases: Any, has_bias: Any,
-    ranks: Any, *_: Any, **__: Any,
+    dys: Any, hs: Any, ys: Any, needs: Any, xs: Any, us: Any, vs: Any, biases: Any, residuals: Any,
+    has_bias: Any, has_residual: Any, ranks: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    dx, du, dv, _ = needs
+    dx, du, dv, *_ = needs
     return sum(cost.backward_flop(*s, dx=dx, du=du, dv=dv) for s in _sizes(xs, us, vs, ranks))

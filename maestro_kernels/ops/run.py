@@ -15,7 +15,7 @@ from maestro_kernels.call import Call
 from maestro_kernels.ops import eager, first_use, gradient, registered
 from maestro_kernels.problem import check_call
 
-__all__ = ["quick", "run"]
+__all__ = ["quick", "quick_with_residual", "run"]
 
 
 def quick(
@@ -64,6 +64,49 @@ def quick(
         return None
 
 
+def quick_with_residual(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rank: int | Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: float,
+) -> Tensor | None:
+    """`quick` of a call that adds a residual, or scales, and wants no gradient."""
+    if eager.any_autocast() or not eager.is_plain(x, u, v, bias, residual):
+        return None
+    try:
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or u.requires_grad
+            or v.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
+            return None
+    except AttributeError:
+        return None
+    plan = dispatch.quick_plan(x, u, v, bias, rank, activation, False, (residual, scale))
+    if plan is None or v is None:
+        return None
+    try:
+        if plan.backend == "native":
+            code = ACTIVATION_CODES[activation]
+            r = -1 if rank is None else rank
+            return plan.raw(x, u, v, bias, r, None, code, residual, scale)
+        if x.dim() != 2 or not x.layout is u.layout is v.layout is torch.strided:
+            return None
+        r = u.shape[1] if rank is None else rank
+        added = {"residual": residual, "scale": scale}
+        return matmul.layer(x, u, v, bias, r, activation, **added)[0]  # type: ignore[arg-type]
+    except RuntimeError as refusal:
+        if plan.backend == "native" and LIBRARY_NAME not in str(refusal):
+            raise
+        return None
+
+
 def run(call: Call, backend: str | None, save_h: bool) -> list[Tensor]:
     """The outputs of a call: see functional.py for its arguments."""
     dtype = eager.autocast_dtype(call.xs[0]) if eager.any_autocast() and call.xs else None
@@ -82,7 +125,7 @@ def run(call: Call, backend: str | None, save_h: bool) -> list[Tensor]:
         else:
             try:
                 ys, _ = plan.module.forward(
-                    call.for_backend(), save_h=wants_grad, strategy=plan.strategy
+                    call.for_backend(), save_h=False, strategy=plan.strategy
                 )
             except RuntimeError:
                 gradient.complain(call)

@@ -22,10 +22,12 @@ def split(ranks):
     return (None, ranks) if isinstance(ranks, torch.Tensor) else (ranks, None)
 
 
-def one(x, u, v, bias, rank=None, activation=None):
+def one(x, u, v, bias, rank=None, activation=None, residual=None, scales=(1.0,)):
     """The arguments of an op for one layer: a group of one."""
     ranks = rank if rank is None or isinstance(rank, torch.Tensor) else [rank]
-    return [x], [u], [v], [bias], [True], *split(ranks), [activation or "none"], None
+    added = residual is not None
+    lists = [x], [u], [v], [bias], [residual] if added else []
+    return *lists, [True], [added], *split(ranks), [activation or "none"], list(scales), None
 
 
 def tensor_rank(value):
@@ -43,7 +45,24 @@ def test_opcheck(name, rank, activation):
     torch.library.opcheck(getattr(OPS, name).default, args)
 
 
-@pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, False], [False, True] * 2])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("name", ["lod_linear", "lod_linear_train"])
+def test_opcheck_with_a_residual(name, activation):
+    residual = torch.randn(2, 3, N, dtype=torch.float64, requires_grad=True)
+    args = one(*leaves(), 3, activation, residual, [0.5])
+    torch.library.opcheck(getattr(OPS, name).default, args)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_opcheck_backward_with_a_residual(activation):
+    x, u, v, bias = leaves(grad=False)
+    h = torch.randn(6, R, dtype=torch.float64)
+    dy, residual = torch.randn(2, 2, 3, N, dtype=torch.float64)
+    args = ([dy], [h], [], [True] * 5, *one(x, u, v, bias, None, activation, residual, [0.5]))
+    torch.library.opcheck(OPS.lod_linear_backward.default, args)
+
+
+@pytest.mark.parametrize("needs", [[True] * 5, [True, *[False] * 4], [False, True] * 2 + [False]])
 def test_opcheck_backward(needs):
     x, u, v, bias = leaves(grad=False)
     h = torch.randn(6, R, dtype=torch.float64)
@@ -64,7 +83,8 @@ def test_opcheck_grouped(name, ranks):
     xs, us, vs, biases, has_bias = group()
     for t in (*xs, *us, *vs, *biases):
         t.requires_grad_()
-    args = (xs, us, vs, biases, has_bias, *split(ranks), ["silu", "none"], None)
+    has = [], has_bias, [False] * 2
+    args = (xs, us, vs, biases, *has, *split(ranks), ["silu", "none"], [1.0] * 2, None)
     torch.library.opcheck(getattr(OPS, name).default, args)
 
 
@@ -115,7 +135,8 @@ def test_double_backward_of_a_group():
         return tuple(ys)
 
     def opaque(x, u0, u1, v0, v1, bias):
-        args = ([x], [u0, u1], [v0, v1], [bias], [True, False], [2, 5], None, ["silu", "none"])
+        has = [], [True, False], [False, False]
+        args = ([x], [u0, u1], [v0, v1], [bias], *has, [2, 5], None, ["silu", "none"], [1.0, 1.0])
         return tuple(OPS.lod_linear_train(*args, None)[0])
 
     for fn in (eager, opaque):

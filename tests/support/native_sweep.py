@@ -49,14 +49,24 @@ def plain(x, u, v, bias, r, activation):
     return ACTIVATIONS[activation](F.linear(F.linear(x, v[:r]), u[:, :r], bias))
 
 
-def run(x, u, v, bias, rank, activation, *, packed, save_h):
+# What H is multiplied by where something is added: a power of two rounds nothing.
+SCALE = -0.25
+
+
+def run(x, u, v, bias, rank, activation, *, packed, save_h, residual=None):
     code = native.ACTIVATION_CODES[activation]
     is_tensor = isinstance(rank, torch.Tensor)
     spoil((*x.shape[:-1], u.shape[0]), dtype=x.dtype)
     if packed:
-        return native.ops().packed_linear(
-            native.pack([u], [v], [rank], [activation]), x, bias
-        ), None
+        made = native.pack([u], [v], [rank], [activation])
+        if residual is None:
+            return native.ops().packed_linear(made, x, bias), None
+        return native.ops().packed_residual(made, x, bias, residual, SCALE), None
+    if residual is not None:
+        ranks = rank if is_tensor else [rank]
+        call = Call("lod_linear", [x], [u], [v], [bias], ranks, [activation], [residual], [SCALE])
+        (y,), (h,) = native.forward(call, save_h=save_h, strategy="fused")
+        return y, h
     op = native.ops().linear_h if save_h else native.ops().linear
     out = op(x, u, v, bias, -1 if is_tensor else rank, rank if is_tensor else None, code)
     return out if save_h else (out, None)
@@ -66,28 +76,49 @@ def ranks_of(R):
     return sorted({0, 1, R // 2, max(R - 1, 0), R})
 
 
-def check(shape, dtype, rank, activation, packed, *, bias=True, tensor_rank=False, save_h=False):
+def check(
+    shape,
+    dtype,
+    rank,
+    activation,
+    packed,
+    *,
+    bias=True,
+    tensor_rank=False,
+    save_h=False,
+    added=False,
+):
     """Text of what is wrong, or None."""
     M, N, K, R = shape
     x, u, v, b = make_inputs(M, N, K, R, dtype=dtype, bias=bias, seed=M + N)
+    # Rows that lie apart: a stride is not a size.
+    residual = torch.randn(M, N + 3).to(dtype)[:, :N] if added else None
+    scale = SCALE if added else 1
     # What lies beyond the rank must never matter.
     u[:, rank:] = float("nan")
     v[rank:] = float("nan")
     r = torch.tensor(rank, dtype=torch.int32) if tensor_rank else rank
-    y, h = run(x, u, v, b, r, activation, packed=packed, save_h=save_h)
-    again, _ = run(x, u, v, b, r, activation, packed=packed, save_h=save_h)
+    options = {"packed": packed, "save_h": save_h, "residual": residual}
+    y, h = run(x, u, v, b, r, activation, **options)
+    again, _ = run(x, u, v, b, r, activation, **options)
     if not torch.equal(y, again):
         return "two calls differ"
     doubled = [None if t is None else t.double() for t in (x, u, v, b)]
-    exact = lod_linear_ref(*doubled, rank=rank, activation=activation)
-    rounding = rounding_errors(x, u, v, rank=rank, activation=activation)
-    problem = accuracy_error(y, plain(x, u, v, b, rank, activation), exact, rounding["y"])
+    wide = None if residual is None else residual.double()
+    exact = lod_linear_ref(*doubled, rank=rank, activation=activation, residual=wide, scale=scale)
+    rounding = rounding_errors(x, u, v * scale, rank=rank, activation=activation)
+    if residual is None:
+        pair = F.linear(F.linear(x, v[:rank]), u[:, :rank], b)
+    else:
+        pair = torch.addmm(residual, scale * F.linear(x, v[:rank]), u[:, :rank].T)
+        pair = pair if b is None else pair + b
+    problem = accuracy_error(y, ACTIVATIONS[activation](pair), exact, rounding["y"])
     if problem is None and save_h:
         width = R if tensor_rank else rank
         exact_h = torch.zeros(M, width, dtype=torch.float64)
-        exact_h[:, :rank] = doubled[0] @ doubled[2][:rank].T
+        exact_h[:, :rank] = scale * doubled[0] @ doubled[2][:rank].T
         pair_h = torch.zeros(M, width, dtype=dtype)
-        pair_h[:, :rank] = F.linear(x, v[:rank])
+        pair_h[:, :rank] = scale * F.linear(x, v[:rank])
         h_rounding = F.pad(rounding["h"], (0, width - rank))
         problem = accuracy_error(h, pair_h, exact_h, h_rounding)
         if problem is None and tensor_rank and h[:, rank:].abs().sum() != 0:
@@ -176,16 +207,19 @@ def sweep(threads):
                 "tensor_rank": not packed and i % 3 == 1,
                 "save_h": not packed and i % 2 == 1,
             }
-            problem = check(shape, dtype, rank, activation, packed, **options)
-            if problem:
-                failures.append(
-                    f"{shape} {dtype} r{rank} {activation} {packed=} {options}: {problem}"
-                )
+            for added in (False, True):
+                options["added"] = added
+                problem = check(shape, dtype, rank, activation, packed, **options)
+                if problem:
+                    failures.append(
+                        f"{shape} {dtype} r{rank} {activation} {packed=} {options}: {problem}"
+                    )
     for shape, dtype, lost in itertools.product(LARGE, DTYPES, (0, 1)):
         rank, activation = shape[3] - lost, (None, "relu")[lost]
-        problem = check(shape, dtype, rank, activation, True)
-        if problem:
-            failures.append(f"{shape} {dtype} r{rank} {activation}: {problem}")
+        for added in (False, True):
+            problem = check(shape, dtype, rank, activation, True, added=added)
+            if problem:
+                failures.append(f"{shape} {dtype} r{rank} {activation} {added=}: {problem}")
     for dtype, packed in itertools.product(DTYPES, (False, True)):
         problem = check_denormals(dtype, packed)
         if problem:

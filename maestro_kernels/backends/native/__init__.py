@@ -38,7 +38,7 @@ __all__ = [
 
 STRATEGIES = {"cpu": ("fused",), "cuda": cuda.STRATEGIES[1:]}
 # What mk_interface() in csrc/bindings/cpu.cpp returns.
-INTERFACE = 3
+INTERFACE = 4
 # In every error of the library's ops.
 LIBRARY_NAME = "maestro_native"
 LIBRARY = Path(__file__).resolve().parents[2] / "_native.so"
@@ -144,9 +144,9 @@ def raw(name: str) -> Callable[..., Any]:
     return call
 
 
-def raw_linear() -> Callable[..., Tensor]:
-    """The op behind `forward`."""
-    return raw("linear")
+def raw_linear(*, is_plain: bool) -> Callable[..., Tensor]:
+    """The op behind `forward`; with a residual and a scale behind its arguments unless plain."""
+    return raw("linear" if is_plain else "linear_residual")
 
 
 def pack(
@@ -175,6 +175,8 @@ def unsupported(problem: LoDProblem) -> str | None:
     reason = load_error()
     if reason is not None:
         return reason
+    if problem.device.type == "cuda" and (problem.has_residual or problem.is_scaled):
+        return "the CUDA kernels take no residual and no scale"
     if problem.device.type not in ("cpu", "cuda"):
         return f"the library has no kernel for tensors on {problem.device}"
     if problem.dtype not in _DTYPES:
@@ -240,19 +242,19 @@ def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:
     return cuda.plan(_library(), problems, facts, strategy)[0] == strategy
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
 
 
 def forward(
     call: Call, *, save_h: bool, strategy: str
 ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
-    """Ys = act(x @ v[:r].T @ u[:, :r].T + bias) in one parallel region or launch, and Hs.
+    """Ys = act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual), Hs: one region or launch.
 
     H is (M, r), or (M, R) for tensor ranks.
     """
     n, on_gpu = call.n, call.xs[0].is_cuda
-    if n == 1 and not on_gpu:
+    if n == 1 and not on_gpu and (call.is_plain or not save_h):
         x, u, v, bias, rank, activation = call.layer(0)
         is_tensor = isinstance(rank, Tensor)
         one = (
@@ -264,6 +266,10 @@ def forward(
             rank if is_tensor else None,
             ACTIVATION_CODES[activation],
         )
+        if not call.is_plain:
+            residual = call.residual(0)
+            added = None if residual is None else _rows(residual), call.scale(0)
+            return [torch.ops.maestro_native.linear_residual.default(*one, *added)], [None]
         if save_h:
             y, h = torch.ops.maestro_native.linear_h.default(*one)
             return [y], [h]
@@ -285,9 +291,11 @@ def forward(
     if on_gpu:
         outputs = cuda.grouped(arguments, sum(call.x(i).shape[0] for i in range(n)), strategy)
     else:
-        outputs = torch.ops.maestro_native.grouped.default(*arguments)
+        residuals = [t if t is None else _rows(t) for t in call.residuals]
+        scales = list(call.scales)
+        outputs = torch.ops.maestro_native.grouped.default(*arguments, residuals, scales)
     return outputs[:n], outputs[n:] if save_h else [None] * n
 
 
 # By library matmuls: factors change every step, so that packing them would not pay.
-backward = matmul.backward
+backward, input_grads, weight_grads = matmul.backward, matmul.input_grads, matmul.weight_grads

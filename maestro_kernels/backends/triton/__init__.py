@@ -39,6 +39,8 @@ def unsupported(problem: LoDProblem) -> str | None:
         return "triton is not installed"
     if problem.dtype not in _DTYPES:
         return f"triton kernels take float16, bfloat16 and float32, not {problem.dtype}"
+    if problem.has_residual or problem.is_scaled:
+        return "the triton kernels take no residual and no scale yet"
     if problem.device.type != "cuda" and not (problem.device.type == "cpu" and interpreted()):
         return (
             f"triton kernels need CUDA tensors, or TRITON_INTERPRET=1 and CPU tensors for the "

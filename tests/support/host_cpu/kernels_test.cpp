@@ -202,7 +202,7 @@ double plain_sum(int64_t n, A a, B b) {
 }
 
 void check_call(const Size& s, DType dtype, Activation activation, bool packed, bool with_bias, bool with_h,
-                const mk::cpu::Pool& pool) {
+                bool with_residual, const mk::cpu::Pool& pool) {
   std::mt19937 engine(static_cast<unsigned>(s.M * 31 + s.N * 17 + s.K * 7 + s.rank));
   const int64_t bytes = bytes_of(dtype);
   // Rows of x, u and v lie apart: strides are not sizes.
@@ -213,6 +213,10 @@ void check_call(const Size& s, DType dtype, Activation activation, bool packed, 
   draw(u.data(), (s.N - 1) * stride_u + s.R, std::pow(s.R, -0.5), dtype, engine);
   draw(v.data(), (s.R - 1) * stride_v + s.K, std::pow(s.K, -0.5), dtype, engine);
   draw(bias.data(), s.N, 1, dtype, engine);
+  const int64_t stride_residual = s.N + pad;
+  const float scale = with_residual ? -0.5F : 1;
+  Buffer residual(with_residual ? ((s.M - 1) * stride_residual + s.N) * bytes : 0);
+  if (with_residual) draw(residual.data(), (s.M - 1) * stride_residual + s.N, 1, dtype, engine);
 
   mk::Layer layer{};
   layer.M = s.M, layer.N = s.N, layer.K = s.K, layer.R = s.R, layer.rank = s.rank;
@@ -223,6 +227,8 @@ void check_call(const Size& s, DType dtype, Activation activation, bool packed, 
   layer.y = y.data(), layer.stride_ym = s.N;
   layer.h = with_h ? h.data() : nullptr, layer.stride_hm = s.rank;
   layer.activation = activation;
+  layer.residual = with_residual ? residual.data() : nullptr, layer.stride_resm = stride_residual;
+  layer.scale = scale;
   Buffer panels(packed ? static_cast<int64_t>(mk::cpu::packed_bytes(s.N, s.K, s.R, dtype)) : 0);
   if (packed) mk::cpu::pack(layer, dtype, panels.data(), pool);
   const void* const given = packed ? panels.data() : nullptr;
@@ -231,10 +237,11 @@ void check_call(const Size& s, DType dtype, Activation activation, bool packed, 
   const std::string call = std::string(mk::cpu::isa(dtype)) + " " + name_of(dtype) + " M=" + std::to_string(s.M) +
                            " N=" + std::to_string(s.N) + " K=" + std::to_string(s.K) + " R=" + std::to_string(s.R) +
                            " rank=" + std::to_string(s.rank) + (packed ? " packed" : "") + (with_bias ? " bias" : "") +
-                           (with_h ? " H" : "") + " activation " + std::to_string(static_cast<int>(activation));
+                           (with_h ? " H" : "") + (with_residual ? " residual" : "") + " activation " +
+                           std::to_string(static_cast<int>(activation));
   ++checks;
   if (refused) return report(call + ": " + refused);
-  for (Buffer* buffer : {&x, &u, &v, &bias, &y, &h, &panels}) {
+  for (Buffer* buffer : {&x, &u, &v, &bias, &y, &h, &panels, &residual}) {
     if (!buffer->intact()) return report(call + ": wrote outside of its outputs");
   }
 
@@ -247,7 +254,8 @@ void check_call(const Size& s, DType dtype, Activation activation, bool packed, 
       const auto b = [&](int64_t k) { return element(v.data(), r * stride_v + k, dtype); };
       const auto i = static_cast<size_t>(r);
       for (int64_t k = 0; k < s.K; ++k) exact_h[i] += a(k) * b(k), sizes_h[i] += std::fabs(a(k) * b(k));
-      pair_h[i] = static_cast<double>(rounded(plain_sum(s.K, a, b), dtype));
+      exact_h[i] *= scale;
+      pair_h[i] = static_cast<double>(rounded(scale * plain_sum(s.K, a, b), dtype));
       if (with_h) {
         const double error = std::fabs(element(h.data(), m * s.rank + r, dtype) - exact_h[i]);
         const double bound = 8 * 0x1p-23 * sizes_h[i] + epsilon(dtype) * std::fabs(exact_h[i]);
@@ -255,7 +263,8 @@ void check_call(const Size& s, DType dtype, Activation activation, bool packed, 
       }
     }
     for (int64_t n = 0; n < s.N; ++n) {
-      const double b = with_bias ? element(bias.data(), n, dtype) : 0;
+      double b = with_bias ? element(bias.data(), n, dtype) : 0;
+      if (with_residual) b += element(residual.data(), m * stride_residual + n, dtype);
       const auto weight = [&](int64_t r) { return element(u.data(), n * stride_u + r, dtype); };
       double exact = b, size = std::fabs(b);
       for (int64_t r = 0; r < s.rank; ++r) {
@@ -300,7 +309,10 @@ int main(int argc, char** argv) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       for (const bool packed : {false, true}) {
         const auto activation = static_cast<Activation>(call++ % 5);
-        check_call(size, dtype, activation, packed, call % 2 == 0, !packed && size.rank > 0 && call % 3 == 0, pool);
+        const bool with_h = !packed && size.rank > 0 && call % 3 == 0;
+        for (const bool with_residual : {false, true}) {
+          check_call(size, dtype, activation, packed, call % 2 == 0, with_h, with_residual, pool);
+        }
       }
     }
   }
