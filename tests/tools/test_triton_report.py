@@ -78,6 +78,28 @@ def test_the_table_for_people_has_every_row(report):
         ]
 
 
+def test_the_table_predicts_what_has_a_record(report):
+    """Bytes in flight, the best of the suite's cases, and its time beside roofline and calls."""
+    rows, table = report
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.split("\n")]
+    header = lines[0]
+    begin, end = header.index("per SM"), header.index("ptxas")
+    assert header[begin + 1 : end] == [
+        "warps/SM", "in flight KiB/SM (memory wants 16)", "suite", "best case", "predicted us",
+        "roofline us", "calls us", "ratio",
+    ]  # fmt: skip
+    shown = {" ".join(line[:4]): line[begin:end] for line in lines[2:]}
+    found = {name: cells for name, cells in shown.items() if cells[3] != "-"}
+    assert {rows[name].arch for name in found} == {"sm_90"}
+    kernels = {rows[name].kernel for name in found}
+    assert kernels == {"row_kernel", "two_phase_kernel", "wgrad_kernel"}
+    for name, (fits, warps, *_, roofline, calls, ratio) in found.items():
+        assert warps == f"{int(fits) * rows[name].warps}/64"
+        predicted = float(shown[name][5])
+        assert float(roofline) <= predicted
+        assert predicted / float(calls) == pytest.approx(float(ratio), rel=0.03, abs=0.01)
+
+
 def test_kernels_that_publish_between_programs_do_release(report):
     """The barrier check would say nothing of kernels in which it finds no release."""
     rows, _ = report

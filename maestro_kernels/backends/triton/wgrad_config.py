@@ -28,6 +28,11 @@ class WgradConfig:
     num_stages: int
     precision: str = "half"
 
+    @property
+    def resident(self) -> int:
+        """Programs that share a multiprocessor: its registers hold two of 4 warps or one of 8."""
+        return 2 if self.num_warps == 4 else 1
+
     def __str__(self) -> str:
         tiles = f"{self.BLOCK_M}x{self.BLOCK_W} r{self.BLOCK_R}"
         return f"{tiles} w{self.num_warps} s{self.num_stages} {self.precision}"
@@ -94,7 +99,7 @@ def plan_wgrad(
         M: rows that are summed.
         sizes: (W, R, rank) of each product; rank is None where only the device knows it.
     """
-    resident = device.num_cores * (2 if config.num_warps == 4 else 1)
+    resident = device.num_cores * config.resident
     blocks = [(-(-W // config.BLOCK_W), R, rank) for W, R, rank in sizes]
     tiles = sum(num_w * -(-R // config.BLOCK_R) for num_w, R, _ in blocks)
     fewest = sum(num_w * -(-min(rank or 0, R) // config.BLOCK_R) for num_w, R, rank in blocks)
