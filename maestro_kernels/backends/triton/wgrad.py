@@ -32,6 +32,7 @@ from maestro_kernels.backends.triton.layers import (
     vector,
 )
 from maestro_kernels.backends.triton.wgrad_config import (
+    MAX_REGISTERS,
     SHIPPED,
     UNALIGNED,
     WgradConfig,
@@ -351,7 +352,7 @@ def _launch(
             TENSOR_RANK=tensor_rank, PRODUCTS=1 << (len(ls) - 1).bit_length(),
             BLOCK_M=config.BLOCK_M, BLOCK_R=config.BLOCK_R, BLOCK_W=config.BLOCK_W,
             INPUT_PRECISION=input_precision, num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
 
 
@@ -374,7 +375,11 @@ def aot_spec(config: WgradConfig, dtype: str, arch: str) -> Iterator[dict[str, A
             "kernel": wgrad_kernel,
             "label": f"{config} {form}",
             "signature": _signature(config, dtype, form),
-            "options": {"num_warps": config.num_warps, "num_stages": config.num_stages},
+            "options": {
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+                "maxnreg": MAX_REGISTERS,
+            },
             "dot_rows": config.BLOCK_R,
         }
 

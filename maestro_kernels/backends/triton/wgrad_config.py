@@ -11,7 +11,18 @@ from dataclasses import dataclass
 
 from maestro_kernels import hardware
 
-__all__ = ["SHIPPED", "UNALIGNED", "WgradConfig", "WgradPlan", "choose_config", "plan_wgrad"]
+__all__ = [
+    "MAX_REGISTERS",
+    "SHIPPED",
+    "UNALIGNED",
+    "WgradConfig",
+    "WgradPlan",
+    "choose_config",
+    "plan_wgrad",
+]
+
+# Left alone, ptxas aims at more programs than the plan has and spills a few bytes to get there.
+MAX_REGISTERS = 255
 
 
 @dataclass(frozen=True)
