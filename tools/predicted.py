@@ -132,6 +132,13 @@ def launches(
     def product(part: str, sizes: list[Size], roofline: float, library: float) -> Launch:
         K, widths = max(s.K for s in sizes), [n for s in sizes for n in (s.N, s.K)]
         summed = part == "dx" and len(sizes) > 1
+        if strategy == "expand" and part == "dx":
+            # Two products of the library's, and nothing of ours.
+            found = predict.Prediction((), library)
+            return Launch(
+                "library", part, case, "library", True, found, roofline, library,
+                lambda config, resident: found,
+            )  # fmt: skip
         if strategy == "row":
             size = sizes[0]
             described = not any(n * itemsize % 16 for n in (*widths, *Rs))
@@ -148,6 +155,13 @@ def launches(
                     for plan in plans
                 )
                 return min(found, key=lambda p: p.seconds)
+        elif strategy == "expand":
+            size = sizes[0]
+            described, kernel = True, "expand_kernel"
+            config = choose.expand(device, size.M, size.N, size.K, Rs[0], dtype)
+
+            def of(config: Any, resident: int | None) -> predict.Prediction:
+                return predict.expand(device, config, size, itemsize, peak, resident=resident)
         else:
             described = not any(n % 8 for n in (*widths, *Rs))
             kernel = "two_phase_kernel"

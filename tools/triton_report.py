@@ -67,7 +67,7 @@ __all__ = [
     "report",
 ]
 
-MODULES = ("two_phase", "row", "wgrad", "activation_grad")
+MODULES = ("two_phase", "row", "expand", "wgrad", "activation_grad")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Bytes of shared memory a block may use. triton.compile does not check it: only a launch fails.
 SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}

@@ -35,11 +35,12 @@ def test_roofline_is_that_of_the_case(full):
 
 
 def test_strategies_of_the_planner():
-    decode, many = (
+    decode, middle, many = (
         predicted.predicted_row(MODELS["Llama-2-7B o"].case(M, 64, dtype="bfloat16"))
-        for M in (1, 8192)
+        for M in (1, 256, 8192)
     )
-    assert (decode.strategy, many.strategy) == ("two_phase", "row")
+    assert (decode.strategy, middle.strategy, many.strategy) == ("two_phase", "expand", "row")
+    assert middle.ratio > predicted.predicted_row(middle.case, activation="gelu").ratio
     assert [launch.kernel for launch in decode.launches] == ["two_phase_kernel"]
     assert decode.verdict == "ok"
 
@@ -88,10 +89,17 @@ class TestForecast:
         assert found.seconds / found.calls == min(x.predicted.seconds / x.calls for x in served)
         assert len(found.in_flight) == 2
 
-    def test_fewer_programs_than_planned_take_longer(self):
-        one, two = self.of(fitting=1), self.of(fitting=2)
-        assert one.taken == two.taken
-        assert one.losing > two.losing
+    def test_fewer_programs_than_planned_take_longer(self, full, monkeypatch):
+        wide = next(
+            row.launches[0]
+            for row in full
+            if (row.case.source, row.case.M) == ("Llama-3-8B up", 16)
+            and row.launches[0].kernel == "two_phase_kernel"
+        )
+        monkeypatch.setattr(forecast, "_launches", lambda *_: (wide,))
+        one, two = (self.of(config=wide.config, fitting=n) for n in (1, 2))
+        assert two.seconds == wide.predicted.seconds
+        assert one.seconds > two.seconds
 
     def test_what_no_case_takes_is_judged_by_what_it_could_serve(self):
         config = row_config.RowConfig(64, 64, 64, 16, 4, 3)

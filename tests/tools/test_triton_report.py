@@ -92,7 +92,7 @@ def test_the_table_predicts_what_has_a_record(report):
     found = {name: cells for name, cells in shown.items() if cells[3] != "-"}
     assert {rows[name].arch for name in found} == {"sm_90"}
     kernels = {rows[name].kernel for name in found}
-    assert kernels == {"row_kernel", "two_phase_kernel", "wgrad_kernel"}
+    assert kernels == {"row_kernel", "two_phase_kernel", "expand_kernel", "wgrad_kernel"}
     for name, (fits, warps, *_, roofline, calls, ratio) in found.items():
         assert warps == f"{int(fits) * rows[name].warps}/64"
         predicted = float(shown[name][5])
@@ -113,6 +113,18 @@ def test_launches_for_few_rows_ask_for_their_factors_before_they_wait(report):
     assert {r.arch for r in rows} == {"sm_80", "sm_90"}
     for row in rows:
         assert row.prefetches == 2 * (3 if re.search("grouped|dx_sum", row.label) else 1)
+
+
+def test_the_expand_kernel_goes_through_tma_and_warpgroup_products(report):
+    """And is launched while the library's product in front of it still runs."""
+    rows = [r for r in report[0].values() if r.kernel == "expand_kernel"]
+    assert {r.arch for r in rows} == {"sm_90"}
+    for row in rows:
+        assert row.tma_load >= 2
+        assert row.tma_store >= 1
+        assert row.wgmma_smem > 0
+        assert row.mma_sync == row.cp_async == 0
+        assert not row.warnings, "wgmma is serialised"
 
 
 def test_row_kernel_keeps_h_in_registers(report):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from maestro_kernels.backends.triton.expand_config import ExpandConfig
 from maestro_kernels.backends.triton.row_config import RowConfig, RowPlan
 from maestro_kernels.backends.triton.two_phase_config import (
     MAX_SPLIT,
@@ -22,7 +23,7 @@ from maestro_kernels.measure import predict
 from maestro_kernels.measure.cost import Size
 from maestro_kernels.measure.predict import H100_ASSUMED, Assumptions, Phase
 
-__all__ = ["Prediction", "row", "two_phase", "wgrad"]
+__all__ = ["Prediction", "expand", "row", "two_phase", "wgrad"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,36 @@ def row(
     parts = [(whole, 1), (shared, plan.num_splits)]
     phases = tuple(phase(*part, first if part is parts[0] else 0.0) for part in parts if part[0])
     return Prediction(phases, predict.seconds(phases, device, peak, assumed))
+
+
+def expand(
+    device: Device,
+    config: ExpandConfig,
+    size: Size,
+    itemsize: int,
+    peak: float,
+    assumed: Assumptions = H100_ASSUMED,
+    *,
+    resident: int | None = None,
+) -> Prediction:
+    """Of a library's product for H and one launch of the expand kernel; arguments as above."""
+    took, shrink = predict.gemm(device, peak, itemsize, size.M, size.rank, size.K, assumed=assumed)
+    hidden = size.M * size.rank * itemsize
+    near = size.M * size.K * itemsize + hidden <= assumed.kept * (device.l2_bytes or 0)
+    rows, columns = min(config.BLOCK_M, size.M), config.BLOCK_N
+    loaded = (rows + columns) * size.rank * itemsize
+    step = (rows + columns) * config.BLOCK_R * itemsize
+    phase = Phase(
+        tiles=-(-size.M // config.BLOCK_M) * -(-size.N // columns),
+        tile_bytes=loaded + rows * columns * itemsize,
+        tile_flops=2 * config.BLOCK_M * columns * size.rank,
+        memory_bytes=(size.N * (size.M + size.rank)) * itemsize + (0 if near else hidden),
+        in_flight=min((config.num_stages - 1) * step, loaded),
+        resident=resident or config.resident,
+        share=_share(device, config.BLOCK_M, columns, itemsize, assumed),
+    )
+    took += predict.seconds([phase], device, peak, assumed, overlapped=True)
+    return Prediction((shrink, phase), took)
 
 
 def wgrad(

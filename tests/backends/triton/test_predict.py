@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from maestro_kernels.backends.triton import choose, predict
+from maestro_kernels.backends.triton.expand_config import SHIPPED as EXPAND
 from maestro_kernels.backends.triton.row_config import RowConfig, RowPlan
 from maestro_kernels.backends.triton.two_phase_config import CANDIDATES, TwoPhaseConfig
 from maestro_kernels.backends.triton.wgrad_config import WgradConfig
 from maestro_kernels.hardware import H100
 from maestro_kernels.measure.cost import Size, count
-from maestro_kernels.measure.predict import H100_ASSUMED
+from maestro_kernels.measure.predict import H100_ASSUMED, library_calls
 
 PEAK = 800e12
 
@@ -54,7 +55,7 @@ def test_nothing_is_faster_than_the_roofline(M, rank):
     ideal = count("fused", [size], 2).seconds(H100, "bfloat16")
     for config in CANDIDATES["sm_90", "16-bit"]:
         assert predict.two_phase(H100, config, [size], 2, PEAK).seconds > ideal
-    assert min(choose.strategies(H100, M, 4096, 4096, rank, torch.bfloat16)) > ideal
+    assert min(choose.strategies(H100, M, 4096, 4096, rank, torch.bfloat16).values()) > ideal
 
 
 def test_prefetched_factors_are_fetched_once():
@@ -131,3 +132,31 @@ def test_programs_that_do_not_fit_do_not_run():
         predict.two_phase(H100, decode, [few], 2, PEAK, resident=n).seconds for n in (None, 3, 1)
     )
     assert planned == more < fewer  # the grid has no program for a third
+
+
+def test_a_launch_behind_a_library_product_reads_h_from_the_cache():
+    config = EXPAND["sm_90"][2]
+    near, far = (Size(M, 4096, 4096, 256) for M in (1024, 8192))
+    for size, read in ((near, 0), (far, far.M * 256 * 2)):
+        _, phase = predict.expand(H100, config, size, 2, PEAK).phases
+        assert phase.memory_bytes == 2 * 4096 * (size.M + 256) + read
+        assert phase.tiles == size.M // 128 * 32
+        assert phase.tiles * phase.tile_flops == 2 * size.M * 4096 * 256
+
+
+def test_what_a_launch_of_ours_saves_is_the_pass_of_an_activation():
+    """Between 256 and 4096 rows, at every rank that registers do not hold either."""
+    for M in (256, 1024, 2048):
+        for rank in (128, 256, 512):
+            size = Size(M, 4096, 4096, rank)
+            found = choose.strategies(H100, M, 4096, 4096, rank, torch.bfloat16)["expand"]
+            assert found < library_calls([size], H100, PEAK, 2, activation=True)
+
+
+def test_only_hopper_and_later_expand_behind_a_library():
+    for arch, there in (("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True)):
+        device = replace(H100, arch=arch)
+        assert (
+            "expand" in choose.strategies(device, 1024, 4096, 4096, 64, torch.bfloat16)
+        ) == there
+    assert "expand" not in choose.strategies(H100, 1024, 4096, 4096, 64, torch.float32, "tf32")
