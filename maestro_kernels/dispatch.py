@@ -141,7 +141,8 @@ class Explanation:
     def cost(self) -> Cost:
         """FLOP and bytes of the planned form."""
         sizes = [Size.of(p) for p in self.plan.problems]
-        form = "fused" if self.plan.backend in KERNELS else "two matmuls"
+        one = self.plan.backend in KERNELS and self.plan.strategy != "expand"
+        form = "fused" if one else "two matmuls"
         size = self.plan.problems[0].dtype.itemsize
         return count(form, sizes, size, shared_x=self.plan.shared_x)  # type: ignore[arg-type]
 

@@ -21,6 +21,8 @@ fp16, which differs from bf16 only in the names of its instructions.
 "tensordesc<bf16[128,64]>" is a host descriptor; a tuple holds such entries for a tuple argument;
 whatever else is not a string, and everything for a parameter annotated so, is a constexpr.
 
+The table also has what tools/forecast.py predicts at the suite's cases for a recorded H100.
+
 Kernels come out of Triton's cache (TRITON_CACHE_DIR) when they are there, ptxas's log beside them.
 """
 
@@ -51,6 +53,7 @@ from triton.runtime.cache import get_cache_manager
 from maestro_kernels.backends.triton import interpreter
 from maestro_kernels.backends.triton.launch import table_arch
 from tools import tables
+from tools.forecast import NEEDED, Forecast, forecast
 from tools.ptx import count_instructions, early_accesses, unguarded_releases
 
 __all__ = [
@@ -64,7 +67,7 @@ __all__ = [
     "report",
 ]
 
-MODULES = ("two_phase", "row", "wgrad", "activation_grad")
+MODULES = ("two_phase", "row", "expand", "wgrad", "activation_grad")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Bytes of shared memory a block may use. triton.compile does not check it: only a launch fails.
 SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
@@ -81,6 +84,7 @@ class AotSpec:
     dot_rows: int = 0  # rows of the smallest product's accumulator tile; 0: the kernel has none
     h_in_registers: bool = False  # H must be a register operand of the second product
     resident: int = 1  # programs that the plan counts on for each multiprocessor
+    config: Any = None  # the configuration that it is a variant of
 
 
 @dataclass(frozen=True)
@@ -163,14 +167,20 @@ def _module_cases(name: str, arch: str) -> Iterator[tuple[str, str, AotSpec]]:
     for i, config in enumerate(module.SHIPPED[table_arch(arch)]):
         for dtype in ("bf16", "fp32", "fp16") if i == 0 else ("bf16", "fp32"):
             for spec in module.aot_spec(config, dtype, arch):
-                yield arch, dtype, AotSpec(**spec)
+                yield arch, dtype, AotSpec(**spec, config=config)
 
 
 def names() -> list[str]:
     """Row.name of everything that ships; compiles nothing, and works beside the interpreter."""
-    return [
-        f"{spec.kernel.fn.__name__} {arch} {dtype} {spec.label}" for arch, dtype, spec in _cases()
-    ]
+    return list(_by_name())
+
+
+@functools.cache
+def _by_name() -> dict[str, AotSpec]:
+    return {
+        f"{spec.kernel.fn.__name__} {arch} {dtype} {spec.label}": spec
+        for arch, dtype, spec in _cases()
+    }
 
 
 def _source(spec: AotSpec) -> ASTSource:
@@ -276,6 +286,23 @@ def report(jobs: int | None = None, only: str = "") -> list[Row]:
         return list(pool.map(_row, chosen))
 
 
+@functools.lru_cache(4096)
+def _forecast(row: Row) -> Forecast | None:
+    spec = _by_name().get(row.name)
+    if spec is None or spec.config is None:
+        return None
+    form = row.label.removeprefix(str(spec.config))
+    return forecast(row.kernel, row.arch, row.dtype, spec.config, form, row.fitting)
+
+
+def _of_forecast(show: Callable[[Forecast], str]) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        found = _forecast(row)
+        return "-" if found is None else show(found)
+
+    return cell
+
+
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "kernel": lambda r: r.kernel,
     "arch": lambda r: r.arch,
@@ -293,6 +320,16 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "releases": lambda r: str(r.releases),
     "prefetch": lambda r: str(r.prefetches),
     "per SM": lambda r: str(r.fitting),
+    "warps/SM": lambda r: f"{r.fitting * r.warps}/64",
+    f"in flight KiB/SM (memory wants {NEEDED / 1024:.0f})": _of_forecast(
+        lambda f: " + ".join(f"{b / 1024:.0f}" for b in f.in_flight)
+    ),
+    "suite": _of_forecast(lambda f: f"{f.taken}, {f.losing} lose" if f.taken else "never"),
+    "best case": _of_forecast(lambda f: f.case),
+    "predicted us": _of_forecast(lambda f: f"{1e6 * f.seconds:.1f}"),
+    "roofline us": _of_forecast(lambda f: f"{1e6 * f.roofline:.1f}"),
+    "calls us": _of_forecast(lambda f: f"{1e6 * f.calls:.1f}"),
+    "ratio": _of_forecast(lambda f: f"{f.seconds / f.calls:.2f}"),
     "ptxas": lambda r: ",".join(r.warnings) or "-",
     "verdict": lambda r: "; ".join(r.faults) or "ok",
 }

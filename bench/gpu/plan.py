@@ -20,6 +20,7 @@ BUDGET = 400
 KERNELS = (
     "triton-two_phase",
     "triton-row",
+    "triton-expand",
     "native-decode",
     "native-rows",
     "native-row",

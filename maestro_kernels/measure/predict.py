@@ -22,7 +22,18 @@ from dataclasses import dataclass
 from maestro_kernels.hardware import Device
 from maestro_kernels.measure.cost import Size
 
-__all__ = ["H100_ASSUMED", "Assumptions", "Phase", "gemm", "library_calls", "seconds", "tile_share"]
+__all__ = [
+    "H100_ASSUMED",
+    "Assumptions",
+    "Phase",
+    "gemm",
+    "library_backward",
+    "library_calls",
+    "needed_in_flight",
+    "pass_over_memory",
+    "seconds",
+    "tile_share",
+]
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,32 @@ def seconds(
     return gap + sum(phase.seconds(device, peak, assumed) for phase in phases)
 
 
+def needed_in_flight(device: Device, assumed: Assumptions = H100_ASSUMED) -> float:
+    """Bytes on the way to each core with which memory reaches its bandwidth (Little's law)."""
+    assert device.bandwidth is not None
+    return device.bandwidth * assumed.latency / device.num_cores
+
+
+def pass_over_memory(
+    device: Device, read: float, written: float, assumed: Assumptions = H100_ASSUMED
+) -> float:
+    """Predicted seconds of a library's elementwise or summing kernel.
+
+    What it reads comes from the second-level cache where that holds all of it.
+
+    Args:
+        device: whose bandwidth is known.
+        read: bytes.
+        written: bytes.
+        assumed: the rest of the machine.
+    """
+    assert device.bandwidth is not None
+    cached = read <= assumed.kept * (device.l2_bytes or 0)
+    memory = (written if cached else read + written) / device.bandwidth
+    cache = (read + written) / assumed.cache_bandwidth
+    return assumed.gap + assumed.latency + max(memory, cache)
+
+
 def tile_share(rows: int, columns: int) -> float:
     """Share of the peak that a tile of a product reaches: small ones wait for shared memory."""
     return min(1.0, 0.35 + rows * columns / (43 * (rows + columns)))
@@ -200,22 +237,53 @@ def library_calls(
     peak: float,
     itemsize: int,
     assumed: Assumptions = H100_ASSUMED,
+    *,
+    activation: bool = False,
 ) -> float:
     """Predicted seconds of two matmuls per layer: H = x @ v[:r].T, then y = H @ u[:, :r].T.
 
     H comes back from the second-level cache where what the first call reads and writes fits into
-    it, and so does a shared x from the second layer on.
+    it, and so does a shared x from the second layer on. An activation is one more kernel.
     """
     total = 0.0
     for i, size in enumerate(layers):
         hidden = size.M * size.rank * itemsize
         x = size.M * size.K * itemsize
-        room = assumed.kept * (device.l2_bytes or 0)
-        fits = x + hidden <= room
+        fits = x + hidden <= assumed.kept * (device.l2_bytes or 0)
         total += gemm(
             device, peak, itemsize, size.M, size.rank, size.K, x if i and fits else 0, assumed
         )[0]
         total += gemm(
             device, peak, itemsize, size.M, size.N, size.rank, hidden if fits else 0, assumed
         )[0]
+        if activation:
+            y = size.M * size.N * itemsize
+            total += pass_over_memory(device, y, y, assumed)
     return total
+
+
+def library_backward(
+    layers: Sequence[Size],
+    device: Device,
+    peak: float,
+    itemsize: int,
+    assumed: Assumptions = H100_ASSUMED,
+) -> tuple[float, float]:
+    """Predicted seconds of dx, and of the weight gradients, by library calls.
+
+    dx is two matmuls per layer, dH = dy @ u[:, :r] and dx = dH @ v[:r], and for a shared x one sum
+    for each further layer; the rest is du = dy.T @ H, dv = dH.T @ x and, with a bias, a sum of dy.
+    """
+    mirrored = [Size(s.M, s.K, s.N, s.rank) for s in layers]
+    # Each layer has a dy of its own: nothing but H is found in the cache.
+    dx = sum(library_calls([size], device, peak, itemsize, assumed) for size in mirrored)
+    weights = 0.0
+    for i, size in enumerate(layers):
+        x, dy = size.M * size.K * itemsize, size.M * size.N * itemsize
+        if i:
+            dx += pass_over_memory(device, 2 * x, x, assumed)
+        weights += gemm(device, peak, itemsize, size.N, size.rank, size.M, 0, assumed)[0]
+        weights += gemm(device, peak, itemsize, size.rank, size.K, size.M, 0, assumed)[0]
+        if size.bias:
+            weights += pass_over_memory(device, dy, size.N * itemsize, assumed)
+    return dx, weights

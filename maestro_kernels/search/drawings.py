@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from maestro_kernels.search.latencies import Profile
 
 # The order of colours and of the legend; what is drawn last lies on top.
-_ORDER = (AUTO, PREPACKED, TWO, "native: fused", "triton: two_phase", "triton: row")
+_TRITON = ("triton: two_phase", "triton: row", "triton: expand")
+_ORDER = (AUTO, PREPACKED, TWO, "native: fused", *_TRITON)
 # A latency below this is easier read in microseconds.
 _MILLISECONDS = 1.0
 

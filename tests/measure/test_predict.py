@@ -77,3 +77,42 @@ def test_layers_that_share_x_read_it_once_while_it_is_near():
     size = Size(3000, 4096, 4096, 32)
     one, two = (predict.library_calls([size] * n, H100, PEAK, 2) for n in (1, 2))
     assert one < two < 2 * one
+
+
+def test_what_memory_needs_in_flight():
+    """3.0 TB/s for 0.72 µs on 132 cores: 16 KiB each."""
+    assert predict.needed_in_flight(H100) == pytest.approx(3.0e12 * 0.72e-6 / 132)
+    phase = replace(PLENTY, memory_bytes=3.0e6, in_flight=predict.needed_in_flight(H100, FREE))
+    assert phase.seconds(H100, PEAK, FREE) == pytest.approx(1e-6 + 1e-6)
+
+
+def test_a_pass_reads_from_the_cache_what_fits():
+    small, large = 3.0e6, 300e6
+    near = predict.pass_over_memory(H100, small, small, FREE)
+    far = predict.pass_over_memory(H100, large, large, FREE)
+    assert near == pytest.approx(1e-6 + 1e-6)
+    assert far == pytest.approx(1e-6 + 200e-6)
+
+
+def test_an_activation_is_one_more_kernel_for_a_library():
+    size = Size(256, 4096, 4096, 64)
+    plain, act = (predict.library_calls([size], H100, PEAK, 2, activation=a) for a in (False, True))
+    y = 256 * 4096 * 2
+    assert act - plain == pytest.approx(predict.pass_over_memory(H100, y, y))
+
+
+def test_gradients_by_a_library():
+    """dx is the forward of the mirrored layer; a bias and a shared x cost a pass each."""
+    size = Size(256, 1024, 4096, 64)
+    dx, weights = predict.library_backward([size], H100, PEAK, 2)
+    assert dx == predict.library_calls([Size(256, 4096, 1024, 64)], H100, PEAK, 2)
+    assert weights == pytest.approx(
+        predict.gemm(H100, PEAK, 2, 1024, 64, 256)[0]
+        + predict.gemm(H100, PEAK, 2, 64, 4096, 256)[0]
+    )
+    _, biased = predict.library_backward([replace(size, bias=True)], H100, PEAK, 2)
+    passed = predict.pass_over_memory(H100, 256 * 1024 * 2, 1024 * 2)
+    assert biased - weights == pytest.approx(passed)
+    both, _ = predict.library_backward([size, size], H100, PEAK, 2)
+    x = 256 * 4096 * 2
+    assert both - 2 * dx == pytest.approx(predict.pass_over_memory(H100, 2 * x, x))

@@ -78,6 +78,28 @@ def test_the_table_for_people_has_every_row(report):
         ]
 
 
+def test_the_table_predicts_what_has_a_record(report):
+    """Bytes in flight, the best of the suite's cases, and its time beside roofline and calls."""
+    rows, table = report
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.split("\n")]
+    header = lines[0]
+    begin, end = header.index("per SM"), header.index("ptxas")
+    assert header[begin + 1 : end] == [
+        "warps/SM", "in flight KiB/SM (memory wants 16)", "suite", "best case", "predicted us",
+        "roofline us", "calls us", "ratio",
+    ]  # fmt: skip
+    shown = {" ".join(line[:4]): line[begin:end] for line in lines[2:]}
+    found = {name: cells for name, cells in shown.items() if cells[3] != "-"}
+    assert {rows[name].arch for name in found} == {"sm_90"}
+    kernels = {rows[name].kernel for name in found}
+    assert kernels == {"row_kernel", "two_phase_kernel", "expand_kernel", "wgrad_kernel"}
+    for name, (fits, warps, *_, roofline, calls, ratio) in found.items():
+        assert warps == f"{int(fits) * rows[name].warps}/64"
+        predicted = float(shown[name][5])
+        assert float(roofline) <= predicted
+        assert predicted / float(calls) == pytest.approx(float(ratio), rel=0.03, abs=0.01)
+
+
 def test_kernels_that_publish_between_programs_do_release(report):
     """The barrier check would say nothing of kernels in which it finds no release."""
     rows, _ = report
@@ -91,6 +113,18 @@ def test_launches_for_few_rows_ask_for_their_factors_before_they_wait(report):
     assert {r.arch for r in rows} == {"sm_80", "sm_90"}
     for row in rows:
         assert row.prefetches == 2 * (3 if re.search("grouped|dx_sum", row.label) else 1)
+
+
+def test_the_expand_kernel_goes_through_tma_and_warpgroup_products(report):
+    """And is launched while the library's product in front of it still runs."""
+    rows = [r for r in report[0].values() if r.kernel == "expand_kernel"]
+    assert {r.arch for r in rows} == {"sm_90"}
+    for row in rows:
+        assert row.tma_load >= 2
+        assert row.tma_store >= 1
+        assert row.wgmma_smem > 0
+        assert row.mma_sync == row.cp_async == 0
+        assert not row.warnings, "wgmma is serialised"
 
 
 def test_row_kernel_keeps_h_in_registers(report):

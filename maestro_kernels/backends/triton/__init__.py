@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from maestro_kernels import hardware
-from maestro_kernels.backends.triton import choose, row_config
+from maestro_kernels.backends.triton import choose, expand_config, row_config
 
 if TYPE_CHECKING:
     from maestro_kernels.call import Call, Grads, Needs
     from maestro_kernels.problem import LoDProblem
 
 Ranks = Sequence[int] | Tensor
-STRATEGIES = {"cuda": ("row", "two_phase")}
+STRATEGIES = {"cuda": ("row", "two_phase", "expand")}
 # Its kernels are compiled when they first run.
 COMPILES = True
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -63,39 +63,63 @@ def unsupported_group(problems: Sequence[LoDProblem]) -> str | None:
     return None
 
 
+# What the predicted time of a strategy is told with.
+_TOLD = {
+    "row": "with H in registers",
+    "two_phase": "in two phases",
+    "expand": "after a library's product",
+}
+
+
 def choose_strategy(
     problems: LoDProblem | Sequence[LoDProblem], device: hardware.Device | None = None
 ) -> tuple[str, str]:
-    """(strategy, reason) for one layer or a group: "row" or "two_phase". Pure for a given device.
+    """(strategy, reason) for one layer or a group: a name of STRATEGIES. Pure for a given device.
 
-    The one of the smaller predicted time (docs/dev/predictions.md); no table was measured yet.
+    The one of the smallest predicted time (docs/dev/predictions.md); no table was measured yet.
 
     Args:
         problems: the layers, already validated.
         device: record to plan for; None is that of the tensors, an H100 for the interpreter.
     """
     group = problems if isinstance(problems, Sequence) else (problems,)
-    first = group[0]
-    if device is None:
-        on_gpu = first.device.type == "cuda"
-        device = hardware.current_device(first.device) if on_gpu else hardware.H100
     if len(group) > 1:
         return "two_phase", f"one launch serves the {len(group)} layers of the group"
-    if first.max_active_rank > row_config.MAX_WIDTH:
-        return "two_phase", f"H of rank {first.max_active_rank} does not fit into registers"
-    if first.dtype == torch.float32 and input_precision() == "ieee":
+    p = group[0]
+    if p.dtype == torch.float32 and input_precision() == "ieee":
         return "two_phase", "IEEE float32 has no tensor cores: H is kept out of the registers"
-    p, rank = first, max(first.max_active_rank, 1)
-    rows, phases = choose.strategies(device, p.M, p.N, p.K, rank, p.dtype, input_precision())
-    told = f"{1e6 * rows:,.1f} µs predicted with H in registers, {1e6 * phases:,.1f} in two phases"
-    return "row" if rows <= phases else "two_phase", told
+    device = device or _record_of(p)
+    rank = max(p.max_active_rank, 1)
+    seconds = choose.strategies(device, p.M, p.N, p.K, rank, p.dtype, input_precision())
+    if not _expands(p, device):
+        seconds = {name: took for name, took in seconds.items() if name != "expand"}
+    if len(seconds) == 1:
+        return "two_phase", f"H of rank {rank} does not fit into registers"
+    first, *others = (f"{1e6 * took:,.1f}{{}} {_TOLD[name]}" for name, took in seconds.items())
+    told = ", ".join([first.format(" µs predicted"), *(text.format("") for text in others)])
+    return min(seconds, key=seconds.__getitem__), told
 
 
 def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:
     """Whether a strategy, as choose_strategy names it, can run one layer or a group."""
     if strategy == "row":
         return len(problems) == 1 and problems[0].max_active_rank <= row_config.MAX_WIDTH
+    if strategy == "expand":
+        return len(problems) == 1 and _expands(problems[0], _record_of(problems[0]))
     return strategy == "two_phase"
+
+
+def _expands(p: LoDProblem, device: hardware.Device) -> bool:
+    """Whether the expand kernel serves a layer: rows that TMA takes, a rank that the host knows."""
+    described = p.rank is not None and p.dtype.itemsize == 2 and p.R % 8 == 0 == p.N % 8
+    return described and device.arch in expand_config.ARCHITECTURES
+
+
+def _record_of(p: LoDProblem) -> hardware.Device:
+    """The device record to plan for: the interpreter, and a GPU not here, stand in for an H100."""
+    if p.device.type == "cuda" and torch.cuda.is_available():
+        return hardware.current_device(p.device)
+    return hardware.H100
 
 
 def input_precision() -> str:
@@ -121,6 +145,12 @@ def forward(
             save_h=save_h, input_precision=input_precision(),
         )  # fmt: skip
         return [y], [h]
+    if strategy == "expand":
+        from maestro_kernels.backends.triton.expand import expand
+
+        x, u, v, _, rank, activation = call.layer(0)
+        y, h = expand(x, v, u, biases[0], rank, activation)
+        return [y], [h if save_h else None]
     ys, hs = two_phase_grouped(
         call.xs, call.vs, call.us, biases, _ranks(call), call.activations,
         save_h=save_h, input_precision=input_precision(),
@@ -170,6 +200,12 @@ def input_grads(
     if strategy == "row" and needs_x:
         _, u, v, _, rank, _ = call.layer(0)
         dx, dh = row_dx(dzs[0], u, v, rank, input_precision=input_precision())
+        dxs, dhs = [dx], [dh]
+    elif strategy == "expand" and (needs_x or needs_v):
+        from maestro_kernels.backends.triton.expand import expand_dx
+
+        _, u, v, _, rank, _ = call.layer(0)
+        dx, dh = expand_dx(dzs[0], u, v, rank, needs_x=needs_x)
         dxs, dhs = [dx], [dh]
     elif needs_x or needs_v:
         # Without columns in v no tile of dx is left and only dH is computed.

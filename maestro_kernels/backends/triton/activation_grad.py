@@ -97,11 +97,11 @@ class ActivationGradConfig:
 SHIPPED: dict[str, tuple[ActivationGradConfig, ...]] = {
     arch: (
         ActivationGradConfig(64, 64, 64, 4, 3),
-        ActivationGradConfig(128, 128, block_r, 8, 3),
+        ActivationGradConfig(128, block_n, 64, 8, 3),
         ActivationGradConfig(64, 64, 32, 4, 3, "tf32"),
         ActivationGradConfig(32, 32, 32, 4, 2, "ieee"),
     )
-    for arch, block_r in (("sm_80", 32), ("sm_90", 64))
+    for arch, block_n in (("sm_80", 64), ("sm_90", 128))
 }
 
 

@@ -8,14 +8,15 @@ from dataclasses import replace
 import torch
 
 from maestro_kernels import hardware
-from maestro_kernels.backends.triton import predict, row_config
+from maestro_kernels.backends.triton import expand_config, predict, row_config
+from maestro_kernels.backends.triton.expand_config import ExpandConfig
 from maestro_kernels.backends.triton.launch import table_arch
 from maestro_kernels.backends.triton.row_config import RowConfig, RowPlan, plans
 from maestro_kernels.backends.triton.two_phase_config import TwoPhaseConfig, candidates
 from maestro_kernels.hardware import Device
 from maestro_kernels.measure.cost import Size
 
-__all__ = ["known", "peak", "row", "strategies", "two_phase"]
+__all__ = ["expand", "known", "peak", "row", "strategies", "two_phase"]
 
 # IEEE float32 products on an H100: no tensor cores, 50 of the data sheet's 67 TFLOP/s.
 _IEEE_PEAK = 50e12
@@ -116,6 +117,26 @@ def row(
 
 
 @functools.lru_cache(4096)
+def expand(device: Device, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> ExpandConfig:
+    """Configuration of one launch of the expand kernel, predicted at full rank.
+
+    Args:
+        device: as for two_phase; one of expand_config.ARCHITECTURES.
+        M: rows.
+        N: out_features.
+        K: in_features.
+        R: width of the factors.
+        dtype: of x, 16 bits wide.
+    """
+    device = known(device)
+    flops, size = peak(device, dtype, "ieee"), Size(M, N, K, max(R, 1))
+    return min(
+        expand_config.SHIPPED[table_arch(device.arch)],
+        key=lambda c: predict.expand(device, c, size, dtype.itemsize, flops).seconds,
+    )
+
+
+@functools.lru_cache(4096)
 def strategies(
     device: Device,
     M: int,
@@ -124,24 +145,30 @@ def strategies(
     rank: int,
     dtype: torch.dtype,
     input_precision: str = "ieee",
-) -> tuple[float, float]:
-    """Predicted seconds of one layer in the row kernel and in the two-phase kernel.
+) -> dict[str, float]:
+    """Predicted seconds of one layer by each strategy that can run it, the best tiles of each.
 
     Args:
         device: as for two_phase.
         M: rows.
         N: out_features.
         K: in_features.
-        rank: active rank, or R where only the device knows it; at most row_config.MAX_WIDTH.
+        rank: active rank, or R where only the device knows it.
         dtype: of x.
         input_precision: "ieee" or "tf32", for float32.
     """
-    width = row_config.width_bucket(rank)
-    config, plan = row(device, M, N, K, width, dtype, input_precision)
     tiles = two_phase(device, M, (N,), (K,), (rank,), dtype, input_precision)
-    device = known(device)
-    flops, size = peak(device, dtype, input_precision), Size(M, N, K, rank)
-    return (
-        predict.row(device, config, plan, size, dtype.itemsize, flops).seconds,
-        predict.two_phase(device, tiles, [size], dtype.itemsize, flops).seconds,
-    )
+    found = known(device)
+    flops, size = peak(found, dtype, input_precision), Size(M, N, K, rank)
+    args = size, dtype.itemsize, flops
+    seconds = {}
+    if rank <= row_config.MAX_WIDTH:
+        width = row_config.width_bucket(rank)
+        config, plan = row(device, M, N, K, width, dtype, input_precision)
+        seconds["row"] = predict.row(found, config, plan, *args).seconds
+    seconds["two_phase"] = predict.two_phase(found, tiles, [size], dtype.itemsize, flops).seconds
+    if device.arch in expand_config.ARCHITECTURES and dtype.itemsize == 2:
+        seconds["expand"] = predict.expand(
+            found, expand(device, M, N, K, rank, dtype), *args
+        ).seconds
+    return seconds

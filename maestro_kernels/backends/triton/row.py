@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maestro_kernels.backends.triton import choose, interpreter
+from maestro_kernels.backends.triton.descriptors import can_describe
 from maestro_kernels.backends.triton.epilogue import activation_name
 from maestro_kernels.backends.triton.launch import device_of, empty_h, record_of
 from maestro_kernels.backends.triton.row_config import (
@@ -130,7 +131,7 @@ def _launch(
     if config is None:
         config, planned = choose.row(
             device, M, N, K, width_bucket(width), x.dtype, input_precision,
-            descriptors=all(map(_can_describe, stored)),
+            descriptors=all(map(can_describe, stored)),
         )  # fmt: skip
         plan = plan or planned
     plan = plan or next(plans(config, M, N, device.num_cores))
@@ -156,13 +157,6 @@ def _launch(
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return y, h
-
-
-def _can_describe(tensor: Tensor) -> bool:
-    """Whether TMA can read a matrix: 16-byte aligned rows, one after another."""
-    rows, columns = tensor.stride()
-    aligned = rows * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
-    return aligned and columns == 1 and rows >= tensor.shape[1]
 
 
 def _describe(

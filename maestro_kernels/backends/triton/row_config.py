@@ -65,7 +65,7 @@ def _table(arch: str) -> Iterator[RowConfig]:
         RowConfig(32, 32, 32, 256, 8, 3),
         *(RowConfig(64, 64, 32, r, 4, 3, "tf32") for r in (16, 32)),
         RowConfig(64, 32, 32, 64, 8, 3, "tf32"),
-        RowConfig(64, 32, 32, 128, 8, 3, "tf32"),
+        RowConfig(64, 32, 16, 128, 8, 3, "tf32"),
         RowConfig(32, 32, 16, 256, 8, 2, "tf32"),
     )
     if arch == "sm_90":
@@ -83,7 +83,8 @@ def _table(arch: str) -> Iterator[RowConfig]:
     yield from pointers
     yield RowConfig(32, 32, 32, 16, 4, 2, "ieee")
     yield RowConfig(32, 32, 16, 32, 4, 2, "ieee")
-    yield from (RowConfig(32, 32, 16, r, 8, 2, "ieee") for r in (64, 128, 256))
+    yield from (RowConfig(32, 32, 16, r, 8, 2, "ieee") for r in (64, 128))
+    yield RowConfig(16, 16, 16, 256, 8, 2, "ieee")
 
 
 SHIPPED = {arch: tuple(_table(arch)) for arch in ("sm_80", "sm_90")}

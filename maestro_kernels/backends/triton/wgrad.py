@@ -6,9 +6,7 @@ transpose of it. A tile of du also adds up the columns of dz that it reads, whic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maestro_kernels import hardware
 from maestro_kernels.backends import workspace
 from maestro_kernels.backends.triton import interpreter
 from maestro_kernels.backends.triton.launch import (
@@ -33,6 +30,15 @@ from maestro_kernels.backends.triton.layers import (
     encode_rank,
     pick,
     vector,
+)
+from maestro_kernels.backends.triton.wgrad_config import (
+    MAX_REGISTERS,
+    SHIPPED,
+    UNALIGNED,
+    WgradConfig,
+    WgradPlan,
+    choose_config,
+    plan_wgrad,
 )
 
 __all__ = [
@@ -231,104 +237,6 @@ def wgrad_kernel(
                 tl.store(p_dbias + o_w, b_columns.to(p_dbias.dtype.element_ty), mask=o_w < W)
 
 
-@dataclass(frozen=True)
-class WgradConfig:
-    """Tile of a gradient (BLOCK_R, BLOCK_W), summed BLOCK_M rows at a time.
-
-    `precision` is "half" (16-bit types), "tf32" or "ieee" (float32).
-    """
-
-    BLOCK_M: int
-    BLOCK_R: int
-    BLOCK_W: int
-    num_warps: int
-    num_stages: int
-    precision: str = "half"
-
-    def __str__(self) -> str:
-        tiles = f"{self.BLOCK_M}x{self.BLOCK_W} r{self.BLOCK_R}"
-        return f"{tiles} w{self.num_warps} s{self.num_stages} {self.precision}"
-
-
-@dataclass(frozen=True)
-class WgradPlan:
-    """How one launch is cut up.
-
-    Attributes:
-        num_programs: programs of the grid; any number is correct.
-        split_target: work items that splitting M may reach; fixes the order of the sums.
-        max_split: splits of one tile; 1 where no slots are needed.
-        partials: float32 elements of the slots.
-    """
-
-    num_programs: int
-    split_target: int
-    max_split: int
-    partials: int
-
-
-_UNALIGNED = WgradConfig(32, 64, 64, 4, 3)
-# A factor of 64 columns or fewer leaves half of a tile for 128 empty. Not timed on a GPU.
-SHIPPED: dict[str, tuple[WgradConfig, ...]] = {
-    arch: (
-        WgradConfig(block_m, 64, 128, num_warps, 4),
-        WgradConfig(block_m, 128, 128, 8, 4),
-        _UNALIGNED,
-        WgradConfig(32, 64, 64, 4, 3, "tf32"),
-        WgradConfig(32, 32, 32, 4, 2, "ieee"),
-    )
-    for arch, block_m, num_warps in (("sm_80", 32, 8), ("sm_90", 64, 4))
-}
-_MAX_SPLIT = 64
-
-
-def choose_config(R: int, precision: str, arch: str, *, aligned: bool = True) -> WgradConfig:
-    """Configuration for the largest R of a group, so that no rank makes another variant.
-
-    Args:
-        R: width of the factors.
-        precision: "half", "tf32" or "ieee".
-        arch: a key of SHIPPED.
-        aligned: see launch.is_aligned.
-    """
-    if precision == "half" and not aligned:
-        return _UNALIGNED
-    fitting = [c for c in SHIPPED[arch] if c.precision == precision and c != _UNALIGNED]
-    return next((c for c in fitting if c.BLOCK_R >= R), fitting[-1])
-
-
-def plan_wgrad(
-    device: hardware.Device,
-    config: WgradConfig,
-    M: int,
-    sizes: Sequence[tuple[int, int, int | None]],
-) -> WgradPlan:
-    """Plan of one launch.
-
-    Args:
-        device: its number of cores is the number of programs to occupy.
-        config: tiles.
-        M: rows that are summed.
-        sizes: (W, R, rank) of each product; rank is None where only the device knows it.
-    """
-    resident = device.num_cores * (2 if config.num_warps == 4 else 1)
-    blocks = [(-(-W // config.BLOCK_W), R, rank) for W, R, rank in sizes]
-    tiles = sum(num_w * -(-R // config.BLOCK_R) for num_w, R, _ in blocks)
-    fewest = sum(num_w * -(-min(rank or 0, R) // config.BLOCK_R) for num_w, R, rank in blocks)
-    # The last split to arrive reads all slots of its tile alone, at about the time of half a step
-    # of M each: more splits than this take longer to add up than they save.
-    max_split = min(math.isqrt(2 * -(-M // config.BLOCK_M)), _MAX_SPLIT)
-    if 2 * max(fewest, 1) > resident or max_split < 2:
-        max_split = 1
-    slot = config.BLOCK_R * config.BLOCK_W + config.BLOCK_W
-    return WgradPlan(
-        num_programs=max(resident if max_split > 1 else 1, tiles),
-        split_target=resident,
-        max_split=max_split,
-        partials=resident * slot if max_split > 1 else 1,
-    )
-
-
 def weight_grads(
     dzs: Sequence[Tensor],
     hs: Sequence[Tensor] | None,
@@ -444,7 +352,7 @@ def _launch(
             TENSOR_RANK=tensor_rank, PRODUCTS=1 << (len(ls) - 1).bit_length(),
             BLOCK_M=config.BLOCK_M, BLOCK_R=config.BLOCK_R, BLOCK_W=config.BLOCK_W,
             INPUT_PRECISION=input_precision, num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
 
 
@@ -458,7 +366,7 @@ def aot_spec(config: WgradConfig, dtype: str, arch: str) -> Iterator[dict[str, A
         return
     forms = ("single", "frozen u", "grouped")
     odd = ("single odd", "frozen u odd", "grouped odd")
-    if config == _UNALIGNED:
+    if config == UNALIGNED:
         forms = odd
     elif config.precision != "half":
         forms += odd
@@ -467,7 +375,11 @@ def aot_spec(config: WgradConfig, dtype: str, arch: str) -> Iterator[dict[str, A
             "kernel": wgrad_kernel,
             "label": f"{config} {form}",
             "signature": _signature(config, dtype, form),
-            "options": {"num_warps": config.num_warps, "num_stages": config.num_stages},
+            "options": {
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+                "maxnreg": MAX_REGISTERS,
+            },
             "dot_rows": config.BLOCK_R,
         }
 

@@ -375,6 +375,19 @@ class TestBackward:
         options = {"strategy": strategy, "saved": saved, "rank": rank, "device_rank": given}
         self.check(torch.bfloat16, "gelu", **options)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+    @pytest.mark.parametrize("saved", [False, True])
+    @pytest.mark.parametrize("rank", [1, 13, 24])
+    def test_of_library_products(self, dtype, activation, saved, rank):
+        self.check(dtype, activation, strategy="expand", saved=saved, rank=rank)
+
+    @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
+    def test_of_library_products_only_what_is_asked_for(self, needs):
+        for activation, saved in ((None, True), ("gelu", False)):
+            options = {"needs": needs, "saved": saved, "strategy": "expand"}
+            self.check(torch.bfloat16, activation, **options)
+
     @pytest.mark.parametrize("strategy", ["row", "two_phase"])
     @pytest.mark.parametrize(("R", "rank"), [(1, 1), (13, 12), (24, 1), (24, 23), (65, 65)])
     def test_ranks(self, strategy, R, rank):
@@ -459,10 +472,16 @@ def test_strategy_follows_rows_rank_and_precision():
 
     assert strategy(M=16384) == "row"
     assert strategy(M=64) == "two_phase"
-    assert strategy(M=4096) == "two_phase"  # half of the cores would have no rows
-    assert strategy(M=8192) == "row"
-    assert strategy(M=64, device=replace(hardware.H100, num_cores=1)) == "row"
-    assert strategy(R=512, rank=257) == "two_phase"  # wider than the registers
+    assert strategy(M=4096) == "expand"  # half of the cores would have no rows
+    assert strategy(M=4096, rank=None) == "two_phase"  # no descriptor ends at an unknown rank
+    assert strategy(M=4096, R=100, rank=100) == "two_phase"  # TMA cannot read such rows of u
+    assert strategy(M=4096, N=4100) == "two_phase"  # nor write such rows of y
+    a100 = replace(hardware.H100, arch="sm_80")
+    assert strategy(M=4096, device=a100) == "two_phase"
+    assert strategy(M=8192, R=64, rank=64) == "row"
+    assert strategy(M=64, device=replace(a100, num_cores=1)) == "row"
+    assert strategy(R=512, rank=257, device=a100) == "two_phase"  # wider than the registers
+    assert strategy(R=512, rank=257) == "expand"
     assert strategy(R=256, rank=64) == "row"
     assert strategy(R=256, rank=None, M=7000) == "two_phase"  # it may be 256
     assert strategy(R=64, rank=None) == "row"
@@ -471,18 +490,25 @@ def test_strategy_follows_rows_rank_and_precision():
     assert backend.choose_strategy(group, hardware.H100)[0] == "two_phase"
     assert "2 layers" in backend.choose_strategy(group)[1]
     why = backend.choose_strategy(problem(M=1))[1]
-    assert re.fullmatch(r"[\d.]+ µs predicted with H in registers, [\d.]+ in two phases", why)
+    assert re.fullmatch(
+        r"[\d.]+ µs predicted with H in registers, [\d.]+ in two phases, "
+        r"[\d.]+ after a library's product",
+        why,
+    )
+    why = backend.choose_strategy(problem(R=512, rank=None))[1]
+    assert why == "H of rank 512 does not fit into registers"
 
 
 @pytest.mark.parametrize("rank", [16, 64, 128, 256])
 def test_the_strategy_is_the_one_of_the_smaller_prediction(rank):
     for M in (64, 1000, 4096, 8448, 9000, 20000):
         sizes = (M, 4096, 4096, rank, torch.bfloat16)
-        row, phases = choose.strategies(hardware.H100, *sizes)
+        seconds = choose.strategies(hardware.H100, *sizes)
+        assert list(seconds) == ["row", "two_phase", "expand"]
         chosen, _ = backend.choose_strategy(problem(M=M, R=rank, rank=rank), hardware.H100)
-        assert chosen == ("row" if row <= phases else "two_phase")
+        assert seconds[chosen] == min(seconds.values())
         unknown = replace(hardware.H100, bandwidth=None, peak_flops=())
-        assert choose.strategies(unknown, *sizes) == (row, phases)
+        assert choose.strategies(unknown, *sizes) == seconds
 
 
 def test_tf32_is_asked_for_only_where_torch_allows_it(monkeypatch):

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_support import needs_triton
 
 from maestro_kernels.backends.triton import choose, predict
+from maestro_kernels.backends.triton.expand_config import SHIPPED as EXPAND
 from maestro_kernels.backends.triton.row_config import RowConfig, RowPlan
 from maestro_kernels.backends.triton.two_phase_config import CANDIDATES, TwoPhaseConfig
+from maestro_kernels.backends.triton.wgrad_config import WgradConfig
 from maestro_kernels.hardware import H100
 from maestro_kernels.measure.cost import Size, count
-from maestro_kernels.measure.predict import H100_ASSUMED
+from maestro_kernels.measure.predict import H100_ASSUMED, library_calls
 
 PEAK = 800e12
 
@@ -54,7 +55,7 @@ def test_nothing_is_faster_than_the_roofline(M, rank):
     ideal = count("fused", [size], 2).seconds(H100, "bfloat16")
     for config in CANDIDATES["sm_90", "16-bit"]:
         assert predict.two_phase(H100, config, [size], 2, PEAK).seconds > ideal
-    assert min(choose.strategies(H100, M, 4096, 4096, rank, torch.bfloat16)) > ideal
+    assert min(choose.strategies(H100, M, 4096, 4096, rank, torch.bfloat16).values()) > ideal
 
 
 def test_prefetched_factors_are_fetched_once():
@@ -94,11 +95,68 @@ def test_many_rows_take_wide_blocks_of_ranks():
     assert tiles(4096, 4096, 64).BLOCK_R == 64
 
 
-@needs_triton
-def test_the_table_of_the_suite():
-    from tools import predicted
+def test_summed_layers_have_an_x_each_and_one_y():
+    config = CANDIDATES["sm_90", "16-bit"][-1]
+    sizes = [Size(1024, 4096, K, 128) for K in (4096, 1024, 1024)]
+    shrink, expand = predict.two_phase(H100, config, sizes, 2, PEAK, summed=True).phases
+    factor_s, factor_e = 128 * 6144, 3 * 128 * 4096
+    assert shrink.memory_bytes == 2 * (1024 * 6144 + factor_s)
+    assert expand.memory_bytes == 2 * (1024 * 4096 + factor_e)
+    one = predict.two_phase(H100, config, sizes[:1], 2, PEAK).phases[1]
+    assert expand.tiles == one.tiles
+    assert expand.tile_flops == 3 * one.tile_flops
 
-    rows = list(predicted.rows(["Llama-2-7B o"], (1, 8192), (64,)))
-    assert [r.strategy for r in rows] == ["two_phase", "row"]
-    assert all(r.roofline < r.predicted for r in rows)
-    assert rows[0].ratio < 1
+
+def test_weight_gradients_read_every_row_and_write_every_gradient():
+    config = WgradConfig(64, 128, 128, 8, 4)
+    size = Size(8192, 4096, 1024, 256)
+    (phase,) = predict.wgrad(H100, config, [size], 2, PEAK).phases
+    assert phase.memory_bytes == 2 * (8192 * (4096 + 1024 + 2 * 256) + 256 * (4096 + 1024))
+    tiles = (4096 + 1024) // 128 * 2  # of 132 programs: nothing to split
+    assert phase.tiles == tiles
+    assert phase.tiles * phase.tile_flops == 2 * 8192 * 256 * (4096 + 1024)
+    split = predict.wgrad(H100, config, [Size(8192, 512, 512, 64)], 2, PEAK).phases[0]
+    assert split.tiles > 8
+    assert split.before == H100_ASSUMED.handover
+
+
+def test_programs_that_do_not_fit_do_not_run():
+    """The report of the compilers predicts with what registers and shared memory allow."""
+    config, size = RowConfig(64, 128, 64, 64, 4, 4, descriptors=True), Size(16384, 4096, 4096, 64)
+    plan = RowPlan(256, 1, 256)
+    two, one = (predict.row(H100, config, plan, size, 2, PEAK, resident=n).seconds for n in (2, 1))
+    assert two < one
+    decode = CANDIDATES["sm_90", "16-bit"][0]
+    few = Size(16, 14336, 4096, 64)
+    planned, more, fewer = (
+        predict.two_phase(H100, decode, [few], 2, PEAK, resident=n).seconds for n in (None, 3, 1)
+    )
+    assert planned == more < fewer  # the grid has no program for a third
+
+
+def test_a_launch_behind_a_library_product_reads_h_from_the_cache():
+    config = EXPAND["sm_90"][2]
+    near, far = (Size(M, 4096, 4096, 256) for M in (1024, 8192))
+    for size, read in ((near, 0), (far, far.M * 256 * 2)):
+        _, phase = predict.expand(H100, config, size, 2, PEAK).phases
+        assert phase.memory_bytes == 2 * 4096 * (size.M + 256) + read
+        assert phase.tiles == size.M // 128 * 32
+        assert phase.tiles * phase.tile_flops == 2 * size.M * 4096 * 256
+
+
+def test_what_a_launch_of_ours_saves_is_the_pass_of_an_activation():
+    """Between 256 and 4096 rows, at every rank that registers do not hold either."""
+    for M in (256, 1024, 2048):
+        for rank in (128, 256, 512):
+            size = Size(M, 4096, 4096, rank)
+            found = choose.strategies(H100, M, 4096, 4096, rank, torch.bfloat16)["expand"]
+            assert found < library_calls([size], H100, PEAK, 2, activation=True)
+
+
+def test_only_hopper_and_later_expand_behind_a_library():
+    for arch, there in (("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True)):
+        device = replace(H100, arch=arch)
+        assert (
+            "expand" in choose.strategies(device, 1024, 4096, 4096, 64, torch.bfloat16)
+        ) == there
+    assert "expand" not in choose.strategies(H100, 1024, 4096, 4096, 64, torch.float32, "tf32")

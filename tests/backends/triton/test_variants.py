@@ -82,7 +82,7 @@ def _launches() -> dict[str, Callable[[object], object]]:
     """Name -> a launch at a rank."""
     import torch
 
-    from maestro_kernels.backends.triton import activation_grad, row, two_phase, wgrad
+    from maestro_kernels.backends.triton import activation_grad, expand, row, two_phase, wgrad
     from maestro_kernels.backends.triton.launch import empty_h
 
     def zeros(*shape):
@@ -122,6 +122,7 @@ def _launches() -> dict[str, Callable[[object], object]]:
         "weight gradient, frozen u": weight_gradients(1, needs_u=False),
         "grouped weight gradient": weight_gradients(3),
         "activation gradient": before_gelu,
+        "expand": lambda r: expand.expand(x, v, u, bias, r, "gelu"),
         "row": lambda r: row.row(x, v, u, bias, r, "gelu", save_h=True),
         "row pointers": lambda r: row.row(odd_x, odd_v, u, bias, r, "gelu", save_h=True),
         "row dx": lambda r: row.row_dx(dy, u, v, r),
@@ -142,6 +143,9 @@ def _series() -> dict[str, Callable[[], object]]:
     tensor_ranks = torch.arange(R + 1, dtype=torch.int32).unbind()
     series = {"specialised int": (lambda r: specialising_kernel[(1,)](any_tensor, r), range(R + 1))}
     for name, launch in _launches().items():
+        if name == "expand":  # neither a tensor rank nor zero is its call
+            series[f"{name} int"] = (launch, range(1, R + 1))
+            continue
         series[f"{name} tensor"] = (launch, tensor_ranks)
         if name.startswith("row"):
             for narrower, width in zip((0, *WIDTHS), WIDTHS, strict=False):
@@ -188,6 +192,10 @@ def test_one_variant_for_all_ranks(variants, kernel):
     assert by_int != by_tensor  # a tensor rank is read by the kernel: the second form
 
 
+def test_the_expand_kernel_has_one_variant_for_all_ranks(variants):
+    assert len(_keys(variants, "expand int")) == 1
+
+
 @pytest.mark.parametrize("kernel", ["row", "row pointers", "row dx"])
 def test_row_kernel_has_one_variant_for_each_width_of_h(variants, kernel):
     by_width = [_keys(variants, f"{kernel} int {width}") for width in WIDTHS]
@@ -203,6 +211,7 @@ def test_row_kernel_has_one_variant_for_each_width_of_h(variants, kernel):
         "weight gradient int",
         "weight gradient, frozen u int",
         "activation gradient int",
+        "expand int",
         "row dx tensor",
         *(f"row int {width}" for width in WIDTHS),
     ],
