@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maestro_kernels import dispatch as _dispatch
 from maestro_kernels.call import Call
+from maestro_kernels.dispatch import QUICK
 from maestro_kernels.ops.run import quick, run
 from maestro_kernels.problem import check_storages
 
@@ -64,8 +65,8 @@ def lod_linear(
         Horvath et al., Maestro: Uncovering Low-Rank Structures via Trainable Decomposition,
         ICML 2024 (arXiv 2308.14929).
     """
-    if backend is None:
-        y = quick(x, u, v, bias, rank, activation, save_h)
+    if backend in QUICK:
+        y = quick(x, u, v, bias, rank, activation, backend, save_h)
         if y is not None:
             return y
     return run(_single(x, u, v, bias, rank, activation), backend, save_h)[0]

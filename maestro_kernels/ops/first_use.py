@@ -225,10 +225,18 @@ def _inference(plan: Plan, call: Call) -> Callable[[], object]:
     if not (plan.is_quick and call.n == 1):
         return partial(gradient.forward, plan, call, False)
     x, u, v, bias, rank, activation = call.layer(0)
-    if plan.backend == "native":
+    if plan.strategy == "fused":
         code = ACTIVATION_CODES[activation]
         return partial(plan.raw, x, u, v, bias, -1 if rank is None else rank, None, code)
-    return partial(matmul.layer, x, u, v, bias, v.shape[0] if rank is None else rank, activation)
+    r = v.shape[0] if rank is None else rank
+    if plan.backend == "matmul":
+        return partial(matmul.layer, x, u, v, bias, r, activation)
+
+    def again() -> None:
+        if plan.again(x, u, v, bias, r, activation) is None:
+            gradient.forward(plan, call, False)
+
+    return again
 
 
 @contextmanager

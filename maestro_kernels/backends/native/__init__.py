@@ -251,7 +251,7 @@ def forward(
 
     H is (M, r), or (M, R) for tensor ranks.
     """
-    n, on_gpu = call.n, call.xs[0].is_cuda
+    n, on_gpu = call.n, not call.xs[0].is_cpu
     if n == 1 and not on_gpu:
         x, u, v, bias, rank, activation = call.layer(0)
         is_tensor = isinstance(rank, Tensor)
@@ -287,6 +287,11 @@ def forward(
     else:
         outputs = torch.ops.maestro_native.grouped.default(*arguments)
     return outputs[:n], outputs[n:] if save_h else [None] * n
+
+
+def quick(strategy: str) -> Callable[..., Tensor | None]:
+    """(x, u, v, bias, int rank, activation) -> Y of one layer on a GPU, without H."""
+    return cuda.quick(strategy, ACTIVATION_CODES)
 
 
 # By library matmuls: factors change every step, so that packing them would not pay.

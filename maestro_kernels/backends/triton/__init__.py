@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maestro_kernels import hardware
 from maestro_kernels.backends.triton import choose, row_config
+from maestro_kernels.call import as_rows
 
 if TYPE_CHECKING:
     from maestro_kernels.call import Call, Grads, Needs
@@ -96,9 +97,36 @@ def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:
     return strategy == "two_phase"
 
 
+def quick(strategy: str) -> Callable[..., Tensor | None]:
+    """(x, u, v, bias, int rank, activation) -> Y of one layer, without H.
+
+    None where no tensors that lie like these were served before: a launch is kept with the shapes,
+    strides, dtypes and alignment of all that it was validated and planned for.
+    """
+    from maestro_kernels.backends.triton import row, two_phase
+
+    serve = (row if strategy == "row" else two_phase).again
+
+    def again(
+        x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: int, activation: str | None
+    ) -> Tensor | None:
+        precision = "ieee" if x.dtype != torch.float32 else input_precision()
+        if x.ndim == 2:
+            return serve(x, v, u, bias, rank, activation, precision)
+        y = serve(as_rows(x), v, u, bias, rank, activation, precision)
+        return y if y is None else y.view(*x.shape[:-1], u.shape[0])
+
+    return again
+
+
 def input_precision() -> str:
     """How float32 is multiplied: "ieee" or "tf32", by torch.get_float32_matmul_precision()."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _precision(x: Tensor) -> str:
+    """Of a launch on x: 16-bit types have one way to be multiplied, and one variant of a kernel."""
+    return input_precision() if x.dtype == torch.float32 else "ieee"
 
 
 def forward(
@@ -116,12 +144,12 @@ def forward(
         x, u, v, _, rank, activation = call.layer(0)
         y, h = row(
             x, v, u, biases[0], rank, activation,
-            save_h=save_h, input_precision=input_precision(),
+            save_h=save_h, input_precision=_precision(x),
         )  # fmt: skip
         return [y], [h]
     ys, hs = two_phase_grouped(
         call.xs, call.vs, call.us, biases, _ranks(call), call.activations,
-        save_h=save_h, input_precision=input_precision(),
+        save_h=save_h, input_precision=_precision(call.xs[0]),
     )  # fmt: skip
     return ys, hs if hs is not None else [None] * call.n
 
@@ -157,7 +185,7 @@ def input_grads(
     from maestro_kernels.backends.triton.two_phase import two_phase_dx_grouped
 
     needs_x, needs_u, needs_v, _ = needs
-    n, shared = call.n, len(call.xs) == 1
+    n, shared, precision = call.n, len(call.xs) == 1, _precision(call.xs[0])
     dzs, saved_hs = [], []
     for i in range(n):
         dz, h = _before_activation(call.layer(i), _readable(dys[i]), hs[i], ys[i], needs_u)
@@ -167,13 +195,13 @@ def input_grads(
     dhs: Sequence[Tensor | None] = [None] * n
     if strategy == "row" and needs_x:
         _, u, v, _, rank, _ = call.layer(0)
-        dx, dh = row_dx(dzs[0], u, v, rank, input_precision=input_precision())
+        dx, dh = row_dx(dzs[0], u, v, rank, input_precision=precision)
         dxs, dhs = [dx], [dh]
     elif needs_x or needs_v:
         # Without columns in v no tile of dx is left and only dH is computed.
         expand = call.vs if needs_x else [v[:, :0] for v in call.vs]
         found, dhs = two_phase_dx_grouped(
-            dzs, call.us, expand, _ranks(call), shared_x=shared, input_precision=input_precision()
+            dzs, call.us, expand, _ranks(call), shared_x=shared, input_precision=precision
         )
         if needs_x:
             dxs = list(found)
@@ -202,16 +230,14 @@ def _before_activation(
     from maestro_kernels.backends.triton.two_phase import two_phase
 
     x, u, v, bias, rank, activation = layer
+    precision = _precision(x)
     needs_z = activation is not None and not (activation == "relu" and y is not None)
     if h is None and (needs_h or needs_z):
         # Without rows in u no tile of y is left and only H is computed.
-        h = two_phase(
-            x, v, u[:0], None, rank, None, save_h=True, input_precision=input_precision()
-        )[1]
+        h = two_phase(x, v, u[:0], None, rank, None, save_h=True, input_precision=precision)[1]
     if activation is None:
         return dy, h
     bias = None if bias is None else bias.contiguous()
-    precision = input_precision()
     return activation_grad(dy, h, u, bias, y, rank, activation, input_precision=precision), h
 
 
@@ -230,5 +256,5 @@ def weight_grads(
     return wgrad.weight_grads(
         dzs, hs, dhs, call.xs, [v.shape[0] for v in call.vs], _ranks(call), needs_u=needs_u,
         needs_v=needs_v, needs_bias=[needs_bias and bias is not None for bias in call.biases],
-        input_precision=input_precision(),
+        input_precision=_precision(call.xs[0]),
     )  # fmt: skip

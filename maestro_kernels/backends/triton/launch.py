@@ -16,6 +16,7 @@ __all__ = [
     "empty_h",
     "h_stride",
     "is_aligned",
+    "is_elsewhere",
     "layer_runs",
     "readable_h",
     "record_of",
@@ -48,6 +49,14 @@ def table_arch(arch: str) -> str:
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make it the one x is on."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+def is_elsewhere(x: Tensor) -> bool:
+    """Whether the current device is another one; `device_of` in a tenth of its time."""
+    return not x.is_cpu and x.device.index != _current_device()
 
 
 def h_stride(width: int) -> int:
