@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import operator
 import statistics
 import sys
 import time
@@ -82,10 +81,6 @@ def without_a_gpu() -> None:
     driver.set_active(Driver())
 
 
-def _not_capturing() -> bool:
-    return sys.is_finalizing()
-
-
 def _new_empty(like: Tensor, *size: int) -> Tensor:
     """As one C call: torch's own for meta tensors is written in Python."""
     return torch.empty(size, dtype=like.dtype, device=like.device)
@@ -96,8 +91,9 @@ def on_meta_tensors() -> None:
     # Calls of C functions in the place of others: the current device, None here; a stream.
     launch._current_device = sys.gettrace
     launcher.current_stream = workspace.current_stream = id
-    torch.cuda.is_current_stream_capturing = _not_capturing
-    dispatch.is_capturing = lambda x: operator.is_(x.is_cuda, None)  # as many calls as its own
+    workspace._is_capturing = sys.is_finalizing
+    torch.cuda.is_current_stream_capturing = lambda: sys.is_finalizing()
+    dispatch.is_capturing = lambda x: torch.cuda.is_current_stream_capturing()
     workspace.driver.zeroed = lambda device, count: torch.empty(
         count, dtype=torch.int32, device=device
     )

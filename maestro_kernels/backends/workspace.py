@@ -46,6 +46,9 @@ current_stream: Callable[[int], int] = getattr(
 )
 
 
+_is_capturing = torch._C._cuda_isCurrentStreamCapturing
+
+
 class Counters:
     """Zeroed int32 counters of one device.
 
@@ -137,7 +140,7 @@ def _place(device: torch.device) -> tuple[int, int | None]:
     if device.type == "cpu":
         return 0, 0
     stream = current_stream(device.index)
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing():
         return stream, driver.capture_id(stream)
     return stream, 0
 
@@ -150,7 +153,7 @@ def fills_a_pool(device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return False
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing():
         return True
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is None:  # nobody has compiled anything for CUDA graphs

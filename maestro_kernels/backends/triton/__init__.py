@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maestro_kernels import hardware
 from maestro_kernels.backends.triton import choose, row_config
-from maestro_kernels.call import as_rows
+from maestro_kernels.backends.triton.launch import input_precision
 
 if TYPE_CHECKING:
     from maestro_kernels.call import Call, Grads, Needs
@@ -82,10 +82,10 @@ def choose_strategy(
         return "two_phase", f"one launch serves the {len(group)} layers of the group"
     if first.max_active_rank > row_config.MAX_WIDTH:
         return "two_phase", f"H of rank {first.max_active_rank} does not fit into registers"
-    if first.dtype == torch.float32 and input_precision() == "ieee":
+    if first.dtype == torch.float32 and input_precision(first.dtype) == "ieee":
         return "two_phase", "IEEE float32 has no tensor cores: H is kept out of the registers"
-    p, rank = first, max(first.max_active_rank, 1)
-    rows, phases = choose.strategies(device, p.M, p.N, p.K, rank, p.dtype, input_precision())
+    p, rank, precision = first, max(first.max_active_rank, 1), input_precision(first.dtype)
+    rows, phases = choose.strategies(device, p.M, p.N, p.K, rank, p.dtype, precision)
     told = f"{1e6 * rows:,.1f} µs predicted with H in registers, {1e6 * phases:,.1f} in two phases"
     return "row" if rows <= phases else "two_phase", told
 
@@ -105,28 +105,7 @@ def quick(strategy: str) -> Callable[..., Tensor | None]:
     """
     from maestro_kernels.backends.triton import row, two_phase
 
-    serve = (row if strategy == "row" else two_phase).again
-
-    def again(
-        x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: int, activation: str | None
-    ) -> Tensor | None:
-        precision = "ieee" if x.dtype != torch.float32 else input_precision()
-        if x.ndim == 2:
-            return serve(x, v, u, bias, rank, activation, precision)
-        y = serve(as_rows(x), v, u, bias, rank, activation, precision)
-        return y if y is None else y.view(*x.shape[:-1], u.shape[0])
-
-    return again
-
-
-def input_precision() -> str:
-    """How float32 is multiplied: "ieee" or "tf32", by torch.get_float32_matmul_precision()."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _precision(x: Tensor) -> str:
-    """Of a launch on x: 16-bit types have one way to be multiplied, and one variant of a kernel."""
-    return input_precision() if x.dtype == torch.float32 else "ieee"
+    return row.again if strategy == "row" else two_phase.again
 
 
 def forward(
@@ -144,12 +123,12 @@ def forward(
         x, u, v, _, rank, activation = call.layer(0)
         y, h = row(
             x, v, u, biases[0], rank, activation,
-            save_h=save_h, input_precision=_precision(x),
+            save_h=save_h, input_precision=input_precision(x.dtype),
         )  # fmt: skip
         return [y], [h]
     ys, hs = two_phase_grouped(
         call.xs, call.vs, call.us, biases, _ranks(call), call.activations,
-        save_h=save_h, input_precision=_precision(call.xs[0]),
+        save_h=save_h, input_precision=input_precision(call.xs[0].dtype),
     )  # fmt: skip
     return ys, hs if hs is not None else [None] * call.n
 
@@ -185,7 +164,7 @@ def input_grads(
     from maestro_kernels.backends.triton.two_phase import two_phase_dx_grouped
 
     needs_x, needs_u, needs_v, _ = needs
-    n, shared, precision = call.n, len(call.xs) == 1, _precision(call.xs[0])
+    n, shared, precision = call.n, len(call.xs) == 1, input_precision(call.xs[0].dtype)
     dzs, saved_hs = [], []
     for i in range(n):
         dz, h = _before_activation(call.layer(i), _readable(dys[i]), hs[i], ys[i], needs_u)
@@ -230,7 +209,7 @@ def _before_activation(
     from maestro_kernels.backends.triton.two_phase import two_phase
 
     x, u, v, bias, rank, activation = layer
-    precision = _precision(x)
+    precision = input_precision(x.dtype)
     needs_z = activation is not None and not (activation == "relu" and y is not None)
     if h is None and (needs_h or needs_z):
         # Without rows in u no tile of y is left and only H is computed.
@@ -256,5 +235,5 @@ def weight_grads(
     return wgrad.weight_grads(
         dzs, hs, dhs, call.xs, [v.shape[0] for v in call.vs], _ranks(call), needs_u=needs_u,
         needs_v=needs_v, needs_bias=[needs_bias and bias is not None for bias in call.biases],
-        input_precision=_precision(call.xs[0]),
+        input_precision=input_precision(call.xs[0].dtype),
     )  # fmt: skip

@@ -15,6 +15,7 @@ __all__ = [
     "device_of",
     "empty_h",
     "h_stride",
+    "input_precision",
     "is_aligned",
     "is_elsewhere",
     "layer_runs",
@@ -35,6 +36,16 @@ _H_ALIGN = 16
 def record_of(x: Tensor) -> hardware.Device:
     """The device record to plan for: the interpreter stands in for an H100."""
     return hardware.current_device(x.device) if x.is_cuda else hardware.H100
+
+
+def input_precision(dtype: torch.dtype = torch.float32) -> str:
+    """How a dtype is multiplied: "tf32" where torch.get_float32_matmul_precision() allows it.
+
+    16-bit types have one way, "ieee", and so one variant of a kernel.
+    """
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
 
 
 def table_arch(arch: str) -> str:

@@ -42,7 +42,11 @@ class Launcher:
 
     def __call__(self, x: Tensor, *arguments: Any) -> None:
         """Launch on the current stream of the current device, which is that of x."""
-        if self._run is None or _is_watched():
+        try:  # a profiler has hooks on launches: then Triton makes them, and tells it
+            watched = _knobs.launch_enter_hook.calls or _knobs.launch_exit_hook.calls
+        except AttributeError:  # not a chain of hooks
+            watched = True
+        if self._run is None or watched:
             self._by_triton(arguments)
         else:
             head, tail = self._ends
@@ -52,19 +56,11 @@ class Launcher:
         kernel = self._kernel
         found = kernel[self._grid](*arguments, **self._constants, **self._options)
         if self._run is None and found is not None and _runs_as_expected(type(found)):
-            self._variant, self._run = found, found.run
             # A launch that nobody watches needs no words for who watches.
             head = found.function, found.packed_metadata, None, None, None
             names = kernel.arg_names[len(arguments) :]
             self._ends = head, tuple(self._constants[name] for name in names)
-
-
-def _is_watched() -> bool:
-    """Whether a profiler has hooks on launches: then Triton makes them, and tells it."""
-    try:
-        return bool(_knobs.launch_enter_hook.calls or _knobs.launch_exit_hook.calls)
-    except AttributeError:  # not a chain of hooks: Triton knows what it is
-        return True
+            self._variant, self._run = found, found.run  # last: other threads look at it
 
 
 @functools.cache
@@ -89,15 +85,11 @@ def _runs_as_expected(variant: type) -> bool:
     return seen == [2, 3, 4, 5, "function", "packed", "metadata", *hooks, "argument"]
 
 
-def layouts(*tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def layouts(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """All that Triton and the planners look at in tensors: a launch is repeated for the same."""
     return tuple(
-        [
-            t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
-            for several in tensors
-            for t in several
-        ]
-    )  # fmt: skip
+        [t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
+    )
 
 
 # As many as dispatch.py has plans.

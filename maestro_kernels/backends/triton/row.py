@@ -14,7 +14,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maestro_kernels.backends.triton import choose, interpreter
 from maestro_kernels.backends.triton.epilogue import activation_name
-from maestro_kernels.backends.triton.launch import empty_h, h_stride, is_elsewhere, record_of
+from maestro_kernels.backends.triton.launch import (
+    empty_h,
+    h_stride,
+    input_precision,
+    is_elsewhere,
+    record_of,
+)
 from maestro_kernels.backends.triton.launcher import Launcher, keep, layouts
 from maestro_kernels.backends.triton.row_config import (
     MAX_REGISTERS,
@@ -26,6 +32,7 @@ from maestro_kernels.backends.triton.row_config import (
     width_bucket,
 )
 from maestro_kernels.backends.triton.row_kernel import row_kernel
+from maestro_kernels.call import as_rows
 
 __all__ = [
     "MAX_WIDTH",
@@ -161,18 +168,16 @@ def _launch(
 
 
 def again(
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    rank: int,
-    activation: str | None,
-    input_precision: str,
+    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: int, activation: str | None
 ) -> Tensor | None:
-    """Y of row without H, or None where no tensors that lie like these went through it."""
-    how = rank, activation, False, False, None, None, input_precision
-    found = _launches.get((x.device, how, layouts((x, v, u, bias))))
-    return None if found is None else _run(found, x, v, u, bias, None)[0]
+    """Y of `row` for x (..., K), None where no tensors that lie like these went through it."""
+    how = rank, activation, False, False, None, None, input_precision(x.dtype)
+    rows = x if x.ndim == 2 else as_rows(x)
+    found = _launches.get((x.device, how, layouts((rows, v, u, bias))))
+    if found is None:
+        return None
+    y, _ = _run(found, rows, v, u, bias, None)
+    return y if rows is x else y.view(*x.shape[:-1], u.shape[0])
 
 
 def _run(

@@ -19,6 +19,7 @@ from maestro_kernels.backends.triton.epilogue import activation_name
 from maestro_kernels.backends.triton.launch import (
     MAX_LAYERS,
     h_stride,
+    input_precision,
     is_elsewhere,
     layer_runs,
     record_of,
@@ -35,6 +36,7 @@ from maestro_kernels.backends.triton.two_phase_config import (
     plan_two_phase,
 )
 from maestro_kernels.backends.triton.two_phase_kernel import two_phase_kernel
+from maestro_kernels.call import as_rows
 
 __all__ = [
     "MAX_LAYERS",
@@ -268,7 +270,7 @@ def _launch(
         None if tensor_rank else tuple(ranks), tuple(activations), save_h, sum_layers,
         config, num_programs, input_precision,
     )  # fmt: skip
-    key = (xs[0].device, how, layouts(xs, ss, es, biases))
+    key = (xs[0].device, how, layouts((*xs, *ss, *es, *biases)))
     found = _launches.get(key)
     if found is None:
         found = keep(_launches, key, _planned(xs, ss, es, biases, ys, *how))
@@ -280,22 +282,17 @@ def _launch(
 
 
 def again(
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    rank: int,
-    activation: str | None,
-    input_precision: str,
+    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: int, activation: str | None
 ) -> Tensor | None:
-    """Y of two_phase without H, or None where no tensors that lie like these went through it."""
-    how = (rank,), (activation,), False, False, None, None, input_precision
-    found = _launches.get((x.device, how, layouts((x,), (v,), (u,), (bias,))))
+    """Y of two_phase for x (..., K), None where no tensors that lie like these went through it."""
+    how = (rank,), (activation,), False, False, None, None, input_precision(x.dtype)
+    rows = x if x.ndim == 2 else as_rows(x)
+    found = _launches.get((x.device, how, layouts((rows, v, u, bias))))
     if found is None:
         return None
     y = x.new_empty(found.M, u.shape[0])
-    _run(found, (x,), (v,), (u,), (u if bias is None else bias,), None, (y,))
-    return y
+    _run(found, (rows,), (v,), (u,), (u if bias is None else bias,), None, (y,))
+    return y if rows is x else y.view(*x.shape[:-1], u.shape[0])
 
 
 def _run(
