@@ -90,19 +90,29 @@ class Plan:
     def is_quick(self) -> bool:
         """Whether what runs it refuses every call of one layer that the validator would refuse.
 
-        That is so of the native library's CPU op, and of library matmuls on tensors with strides.
+        That is so of the native library's CPU op, of library matmuls on tensors with strides, and
+        of kernels on a GPU, which serve what is laid out as a validated call was (`again`).
         """
-        if self.problems[0].rank is None:
+        problem = self.problems[0]
+        if problem.rank is None:
             return False
-        return self.strategy == "fused" or (self.backend, self.strategy) == ("matmul", matmul.TWO)
+        on_gpu = self.backend in KERNELS and problem.device.type != "cpu"
+        again = on_gpu and problem.is_plain and not self.mode.training
+        two = (self.backend, self.strategy) == ("matmul", matmul.TWO)
+        return self.strategy == "fused" or two or again
 
     @cached_property
     def raw(self) -> Callable[..., Tensor]:
         """The native library's op of one layer."""
-        problem = self.problems[0]
-        is_plain = not (problem.has_residual or problem.is_scaled)
+        is_plain = self.problems[0].is_plain
         op: Callable[..., Tensor] = self.module.raw_linear(is_plain=is_plain)
         return op
+
+    @cached_property
+    def again(self) -> Callable[..., Tensor | None]:
+        """What serves one layer on a GPU without gradients, see `backends.Kernels.quick`."""
+        serve: Callable[..., Tensor | None] = self.module.quick(self.strategy)
+        return serve
 
     @cached_property
     def autograd_serves(self) -> bool:
@@ -426,6 +436,10 @@ _MAX_PLANS = 4096
 _predicted: dict[tuple[Any, ...], Plan] = {}
 
 
+# What may be named as backend for `quick_plan`: to force library matmuls is for comparisons.
+QUICK = (None, *KERNELS)
+
+
 def quick_plan(
     x: Tensor,
     u: Tensor,
@@ -433,6 +447,7 @@ def quick_plan(
     bias: Tensor | None,
     rank: Any,
     activation: Any,
+    backend: str | None,
     training: bool,
     added: tuple[Any, Any] | None = None,
 ) -> Plan | None:
@@ -443,16 +458,17 @@ def quick_plan(
     try:
         # True is equal to 1 as a key, but is no rank.
         if rank is None or type(rank) is int:
-            given = _given(training) if added is None else (_given(training), _of_added(*added))
-            if training:  # then library matmuls are the likely ones
+            given = _given(backend, training)
+            if added is not None:
+                given = given, _of_added(*added)
+            if training or not x.is_cpu:  # on a CPU, library matmuls are then the likely ones
                 found = _plans.get(_matmul_key(x, u, v, bias, rank, activation, given))
-                if found is not None:
+                if found is not None or not x.is_cpu:
                     return found
             found = _plans.get((x.shape, u.shape, x.dtype, rank, activation, given))
-            if found is not None and x.is_cpu:
+            if found is not None or training:
                 return found
-            if not training:
-                return _plans.get(_matmul_key(x, u, v, bias, rank, activation, given))
+            return _plans.get(_matmul_key(x, u, v, bias, rank, activation, given))
     except _NO_KEY:
         pass  # `plan`, which comes next, says what is wrong
     return None
@@ -463,9 +479,9 @@ def _of_added(residual: Tensor | None, scale: Any) -> tuple[Any, ...]:
     return None if residual is None else residual.shape, _kind_of_scale(scale)
 
 
-def _given(training: bool) -> tuple[Any, ...]:
-    """What a choice depends on beside the call."""
-    return training, _threads(), _is_deterministic()
+def _given(backend: str | None, training: bool) -> tuple[Any, ...]:
+    """What a choice depends on beside the layers."""
+    return backend, training, _threads(), _is_deterministic()
 
 
 def _matmul_key(
@@ -518,13 +534,13 @@ def plan(call: Call, backend: str | None, training: bool = False, again: bool = 
             return found
         _predicted.pop(key, None)
         _remember(_plans, key, found)
-        if found.is_quick and backend is None and call.fn == "lod_linear":
+        if found.is_quick and backend in QUICK and call.fn == "lod_linear":
             x, u, v, bias, rank, activation = call.layer(0)
-            given = _given(training)
+            given = _given(backend, training)
             if not call.is_plain:
                 given = given, _of_added(call.residual(0), call.scale(0))
             short = (x.shape, u.shape, x.dtype, rank, activation, given)
-            if found.backend == "matmul":
+            if found.strategy != "fused":
                 short = _matmul_key(x, u, v, bias, rank, activation, given)
             _remember(_plans, short, found)
     return found
@@ -557,8 +573,7 @@ def _key(call: Call, backend: str | None, training: bool) -> tuple[Any, ...]:
     tensors = (*xs, *us, *vs, *biases, *residuals)
     common = (
         fn,
-        backend,
-        _given(training),
+        _given(backend, training),
         # A bool equals an int but is not a rank: the type keeps them apart.
         (ranks.shape, ranks.dtype, ranks.device)
         if isinstance(ranks, Tensor)

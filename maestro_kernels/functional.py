@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maestro_kernels import dispatch as _dispatch
 from maestro_kernels.call import Call
+from maestro_kernels.dispatch import QUICK
 from maestro_kernels.ops.run import quick, quick_with_residual, run
 from maestro_kernels.problem import check_storages
 
@@ -71,11 +72,11 @@ def lod_linear(
         ICML 2024 (arXiv 2308.14929).
     """
     is_plain = residual is None and type(scale) is float and scale == 1.0
-    if backend is None:
+    if backend in QUICK:
         y = (
-            quick(x, u, v, bias, rank, activation, save_h)
+            quick(x, u, v, bias, rank, activation, backend, save_h)
             if is_plain
-            else quick_with_residual(x, u, v, bias, rank, activation, residual, scale)
+            else quick_with_residual(x, u, v, bias, rank, activation, residual, scale, backend)
         )
         if y is not None:
             return y

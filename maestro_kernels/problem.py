@@ -82,6 +82,11 @@ class LoDProblem:
         return self.R if self.rank is None else self.rank
 
     @property
+    def is_plain(self) -> bool:
+        """Nothing is added to the output and nothing scaled."""
+        return not (self.has_residual or self.is_scaled)
+
+    @property
     def degenerate(self) -> bool:
         """No product is left to compute: the result is empty or act(bias)."""
         return self.M == 0 or self.N == 0 or self.K == 0 or self.max_active_rank == 0
@@ -245,9 +250,8 @@ def check_call(call: Call, backend: Any = None) -> None:
         raise ValueError(f"{fn}: us: expected at least one layer, got none")
     if len(xs) not in (1, n):
         raise ValueError(f"{fn}: x: expected one tensor or {n} (one per layer), got {len(xs)}")
-    lists = {"vs": vs, "biases": biases, "activation": activations}
-    lists |= {"residuals": residuals} if residuals else {}
-    lists |= {"scales": scales} if scales else {}
+    lists: dict[str, Sequence[Any]] = {"vs": vs, "biases": biases, "activation": activations}
+    lists |= {n: t for n, t in (("residuals", residuals), ("scales", scales)) if t}
     for name, entries in lists.items():
         if len(entries) != n:
             raise ValueError(f"{fn}: {name}: expected {n} entries like us, got {len(entries)}")

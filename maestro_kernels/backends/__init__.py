@@ -6,7 +6,7 @@ and neither M, N, K nor an int rank is zero unless the plan says `degenerate` (m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -64,6 +64,13 @@ class Kernels(Backend, Protocol):
 
     def takes(self, strategy: str, problems: Sequence[LoDProblem]) -> bool:
         """Whether a strategy can run them."""
+
+    def quick(self, strategy: str) -> Callable[..., Tensor | None]:
+        """(x, u, v, bias, int rank, activation) -> y of one layer on a GPU, without gradients.
+
+        Asked for calls that a plan of their shapes, devices and dtype of x serves. It returns None,
+        or raises a RuntimeError, where the rest of the call is not what was validated before.
+        """
 
     # A family whose halves of the backward may be combined with another's also defines
     # `input_grads` and `weight_grads`, as reference.py does; one whose kernels are compiled when

@@ -37,8 +37,8 @@ def forward(
         return _one_shrink(call)
     ys, hs = [], []
     for i in range(call.n):
-        added = {} if call.is_plain else {"residual": call.residual(i), "scale": call.scale(i)}
-        y, h = layer(*call.layer(i), save_h=save_h, **added)
+        added = call.residual(i), call.scale(i)
+        y, h = layer(*call.layer(i), *added, save_h=save_h)
         ys.append(y)
         hs.append(h)
     return ys, hs
@@ -51,10 +51,10 @@ def layer(
     bias: Tensor | None,
     rank: int | Tensor,
     activation: str | None,
-    *,
-    save_h: bool = False,
     residual: Tensor | None = None,
     scale: float = 1.0,
+    *,
+    save_h: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Y and H of one layer, for x (..., K); with a residual, both of two dimensions."""
     R = v.shape[0]
@@ -131,8 +131,7 @@ def _on_host(call: Call, hs: Sequence[Tensor | None]) -> tuple[Call, Sequence[Te
 
 def takes_one_shrink(problems: Sequence[LoDProblem], *, shared_x: bool) -> bool:
     """Whether the layers can share the product with their v."""
-    are_plain = not any(p.has_residual or p.is_scaled for p in problems)
-    return shared_x and len(problems) > 1 and are_plain and all(p.rank for p in problems)
+    return shared_x and len(problems) > 1 and all(p.rank and p.is_plain for p in problems)
 
 
 def _concatenated(vs: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:

@@ -27,12 +27,26 @@ from torch import Tensor
 
 from maestro_kernels.backends import driver
 
-__all__ = ["Counters", "counters", "fills_a_pool", "scratch"]
+__all__ = ["Counters", "counters", "current_stream", "fills_a_pool", "scratch"]
 
 # Counters of two launches share no 128-byte line.
 _LINE = 32
 # int32 counters asked of the driver at a time: a hundred graphs' and streams'.
 _CHUNK = 1 << 18
+
+
+def _stream_of_torch(index: int) -> int:
+    handle: int = torch.cuda.current_stream(index).cuda_stream
+    return handle
+
+
+# Handle of the current stream of CUDA device `index`; a torch.cuda.Stream costs 2 us to make.
+current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", _stream_of_torch
+)
+
+
+_is_capturing = torch._C._cuda_isCurrentStreamCapturing
 
 
 class Counters:
@@ -123,10 +137,10 @@ def _zeros_of(device: torch.device) -> Callable[[int], Tensor]:
 
 def _place(device: torch.device) -> tuple[int, int | None]:
     """(current stream, capture it takes part in: 0 for none, None where it has no name)."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return 0, 0
-    stream: int = torch.cuda.current_stream(device).cuda_stream
-    if torch.cuda.is_current_stream_capturing():
+    stream = current_stream(device.index)
+    if _is_capturing():
         return stream, driver.capture_id(stream)
     return stream, 0
 
@@ -139,7 +153,7 @@ def fills_a_pool(device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return False
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing():
         return True
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is None:  # nobody has compiled anything for CUDA graphs

@@ -226,14 +226,21 @@ def _inference(plan: Plan, call: Call) -> Callable[[], object]:
         return partial(gradient.forward, plan, call, False)
     x, u, v, bias, rank, activation = call.layer(0)
     residual, scale = call.residual(0), call.scale(0)
-    if plan.backend == "native":
+    r = v.shape[0] if rank is None else rank
+    if plan.strategy == "fused":
         code = ACTIVATION_CODES[activation]
         added = () if call.is_plain else (residual, scale)
         return partial(plan.raw, x, u, v, bias, -1 if rank is None else rank, None, code, *added)
     if residual is not None and x.dim() != 2:
         return partial(gradient.forward, plan, call, False)
-    r = v.shape[0] if rank is None else rank
-    return partial(matmul.layer, x, u, v, bias, r, activation, residual=residual, scale=scale)
+    if plan.backend == "matmul":
+        return partial(matmul.layer, x, u, v, bias, r, activation, residual, scale)
+
+    def again() -> None:
+        if plan.again(x, u, v, bias, r, activation) is None:
+            gradient.forward(plan, call, False)
+
+    return again
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maestro_kernels import dispatch
-from maestro_kernels.backends import matmul
+from maestro_kernels.backends import KERNELS, matmul
 from maestro_kernels.backends.native import ACTIVATION_CODES, LIBRARY_NAME
 from maestro_kernels.call import Call
 from maestro_kernels.ops import eager, first_use, gradient, registered
@@ -25,6 +25,7 @@ def quick(
     bias: Tensor | None,
     rank: int | Tensor | None,
     activation: str | None,
+    backend: str | None,
     save_h: bool,
 ) -> Tensor | None:
     """Y of an eager call of one layer that ran before, or None where `run` is to be asked.
@@ -42,14 +43,16 @@ def quick(
         )
     except AttributeError:  # None is no tensor: `run` has the words
         return None
-    plan = dispatch.quick_plan(x, u, v, bias, rank, activation, wants_grad)
+    plan = dispatch.quick_plan(x, u, v, bias, rank, activation, backend, wants_grad)
     if plan is None or v is None or (wants_grad and eager.in_backward()):
         return None
     try:
-        if plan.backend == "native" and not wants_grad:
+        if plan.strategy == "fused" and not wants_grad:
             code = ACTIVATION_CODES[activation]
             return plan.raw(x, u, v, bias, -1 if rank is None else rank, None, code)
         r = u.shape[1] if rank is None else rank
+        if plan.backend in KERNELS and not wants_grad:
+            return plan.again(x, u, v, bias, r, activation)
         if wants_grad and not (save_h and plan.autograd_serves):
             call = Call("lod_linear", (x,), (u,), (v,), (bias,), (r,), (activation,))  # type: ignore[arg-type]
             y: Tensor = gradient.apply(plan, call, save_h, x, u, v, bias)[0]
@@ -73,6 +76,7 @@ def quick_with_residual(
     activation: str | None,
     residual: Tensor | None,
     scale: float,
+    backend: str | None,
 ) -> Tensor | None:
     """`quick` of a call that adds a residual, or scales, and wants no gradient."""
     if eager.any_autocast() or not eager.is_plain(x, u, v, bias, residual):
@@ -88,7 +92,8 @@ def quick_with_residual(
             return None
     except AttributeError:
         return None
-    plan = dispatch.quick_plan(x, u, v, bias, rank, activation, False, (residual, scale))
+    added = residual, scale
+    plan = dispatch.quick_plan(x, u, v, bias, rank, activation, backend, False, added)
     if plan is None or v is None:
         return None
     try:
@@ -99,8 +104,7 @@ def quick_with_residual(
         if x.dim() != 2 or not x.layout is u.layout is v.layout is torch.strided:
             return None
         r = u.shape[1] if rank is None else rank
-        added = {"residual": residual, "scale": scale}
-        return matmul.layer(x, u, v, bias, r, activation, **added)[0]  # type: ignore[arg-type]
+        return matmul.layer(x, u, v, bias, r, activation, residual, scale)[0]  # type: ignore[arg-type]
     except RuntimeError as refusal:
         if plan.backend == "native" and LIBRARY_NAME not in str(refusal):
             raise

@@ -93,7 +93,8 @@ class Pool:
         monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
         cuda = torch.cuda
         monkeypatch.setattr(cuda, "current_stream", lambda device=None: self)
-        monkeypatch.setattr(cuda, "is_current_stream_capturing", lambda: bool(self.capture))
+        monkeypatch.setattr(workspace, "current_stream", lambda index: self.cuda_stream)
+        monkeypatch.setattr(workspace, "_is_capturing", lambda: bool(self.capture))
         zeros, empty = torch.zeros, torch.empty
         monkeypatch.setattr(torch, "zeros", lambda *a, **k: self._take(zeros, *a, **k))
         monkeypatch.setattr(torch, "empty", lambda *a, **k: self._take(empty, *a, **k))

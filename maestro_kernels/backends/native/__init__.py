@@ -175,7 +175,7 @@ def unsupported(problem: LoDProblem) -> str | None:
     reason = load_error()
     if reason is not None:
         return reason
-    if problem.device.type == "cuda" and (problem.has_residual or problem.is_scaled):
+    if problem.device.type == "cuda" and not problem.is_plain:
         return "the CUDA kernels take no residual and no scale"
     if problem.device.type not in ("cpu", "cuda"):
         return f"the library has no kernel for tensors on {problem.device}"
@@ -253,7 +253,7 @@ def forward(
 
     H is (M, r), or (M, R) for tensor ranks.
     """
-    n, on_gpu = call.n, call.xs[0].is_cuda
+    n, on_gpu = call.n, not call.xs[0].is_cpu
     if n == 1 and not on_gpu and (call.is_plain or not save_h):
         x, u, v, bias, rank, activation = call.layer(0)
         is_tensor = isinstance(rank, Tensor)
@@ -295,6 +295,11 @@ def forward(
         scales = list(call.scales)
         outputs = torch.ops.maestro_native.grouped.default(*arguments, residuals, scales)
     return outputs[:n], outputs[n:] if save_h else [None] * n
+
+
+def quick(strategy: str) -> Callable[..., Tensor | None]:
+    """(x, u, v, bias, int rank, activation) -> Y of one layer on a GPU, without H."""
+    return cuda.quick(strategy, ACTIVATION_CODES)
 
 
 # By library matmuls: factors change every step, so that packing them would not pay.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +73,14 @@ def _tf32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
+@functools.cache
+def _op() -> Callable[..., list[Tensor]]:
+    """The op without the Python frame of its overload."""
+    overload = torch.ops.maestro_native.cuda_grouped.default
+    call: Callable[..., list[Tensor]] = getattr(overload, "_op", overload)
+    return call
+
+
 def grouped(arguments: tuple[Any, ...], rows: int, strategy: str) -> list[Tensor]:
     """The outputs of all layers in one launch on the current stream.
 
@@ -81,11 +89,34 @@ def grouped(arguments: tuple[Any, ...], rows: int, strategy: str) -> list[Tensor
         rows: M of all layers together.
         strategy: one of STRATEGIES.
     """
+    return _call(arguments, rows, STRATEGIES.index(strategy))
+
+
+def quick(strategy: str, codes: Mapping[str | None, int]) -> Callable[..., Tensor]:
+    """(x, u, v, bias, rank, activation) -> y of one layer; the op refuses what does not fit.
+
+    Args:
+        strategy: one of STRATEGIES.
+        codes: of the activations.
+    """
+    number = STRATEGIES.index(strategy)
+
+    def again(
+        x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: int, activation: str | None
+    ) -> Tensor:
+        biases, has_bias = ([], [0]) if bias is None else ([bias], [1])
+        layer = [x], [u], [v], biases, has_bias, [rank], None, [codes[activation]], False
+        return _call(layer, x.numel() // x.shape[-1], number)[0]
+
+    return again
+
+
+def _call(arguments: tuple[Any, ...], rows: int, strategy: int) -> list[Tensor]:
     device = arguments[0][0].device
     counters = _FEW_COUNTERS if rows <= _FEW_ROWS else _ALL_COUNTERS
-    outputs: list[Tensor] = torch.ops.maestro_native.cuda_grouped.default(
+    outputs: list[Tensor] = _op()(
         *arguments,
-        STRATEGIES.index(strategy),
+        strategy,
         _tf32(),
         workspace.counters(device, counters),
         workspace.scratch(device),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from maestro_kernels import hardware
 from maestro_kernels.backends.triton import choose, expand_config, row_config
+from maestro_kernels.backends.triton.launch import input_precision
 
 if TYPE_CHECKING:
     from maestro_kernels.call import Call, Grads, Needs
@@ -39,7 +40,7 @@ def unsupported(problem: LoDProblem) -> str | None:
         return "triton is not installed"
     if problem.dtype not in _DTYPES:
         return f"triton kernels take float16, bfloat16 and float32, not {problem.dtype}"
-    if problem.has_residual or problem.is_scaled:
+    if not problem.is_plain:
         return "the triton kernels take no residual and no scale yet"
     if problem.device.type != "cuda" and not (problem.device.type == "cpu" and interpreted()):
         return (
@@ -86,11 +87,12 @@ def choose_strategy(
     if len(group) > 1:
         return "two_phase", f"one launch serves the {len(group)} layers of the group"
     p = group[0]
-    if p.dtype == torch.float32 and input_precision() == "ieee":
+    precision = input_precision(p.dtype)
+    if p.dtype == torch.float32 and precision == "ieee":
         return "two_phase", "IEEE float32 has no tensor cores: H is kept out of the registers"
     device = device or _record_of(p)
     rank = max(p.max_active_rank, 1)
-    seconds = choose.strategies(device, p.M, p.N, p.K, rank, p.dtype, input_precision())
+    seconds = choose.strategies(device, p.M, p.N, p.K, rank, p.dtype, precision)
     if not _expands(p, device):
         seconds = {name: took for name, took in seconds.items() if name != "expand"}
     if len(seconds) == 1:
@@ -122,9 +124,20 @@ def _record_of(p: LoDProblem) -> hardware.Device:
     return hardware.H100
 
 
-def input_precision() -> str:
-    """How float32 is multiplied: "ieee" or "tf32", by torch.get_float32_matmul_precision()."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def quick(strategy: str) -> Callable[..., Tensor | None]:
+    """(x, u, v, bias, int rank, activation) -> Y of one layer, without H.
+
+    None where no tensors that lie like these were served before: a launch is kept with the shapes,
+    strides, dtypes and alignment of all that it was validated and planned for.
+    """
+    from maestro_kernels.backends.triton import row, two_phase
+
+    again = {"row": row.again, "two_phase": two_phase.again}
+    return again.get(strategy, _not_again)
+
+
+def _not_again(*layer: Any) -> None:
+    """The expand kernel keeps no launches: a library's product dwarfs what they would save."""
 
 
 def forward(
@@ -142,7 +155,7 @@ def forward(
         x, u, v, _, rank, activation = call.layer(0)
         y, h = row(
             x, v, u, biases[0], rank, activation,
-            save_h=save_h, input_precision=input_precision(),
+            save_h=save_h, input_precision=input_precision(x.dtype),
         )  # fmt: skip
         return [y], [h]
     if strategy == "expand":
@@ -153,7 +166,7 @@ def forward(
         return [y], [h if save_h else None]
     ys, hs = two_phase_grouped(
         call.xs, call.vs, call.us, biases, _ranks(call), call.activations,
-        save_h=save_h, input_precision=input_precision(),
+        save_h=save_h, input_precision=input_precision(call.xs[0].dtype),
     )  # fmt: skip
     return ys, hs if hs is not None else [None] * call.n
 
@@ -189,7 +202,7 @@ def input_grads(
     from maestro_kernels.backends.triton.two_phase import two_phase_dx_grouped
 
     needs_x, needs_u, needs_v, _ = needs
-    n, shared = call.n, len(call.xs) == 1
+    n, shared, precision = call.n, len(call.xs) == 1, input_precision(call.xs[0].dtype)
     dzs, saved_hs = [], []
     for i in range(n):
         dz, h = _before_activation(call.layer(i), _readable(dys[i]), hs[i], ys[i], needs_u)
@@ -199,7 +212,7 @@ def input_grads(
     dhs: Sequence[Tensor | None] = [None] * n
     if strategy == "row" and needs_x:
         _, u, v, _, rank, _ = call.layer(0)
-        dx, dh = row_dx(dzs[0], u, v, rank, input_precision=input_precision())
+        dx, dh = row_dx(dzs[0], u, v, rank, input_precision=precision)
         dxs, dhs = [dx], [dh]
     elif strategy == "expand" and (needs_x or needs_v):
         from maestro_kernels.backends.triton.expand import expand_dx
@@ -211,7 +224,7 @@ def input_grads(
         # Without columns in v no tile of dx is left and only dH is computed.
         expand = call.vs if needs_x else [v[:, :0] for v in call.vs]
         found, dhs = two_phase_dx_grouped(
-            dzs, call.us, expand, _ranks(call), shared_x=shared, input_precision=input_precision()
+            dzs, call.us, expand, _ranks(call), shared_x=shared, input_precision=precision
         )
         if needs_x:
             dxs = list(found)
@@ -240,16 +253,14 @@ def _before_activation(
     from maestro_kernels.backends.triton.two_phase import two_phase
 
     x, u, v, bias, rank, activation = layer
+    precision = input_precision(x.dtype)
     needs_z = activation is not None and not (activation == "relu" and y is not None)
     if h is None and (needs_h or needs_z):
         # Without rows in u no tile of y is left and only H is computed.
-        h = two_phase(
-            x, v, u[:0], None, rank, None, save_h=True, input_precision=input_precision()
-        )[1]
+        h = two_phase(x, v, u[:0], None, rank, None, save_h=True, input_precision=precision)[1]
     if activation is None:
         return dy, h
     bias = None if bias is None else bias.contiguous()
-    precision = input_precision()
     return activation_grad(dy, h, u, bias, y, rank, activation, input_precision=precision), h
 
 
@@ -268,5 +279,5 @@ def weight_grads(
     return wgrad.weight_grads(
         dzs, hs, dhs, call.xs, [v.shape[0] for v in call.vs], _ranks(call), needs_u=needs_u,
         needs_v=needs_v, needs_bias=[needs_bias and bias is not None for bias in call.biases],
-        input_precision=input_precision(),
+        input_precision=input_precision(call.xs[0].dtype),
     )  # fmt: skip

@@ -15,7 +15,9 @@ __all__ = [
     "device_of",
     "empty_h",
     "h_stride",
+    "input_precision",
     "is_aligned",
+    "is_elsewhere",
     "layer_runs",
     "readable_h",
     "record_of",
@@ -36,6 +38,16 @@ def record_of(x: Tensor) -> hardware.Device:
     return hardware.current_device(x.device) if x.is_cuda else hardware.H100
 
 
+def input_precision(dtype: torch.dtype = torch.float32) -> str:
+    """How a dtype is multiplied: "tf32" where torch.get_float32_matmul_precision() allows it.
+
+    16-bit types have one way, "ieee", and so one variant of a kernel.
+    """
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
 def table_arch(arch: str) -> str:
     """The architecture whose configurations serve `arch`.
 
@@ -48,6 +60,14 @@ def table_arch(arch: str) -> str:
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make it the one x is on."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+def is_elsewhere(x: Tensor) -> bool:
+    """Whether the current device is another one; `device_of` in a tenth of its time."""
+    return not x.is_cpu and x.device.index != _current_device()
 
 
 def h_stride(width: int) -> int:

@@ -5,16 +5,24 @@ What runs on the device is in row_kernel.py, what decides tiles in row_config.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maestro_kernels.backends.triton import choose, interpreter
 from maestro_kernels.backends.triton.descriptors import can_describe
 from maestro_kernels.backends.triton.epilogue import activation_name
-from maestro_kernels.backends.triton.launch import device_of, empty_h, record_of
+from maestro_kernels.backends.triton.launch import (
+    empty_h,
+    h_stride,
+    input_precision,
+    is_elsewhere,
+    record_of,
+)
+from maestro_kernels.backends.triton.launcher import Launcher, keep, layouts
 from maestro_kernels.backends.triton.row_config import (
     MAX_REGISTERS,
     MAX_WIDTH,
@@ -25,6 +33,7 @@ from maestro_kernels.backends.triton.row_config import (
     width_bucket,
 )
 from maestro_kernels.backends.triton.row_kernel import row_kernel
+from maestro_kernels.call import as_rows
 
 __all__ = [
     "MAX_WIDTH",
@@ -108,6 +117,31 @@ def row_dx(
     return dx, dh
 
 
+class _Launch(NamedTuple):
+    """A launch but for its tensors: of layouts that were launched before, or are about to be.
+
+    Attributes:
+        launcher: kernel, grid and constants.
+        M: rows.
+        N: columns of y.
+        width: columns of H, 0 where it is not saved.
+        describe: what makes the descriptors of x, S and E; None where they are read by pointers.
+        rank: r, None where it is a tensor.
+        numbers: the arguments behind the rank.
+    """
+
+    launcher: Launcher
+    M: int
+    N: int
+    width: int
+    describe: Callable[[Tensor, Tensor, Tensor], tuple[TensorDescriptor, ...]] | None
+    rank: int | None
+    numbers: tuple[int, ...]
+
+
+_launches: dict[tuple[Any, ...], _Launch] = {}
+
+
 def _launch(
     x: Tensor,
     s: Tensor,
@@ -123,9 +157,70 @@ def _launch(
     input_precision: str,
 ) -> tuple[Tensor, Tensor | None]:
     interpreter.ensure()
+    is_tensor = isinstance(rank, Tensor)
+    how = (
+        None if is_tensor else rank, activation, save_h, transposed, config, plan, input_precision
+    )  # fmt: skip
+    key = (x.device, how, layouts((x, s, e, bias)))
+    found = _launches.get(key)
+    if found is None:
+        found = keep(_launches, key, _planned(x, s, e, bias, *how))
+    return _run(found, x, s, e, bias, rank if is_tensor else None)
+
+
+def again(
+    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: int, activation: str | None
+) -> Tensor | None:
+    """Y of `row` for x (..., K), None where no tensors that lie like these went through it."""
+    how = rank, activation, False, False, None, None, input_precision(x.dtype)
+    rows = x if x.ndim == 2 else as_rows(x)
+    found = _launches.get((x.device, how, layouts((rows, v, u, bias))))
+    if found is None:
+        return None
+    y, _ = _run(found, rows, v, u, bias, None)
+    return y if rows is x else y.view(*x.shape[:-1], u.shape[0])
+
+
+def _run(
+    launch: _Launch, x: Tensor, s: Tensor, e: Tensor, bias: Tensor | None, rank: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Launch with these tensors."""
+    launcher, M, N, width, describe, known_rank, numbers = launch
+    if is_elsewhere(x):
+        with torch.cuda.device(x.device):
+            return _run(launch, x, s, e, bias, rank)
+    y = x.new_empty(M, N)
+    h = empty_h(x, width) if width else None
+    operands = (x, s, e) if describe is None else describe(x, s, e)
+    launcher(
+        x,
+        *operands,
+        # Any pointer of the type serves in the place of what is not there.
+        y if bias is None else bias,
+        y,
+        y if h is None else h,
+        known_rank if rank is None else rank,
+        *numbers,
+    )
+    return y, h
+
+
+def _planned(
+    x: Tensor,
+    s: Tensor,
+    e: Tensor,
+    bias: Tensor | None,
+    rank: int | None,
+    activation: str | None,
+    save_h: bool,
+    transposed: bool,
+    config: RowConfig | None,
+    plan: RowPlan | None,
+    input_precision: str,
+) -> _Launch:
+    """Tiles, grid, descriptors and constants for tensors that lie like these."""
     (M, K), N, R = x.shape, e.shape[0], s.shape[0]
-    tensor_rank = isinstance(rank, Tensor)
-    width = R if tensor_rank else rank
+    width = R if rank is None else rank
     stored = (x, s.t(), e.t()) if transposed else (x, s, e)
     device = record_of(x)
     if config is None:
@@ -135,47 +230,72 @@ def _launch(
         )  # fmt: skip
         plan = plan or planned
     plan = plan or next(plans(config, M, N, device.num_cores))
-    y = x.new_empty(M, N)
-    h = empty_h(x, width) if save_h else None
-    operands: tuple[Any, ...] = (x, s, e)
+    describe = None
     if config.descriptors:
-        operands = _describe(*stored, width, transposed=transposed, config=config)
-    with device_of(x):
-        row_kernel[(plan.num_programs,)](
-            *operands,
-            # Any pointer of the type serves in the place of what is not there.
-            y if bias is None else bias,
-            y,
-            y if h is None else h,
-            rank, M, N, K, R, plan.num_whole, plan.num_splits,
-            x.stride(0), s.stride(0), s.stride(1), e.stride(0), e.stride(1), y.stride(0),
-            0 if h is None else h.stride(0),
-            HAS_BIAS=bias is not None, ACTIVATION=activation_name(activation), SAVE_H=save_h,
-            TENSOR_RANK=tensor_rank, ROUND_RANK=R % 8 == 0, TRANSPOSED=transposed,
-            DESCRIPTORS=config.descriptors, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-            BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, INPUT_PRECISION=input_precision,
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
-        )  # fmt: skip
-    return y, h
+        describe = _describe(*stored, width, transposed=transposed, config=config)
+    launcher = Launcher(
+        row_kernel,
+        plan.num_programs,
+        {
+            "HAS_BIAS": bias is not None,
+            "ACTIVATION": activation_name(activation),
+            "SAVE_H": save_h,
+            "TENSOR_RANK": rank is None,
+            "ROUND_RANK": R % 8 == 0,
+            "TRANSPOSED": transposed,
+            "DESCRIPTORS": config.descriptors,
+            "BLOCK_M": config.BLOCK_M,
+            "BLOCK_N": config.BLOCK_N,
+            "BLOCK_K": config.BLOCK_K,
+            "BLOCK_R": config.BLOCK_R,
+            "INPUT_PRECISION": input_precision,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS,
+    )
+    numbers = (
+        M, N, K, R, plan.num_whole, plan.num_splits,
+        x.stride(0), s.stride(0), s.stride(1), e.stride(0), e.stride(1), N,
+        h_stride(width) if save_h else 0,
+    )  # fmt: skip
+    return _Launch(launcher, M, N, width if save_h else 0, describe, rank, numbers)
 
 
 def _describe(
     x: Tensor, s: Tensor, e: Tensor, width: int, *, transposed: bool, config: RowConfig
-) -> tuple[TensorDescriptor, ...]:
-    """Host descriptors of tensors as they lie in memory; reads beyond `width` give 0."""
+) -> Callable[[Tensor, Tensor, Tensor], tuple[TensorDescriptor, ...]]:
+    """What makes host descriptors of tensors that lie like these; reads beyond `width` give 0.
+
+    S and E come as they lie in memory.
+    """
     tile_s, tile_e = (config.BLOCK_R, config.BLOCK_K), (config.BLOCK_N, config.BLOCK_R)
     shape_s, shape_e = (width, s.shape[1]), (e.shape[0], width)
     if transposed:
         tile_s, tile_e = tile_s[::-1], tile_e[::-1]
         shape_s, shape_e = (s.shape[0], width), (width, e.shape[1])
-    return tuple(
-        TensorDescriptor(tensor, list(shape), list(tensor.stride()), list(tile))
+    # Its checks of shapes and strides cost as much as the launch, and hold for what lies alike.
+    checked = [
+        vars(TensorDescriptor(tensor, list(shape), list(tensor.stride()), list(tile)))
         for tensor, shape, tile in (
             (x, x.shape, (config.BLOCK_M, config.BLOCK_K)),
             (s, shape_s, tile_s),
             (e, shape_e, tile_e),
         )
-    )
+    ]
+    for fields in checked:
+        del fields["base"]  # or the first tensors would live as long as the plan
+
+    def describe(*tensors: Tensor) -> tuple[TensorDescriptor, ...]:
+        return tuple(map(_descriptor, tensors, checked))
+
+    return describe
+
+
+def _descriptor(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.__dict__ = {**fields, "base": base}
+    return descriptor
 
 
 def aot_spec(config: RowConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:

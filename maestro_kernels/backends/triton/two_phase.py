@@ -7,6 +7,8 @@ two_phase_config.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +18,14 @@ from maestro_kernels.backends.triton import choose, interpreter
 from maestro_kernels.backends.triton.epilogue import activation_name
 from maestro_kernels.backends.triton.launch import (
     MAX_LAYERS,
-    device_of,
     h_stride,
+    input_precision,
+    is_elsewhere,
     layer_runs,
     record_of,
     table_arch,
 )
+from maestro_kernels.backends.triton.launcher import Launcher, keep, layouts
 from maestro_kernels.backends.triton.layers import encode_rank
 from maestro_kernels.backends.triton.two_phase_aot import aot_spec
 from maestro_kernels.backends.triton.two_phase_config import (
@@ -32,6 +36,7 @@ from maestro_kernels.backends.triton.two_phase_config import (
     plan_two_phase,
 )
 from maestro_kernels.backends.triton.two_phase_kernel import two_phase_kernel
+from maestro_kernels.call import as_rows
 
 __all__ = [
     "MAX_LAYERS",
@@ -212,6 +217,37 @@ def _as_ranks(rank: int | Tensor) -> Ranks:
     return rank.reshape(1) if isinstance(rank, Tensor) else (rank,)
 
 
+class _Launch(NamedTuple):
+    """A launch but for its tensors: of layouts that were launched before, or are about to be.
+
+    Attributes:
+        launcher: kernel, grid and constants.
+        M: rows.
+        widths: columns of H of each layer.
+        strides_h: elements from one row of H to the next.
+        sizes: Ns, Ks, Rs.
+        ranks: as the kernel takes them; None where they are a tensor.
+        strides: of x, S, E, y and H.
+        partials: float32 slots for the sums of split tiles.
+        counters: int32 counters.
+        split_target: tiles that phase 1 may reach by splitting K.
+    """
+
+    launcher: Launcher
+    M: int
+    widths: Sequence[int]
+    strides_h: Sequence[int]
+    sizes: tuple[tuple[int, ...], ...]
+    ranks: tuple[int, ...] | None
+    strides: tuple[tuple[int, ...], ...]
+    partials: int
+    counters: int
+    split_target: int
+
+
+_launches: dict[tuple[Any, ...], _Launch] = {}
+
+
 def _launch(
     xs: Sequence[Tensor],
     ss: Sequence[Tensor],
@@ -227,20 +263,98 @@ def _launch(
     num_programs: int | None,
     input_precision: str,
 ) -> list[Tensor]:
-    """Launch once; S (R, K) and E (N, R) may have any strides. Returns H, garbage unless saved."""
+    """Launch once; S (R, K) and E (N, R) may have any strides. Returns H where it is saved."""
     interpreter.ensure()
-    x = xs[0]
-    M, Rs, Ns = x.shape[0], [s.shape[0] for s in ss], [e.shape[0] for e in es]
     tensor_rank = isinstance(ranks, Tensor)
-    widths = Rs if tensor_rank else [min(r, R) for r, R in zip(ranks, Rs, strict=True)]
-    device = record_of(x)
+    how = (
+        None if tensor_rank else tuple(ranks), tuple(activations), save_h, sum_layers,
+        config, num_programs, input_precision,
+    )  # fmt: skip
+    key = (xs[0].device, how, layouts((*xs, *ss, *es, *biases)))
+    found = _launches.get(key)
+    if found is None:
+        found = keep(_launches, key, _planned(xs, ss, es, biases, ys, *how))
+    pointer = ranks.contiguous() if isinstance(ranks, Tensor) else None
+    # Any pointer of the type serves where there is no bias: it is never read.
+    given = [e if b is None else b for b, e in zip(biases, es, strict=True)]
+    hs = _run(found, xs, ss, es, given, pointer, [*ys] * len(xs) if sum_layers else ys)
+    return [h[:, :width] for h, width in zip(hs, found.widths, strict=True)] if save_h else []
+
+
+def again(
+    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rank: int, activation: str | None
+) -> Tensor | None:
+    """Y of two_phase for x (..., K), None where no tensors that lie like these went through it."""
+    how = (rank,), (activation,), False, False, None, None, input_precision(x.dtype)
+    rows = x if x.ndim == 2 else as_rows(x)
+    found = _launches.get((x.device, how, layouts((rows, v, u, bias))))
+    if found is None:
+        return None
+    y = x.new_empty(found.M, u.shape[0])
+    _run(found, (rows,), (v,), (u,), (u if bias is None else bias,), None, (y,))
+    return y if rows is x else y.view(*x.shape[:-1], u.shape[0])
+
+
+def _run(
+    launch: _Launch,
+    xs: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    es: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    ranks: Tensor | None,
+    ys: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Launch with these tensors; returns every H with all its stride_h columns."""
+    launcher, M, _, strides_h, sizes, encoded, strides, partials, counters, split_target = launch
+    x = xs[0]
+    if is_elsewhere(x):
+        with torch.cuda.device(x.device):
+            return _run(launch, xs, ss, es, biases, ranks, ys)
+    hs = tuple(map(x.new_empty, repeat(M), strides_h))
+    launcher(
+        x,
+        tuple(xs),
+        tuple(ss),
+        tuple(es),
+        tuple(biases),
+        tuple(ys),
+        hs,
+        *sizes,
+        encoded if ranks is None else ranks,
+        *strides,
+        torch.empty(partials, dtype=torch.float32, device=x.device),
+        workspace.counters(x.device, counters),
+        M,
+        split_target,
+    )
+    return hs
+
+
+def _planned(
+    xs: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    es: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    ys: Sequence[Tensor],
+    ranks: tuple[int, ...] | None,
+    activations: tuple[str | None, ...],
+    save_h: bool,
+    sum_layers: bool,
+    config: TwoPhaseConfig | None,
+    num_programs: int | None,
+    input_precision: str,
+) -> _Launch:
+    """Tiles, grid and constants for tensors that lie like these."""
+    x, n, tensor_rank = xs[0], len(xs), ranks is None
+    M, device = x.shape[0], record_of(x)
+    Ns, Ks, Rs = (tuple(t.shape[i] for t in ts) for ts, i in ((es, 0), (xs, 1), (ss, 0)))
+    widths = Rs if ranks is None else tuple(map(min, ranks, Rs))
     layout = _layout(xs, ss, es, ys)
     config = config or choose.two_phase(
-        device, M, tuple(Ns), tuple(t.shape[1] for t in xs), tuple(Rs), x.dtype, input_precision,
-        aligned=layout != "any",
-    )  # fmt: skip
-    plan = plan_two_phase(device, config, M, tuple(Ns[: len(ys)]), tuple(widths))
-    hs = _empty_h(x, M, widths, shared=not save_h)
+        device, M, Ns, Ks, Rs, x.dtype, input_precision, aligned=layout != "any"
+    )
+    plan = plan_two_phase(device, config, M, Ns[: len(ys)], widths)
+    strides_h = tuple(map(h_stride, widths))
     names = [activation_name(a) for a in activations]
     # The interpreter knows neither prefetches nor launches that overlap.
     decode = config.decode and not interpreter.active()
@@ -248,51 +362,45 @@ def _launch(
     if num_programs is None:
         # Interpreted programs run one after another: after the first they have nothing to do.
         num_programs = 1 if interpreter.active() else plan.num_programs
-    with device_of(x):
-        two_phase_kernel[(num_programs,)](
-            tuple(xs),
-            tuple(ss),
-            tuple(es),
-            # Any pointer of the type serves where there is no bias: it is never read.
-            tuple(e if b is None else b for b, e in zip(biases, es, strict=True)),
-            tuple(ys) if not sum_layers else tuple(ys) * len(xs),
-            tuple(hs),
-            tuple(Ns),
-            tuple(t.shape[1] for t in xs),
-            tuple(Rs),
-            ranks.contiguous() if tensor_rank else tuple(encode_rank(r) for r in ranks),
-            tuple(t.stride(0) for t in xs),
-            tuple(t.stride(0) for t in ss),
-            tuple(t.stride(1) for t in ss),
-            tuple(t.stride(0) for t in es),
-            tuple(t.stride(1) for t in es),
-            tuple(t.stride(0) for t in ys) * (len(xs) if sum_layers else 1),
-            tuple(t.stride(0) for t in hs),
-            torch.empty(plan.partials, dtype=torch.float32, device=x.device),
-            workspace.counters(x.device, plan.counters),
-            M,
-            plan.split_target,
-            BIAS_BITS=sum(1 << i for i, b in enumerate(biases) if b is not None),
-            ACTIVATIONS=tuple(names[:1] if len(set(names)) == 1 else names),
-            TENSOR_RANK=tensor_rank,
-            SUM_LAYERS=sum_layers,
-            ZERO_TAIL=tensor_rank and save_h,
-            LAYOUT=layout,
-            LAYERS=1 << (len(xs) - 1).bit_length(),
-            INPUT_PRECISION=input_precision,
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
-            BLOCK_K=config.BLOCK_K,
-            BLOCK_R=config.BLOCK_R,
-            STEP_R=config.ranks_per_step,
-            PREFETCH=decode and layout != "any",
-            PDL=pdl,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            maxnreg=MAX_REGISTERS,
-            launch_pdl=pdl,
-        )
-    return hs
+    launcher = Launcher(
+        two_phase_kernel,
+        num_programs,
+        {
+            "BIAS_BITS": sum(1 << i for i, b in enumerate(biases) if b is not None),
+            "ACTIVATIONS": tuple(names[:1] if len(set(names)) == 1 else names),
+            "TENSOR_RANK": tensor_rank,
+            "SUM_LAYERS": sum_layers,
+            "ZERO_TAIL": tensor_rank and save_h,
+            "LAYOUT": layout,
+            "LAYERS": 1 << (n - 1).bit_length(),
+            "INPUT_PRECISION": input_precision,
+            "BLOCK_M": config.BLOCK_M,
+            "BLOCK_N": config.BLOCK_N,
+            "BLOCK_K": config.BLOCK_K,
+            "BLOCK_R": config.BLOCK_R,
+            "STEP_R": config.ranks_per_step,
+            "PREFETCH": decode and layout != "any",
+            "PDL": pdl,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS,
+        launch_pdl=pdl,
+    )
+    strides = (
+        tuple(t.stride(0) for t in xs),
+        tuple(t.stride(0) for t in ss),
+        tuple(t.stride(1) for t in ss),
+        tuple(t.stride(0) for t in es),
+        tuple(t.stride(1) for t in es),
+        tuple(t.stride(0) for t in ys) * (n if sum_layers else 1),
+        strides_h,
+    )
+    encoded = None if ranks is None else tuple(map(encode_rank, ranks))
+    return _Launch(
+        launcher, M, widths, strides_h, (Ns, Ks, Rs), encoded, strides,
+        plan.partials, plan.counters, plan.split_target,
+    )  # fmt: skip
 
 
 def _layout(
@@ -307,15 +415,3 @@ def _layout(
             if all(t.stride(unit) == 1 and t.stride(other) % 8 == 0 for t in (*ss, *es)):
                 return layout
     return "any"
-
-
-def _empty_h(x: Tensor, M: int, widths: Sequence[int], *, shared: bool) -> list[Tensor]:
-    """H of each layer (M, width), rows h_stride apart; one allocation if shared."""
-    strides = [h_stride(w) for w in widths]
-    if not shared:
-        return [
-            x.new_empty(M, stride)[:, :width] for width, stride in zip(widths, strides, strict=True)
-        ]
-    together = x.new_empty(M, sum(strides))
-    columns = together.split(strides, 1)
-    return [c[:, :width] for c, width in zip(columns, widths, strict=True)]

@@ -259,7 +259,7 @@ def test_the_portable_kernels_are_no_reason_to_leave_the_library_matmuls(monkeyp
 def test_a_remembered_plan_still_validates_every_call():
     x, u, v, b = make_inputs(4, 8, 8, 4)
     mk.lod_linear(x, u, v, b, rank=1)
-    assert dispatch.quick_plan(x, u, v, b, 1, None, False) is not None
+    assert dispatch.quick_plan(x, u, v, b, 1, None, None, False) is not None
     with pytest.raises(TypeError, match="rank: expected"):
         mk.lod_linear(x, u, v, b, rank=True)
     with pytest.raises(ValueError, match=r"lod_linear: v: expected shape \(R, 8\)"):
