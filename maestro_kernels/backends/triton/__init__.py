@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maestro_kernels import hardware
+from maestro_kernels.backends import reference
 from maestro_kernels.backends.triton import choose, expand_config, row_config
 from maestro_kernels.backends.triton.launch import input_precision
 
@@ -40,8 +41,6 @@ def unsupported(problem: LoDProblem) -> str | None:
         return "triton is not installed"
     if problem.dtype not in _DTYPES:
         return f"triton kernels take float16, bfloat16 and float32, not {problem.dtype}"
-    if not problem.is_plain:
-        return "the triton kernels take no residual and no scale yet"
     if problem.device.type != "cuda" and not (problem.device.type == "cpu" and interpreted()):
         return (
             f"triton kernels need CUDA tensors, or TRITON_INTERPRET=1 and CPU tensors for the "
@@ -113,7 +112,9 @@ def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:
 
 def _expands(p: LoDProblem, device: hardware.Device) -> bool:
     """Whether the expand kernel serves a layer: rows that TMA takes, a rank that the host knows."""
-    described = p.rank is not None and p.dtype.itemsize == 2 and p.R % 8 == 0 == p.N % 8
+    if not p.is_plain or p.rank is None:
+        return False
+    described = p.dtype.itemsize == 2 and p.R % 8 == 0 == p.N % 8
     return described and device.arch in expand_config.ARCHITECTURES
 
 
@@ -143,7 +144,7 @@ def _not_again(*layer: Any) -> None:
 def forward(
     call: Call, *, save_h: bool, strategy: str
 ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
-    """Ys = act(x @ v[:r].T @ u[:, :r].T + bias) and Hs = x @ v[:r].T of all layers in one launch.
+    """Ys = act(H @ u[:, :r].T + bias + residual) and Hs = scale · x @ v[:r].T in one launch.
 
     H has the width r, or R with zeros beyond r for tensor ranks; its rows may be further apart.
     """
@@ -151,10 +152,11 @@ def forward(
     from maestro_kernels.backends.triton.two_phase import two_phase_grouped
 
     biases = [None if b is None else b.contiguous() for b in call.biases]
+    residuals = [None if t is None else _readable(t) for t in call.residuals]
     if strategy == "row":
         x, u, v, _, rank, activation = call.layer(0)
         y, h = row(
-            x, v, u, biases[0], rank, activation,
+            x, v, u, biases[0], rank, activation, *residuals or [None], call.scale(0),
             save_h=save_h, input_precision=input_precision(x.dtype),
         )  # fmt: skip
         return [y], [h]
@@ -166,6 +168,7 @@ def forward(
         return [y], [h if save_h else None]
     ys, hs = two_phase_grouped(
         call.xs, call.vs, call.us, biases, _ranks(call), call.activations,
+        residuals, call.scales,
         save_h=save_h, input_precision=input_precision(call.xs[0].dtype),
     )  # fmt: skip
     return ys, hs if hs is not None else [None] * call.n
@@ -205,14 +208,14 @@ def input_grads(
     n, shared, precision = call.n, len(call.xs) == 1, input_precision(call.xs[0].dtype)
     dzs, saved_hs = [], []
     for i in range(n):
-        dz, h = _before_activation(call.layer(i), _readable(dys[i]), hs[i], ys[i], needs_u)
+        dz, h = _before_activation(call, i, _readable(dys[i]), hs[i], ys[i], needs_u)
         dzs.append(dz)
         saved_hs.append(h)
     dxs: Grads = [None] * len(call.xs)
     dhs: Sequence[Tensor | None] = [None] * n
     if strategy == "row" and needs_x:
         _, u, v, _, rank, _ = call.layer(0)
-        dx, dh = row_dx(dzs[0], u, v, rank, input_precision=precision)
+        dx, dh = row_dx(dzs[0], u, v, rank, call.scale(0), input_precision=precision)
         dxs, dhs = [dx], [dh]
     elif strategy == "expand" and (needs_x or needs_v):
         from maestro_kernels.backends.triton.expand import expand_dx
@@ -224,8 +227,9 @@ def input_grads(
         # Without columns in v no tile of dx is left and only dH is computed.
         expand = call.vs if needs_x else [v[:, :0] for v in call.vs]
         found, dhs = two_phase_dx_grouped(
-            dzs, call.us, expand, _ranks(call), shared_x=shared, input_precision=precision
-        )
+            dzs, call.us, expand, _ranks(call), call.scales, shared_x=shared,
+            input_precision=precision,
+        )  # fmt: skip
         if needs_x:
             dxs = list(found)
     return dxs, dzs, saved_hs, dhs
@@ -236,30 +240,40 @@ def _ranks(call: Call) -> Ranks:
     return call.ranks.reshape(-1) if isinstance(call.ranks, Tensor) else call.ranks  # type: ignore[return-value]
 
 
-def _readable(dy: Tensor) -> Tensor:
+def _readable(matrix: Tensor) -> Tensor:
     """Kernels read rows in one piece; the gradient of a sum is one element expanded."""
-    return dy if dy.stride(-1) == 1 or dy.shape[-1] == 1 else dy.contiguous()
+    in_place = matrix.stride(-1) == 1 or matrix.shape[-1] == 1
+    return matrix if in_place else matrix.contiguous()
 
 
 def _before_activation(
-    layer: tuple[Tensor, Tensor, Tensor, Tensor | None, int | Tensor, str | None],
+    call: Call,
+    i: int,
     dy: Tensor,
     h: Tensor | None,
     y: Tensor | None,
     needs_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dz, H); H is computed again where it is needed and was not saved."""
+    """(dz, H) of layer i; H is computed again where it is needed and was not saved."""
     from maestro_kernels.backends.triton.activation_grad import activation_grad
     from maestro_kernels.backends.triton.two_phase import two_phase
 
-    x, u, v, bias, rank, activation = layer
+    x, u, v, bias, rank, activation = call.layer(i)
     precision = input_precision(x.dtype)
     needs_z = activation is not None and not (activation == "relu" and y is not None)
     if h is None and (needs_h or needs_z):
         # Without rows in u no tile of y is left and only H is computed.
-        h = two_phase(x, v, u[:0], None, rank, None, save_h=True, input_precision=precision)[1]
+        h = two_phase(
+            x, v, u[:0], None, rank, None, None, call.scale(i), save_h=True,
+            input_precision=precision,
+        )[1]  # fmt: skip
     if activation is None:
         return dy, h
+    residual = call.residual(i)
+    if residual is not None and needs_z and h is not None:
+        # An activation behind a residual is rare: z by a library's product, in a pass of its own.
+        z = reference.expand(h, u, bias, rank if isinstance(rank, Tensor) else None, residual)
+        return reference.activation_backward(dy, z, activation), h
     bias = None if bias is None else bias.contiguous()
     return activation_grad(dy, h, u, bias, y, rank, activation, input_precision=precision), h
 

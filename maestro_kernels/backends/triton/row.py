@@ -55,13 +55,15 @@ def row(
     bias: Tensor | None,
     rank: int | Tensor,
     activation: str | None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
     *,
     save_h: bool,
     config: RowConfig | None = None,
     plan: RowPlan | None = None,
     input_precision: str = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute y = act(x @ v[:r].T @ u[:, :r].T + bias) and H = x @ v[:r].T, H in registers.
+    """Compute y = act(H @ u[:, :r].T + bias + residual), H = scale · x @ v[:r].T in registers.
 
     Args:
         x: (M, K), M > 0, last stride 1; float16, bfloat16 or float32.
@@ -71,6 +73,8 @@ def row(
         rank: 0 < r <= 256, or a 0-d int32 tensor on the device of x, clamped to 0..R in the kernel;
             R <= 256 then.
         activation: None, "relu", "gelu", "gelu_tanh" or "silu".
+        residual: (M, N), last stride 1, or None.
+        scale: what H is multiplied by.
         save_h: return H.
         config: tiles; None chooses.
         plan: programs for each block of rows; None chooses.
@@ -80,7 +84,7 @@ def row(
         y (M, N), and H: (M, r), or for a tensor rank (M, R) with zeros beyond r; None unless asked.
     """
     return _launch(
-        x, v, u, bias, rank, activation,
+        x, v, u, bias, rank, activation, residual, scale,
         save_h=save_h, transposed=False, config=config, plan=plan, input_precision=input_precision,
     )  # fmt: skip
 
@@ -90,18 +94,20 @@ def row_dx(
     u: Tensor,
     v: Tensor,
     rank: int | Tensor,
+    scale: float = 1.0,
     *,
     config: RowConfig | None = None,
     plan: RowPlan | None = None,
     input_precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """Compute dx = dH @ v[:r] and dH = dy @ u[:, :r] with the same kernel.
+    """Compute dx = dH @ v[:r] and dH = scale · dy @ u[:, :r] with the same kernel.
 
     Args:
         dy: gradient of y before bias and activation (M, N), last stride 1.
         u: (N, R).
         v: (R, K).
         rank: as in row.
+        scale: as in row.
         config: tiles; None chooses.
         plan: programs for each block of rows; None chooses.
         input_precision: as in row.
@@ -110,7 +116,7 @@ def row_dx(
         dx (M, K), and dH shaped like H in row.
     """
     dx, dh = _launch(
-        dy, u.t(), v.t(), None, rank, None,
+        dy, u.t(), v.t(), None, rank, None, None, scale,
         save_h=True, transposed=True, config=config, plan=plan, input_precision=input_precision,
     )  # fmt: skip
     assert dh is not None
@@ -127,7 +133,7 @@ class _Launch(NamedTuple):
         width: columns of H, 0 where it is not saved.
         describe: what makes the descriptors of x, S and E; None where they are read by pointers.
         rank: r, None where it is a tensor.
-        numbers: the arguments behind the rank.
+        numbers: the arguments behind the rank, before the residual.
     """
 
     launcher: Launcher
@@ -136,7 +142,7 @@ class _Launch(NamedTuple):
     width: int
     describe: Callable[[Tensor, Tensor, Tensor], tuple[TensorDescriptor, ...]] | None
     rank: int | None
-    numbers: tuple[int, ...]
+    numbers: tuple[int | None, ...]
 
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
@@ -149,6 +155,8 @@ def _launch(
     bias: Tensor | None,
     rank: int | Tensor,
     activation: str | None,
+    residual: Tensor | None,
+    scale: float,
     *,
     save_h: bool,
     transposed: bool,
@@ -161,11 +169,12 @@ def _launch(
     how = (
         None if is_tensor else rank, activation, save_h, transposed, config, plan, input_precision
     )  # fmt: skip
-    key = (x.device, how, layouts((x, s, e, bias)))
+    key = (x.device, how, layouts((x, s, e, bias, residual)), scale == 1)
     found = _launches.get(key)
     if found is None:
-        found = keep(_launches, key, _planned(x, s, e, bias, *how))
-    return _run(found, x, s, e, bias, rank if is_tensor else None)
+        found = keep(_launches, key, _planned(x, s, e, bias, residual, *how))
+    factor = None if scale == 1 else float(scale)
+    return _run(found, x, s, e, bias, rank if is_tensor else None, residual, factor)
 
 
 def again(
@@ -174,21 +183,28 @@ def again(
     """Y of `row` for x (..., K), None where no tensors that lie like these went through it."""
     how = rank, activation, False, False, None, None, input_precision(x.dtype)
     rows = x if x.ndim == 2 else as_rows(x)
-    found = _launches.get((x.device, how, layouts((rows, v, u, bias))))
+    found = _launches.get((x.device, how, layouts((rows, v, u, bias, None)), True))
     if found is None:
         return None
-    y, _ = _run(found, rows, v, u, bias, None)
+    y, _ = _run(found, rows, v, u, bias, None, None, None)
     return y if rows is x else y.view(*x.shape[:-1], u.shape[0])
 
 
 def _run(
-    launch: _Launch, x: Tensor, s: Tensor, e: Tensor, bias: Tensor | None, rank: Tensor | None
+    launch: _Launch,
+    x: Tensor,
+    s: Tensor,
+    e: Tensor,
+    bias: Tensor | None,
+    rank: Tensor | None,
+    residual: Tensor | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch with these tensors."""
     launcher, M, N, width, describe, known_rank, numbers = launch
     if is_elsewhere(x):
         with torch.cuda.device(x.device):
-            return _run(launch, x, s, e, bias, rank)
+            return _run(launch, x, s, e, bias, rank, residual, scale)
     y = x.new_empty(M, N)
     h = empty_h(x, width) if width else None
     operands = (x, s, e) if describe is None else describe(x, s, e)
@@ -201,6 +217,8 @@ def _run(
         y if h is None else h,
         known_rank if rank is None else rank,
         *numbers,
+        residual,
+        scale,
     )
     return y, h
 
@@ -210,6 +228,7 @@ def _planned(
     s: Tensor,
     e: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     rank: int | None,
     activation: str | None,
     save_h: bool,
@@ -257,7 +276,7 @@ def _planned(
     numbers = (
         M, N, K, R, plan.num_whole, plan.num_splits,
         x.stride(0), s.stride(0), s.stride(1), e.stride(0), e.stride(1), N,
-        h_stride(width) if save_h else 0,
+        h_stride(width) if save_h else 0, None if residual is None else residual.stride(0),
     )  # fmt: skip
     return _Launch(launcher, M, N, width if save_h else 0, describe, rank, numbers)
 
@@ -301,11 +320,13 @@ def _descriptor(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
 def aot_spec(config: RowConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
     """What tools/triton_report.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
-    forward: bias, gelu, H saved; dx: with a rank on the device; odd: nothing is divisible by 8.
+    forward: bias, gelu, H saved; residual: the same with a residual and a scale; dx: with a rank on
+    the device; odd: nothing is divisible by 8.
     """
     if (dtype == "fp32") == (config.precision == "half"):
         return
-    for form in ("forward", "dx", *(() if config.descriptors else ("forward odd", "dx odd"))):
+    odd = () if config.descriptors else ("forward odd", "dx odd")
+    for form in ("forward", "residual", "dx", *odd):
         yield {
             "kernel": row_kernel,
             "label": f"{config} {form}",
@@ -346,6 +367,9 @@ def _signature(config: RowConfig, dtype: str, form: str) -> dict[str, Any]:
             "num_whole": "i32",
             "num_splits": "i32",
             "stride_hm": "i32:16",
+            "stride_resm": size if form == "residual" else None,
+            "p_residual": pointer if form == "residual" else None,
+            "scale": "fp32" if form == "residual" else None,
             "HAS_BIAS": not transposed,
             "ACTIVATION": "none" if transposed else "gelu",
             "SAVE_H": True,

@@ -51,12 +51,12 @@ def _shrink_rows(
 
 @triton.jit
 def _expand_rows(
-    b_h, e, p_bias, p_y, rank, rank_read, M, N, o_begin, o_end, stride_en, stride_er, o_m, o_r,
-    CLEAR: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    b_h, e, p_bias, p_residual, p_y, rank, rank_read, M, N, o_begin, o_end, stride_en, stride_er,
+    o_m, o_r, CLEAR: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Columns o_begin .. o_end - 1 of rows of y = act(H · Eᵀ + bias).
+    """Columns o_begin .. o_end - 1 of rows of y = act(H · Eᵀ + bias + residual).
 
     CLEAR: what E holds from the rank on is set to zero.
     """
@@ -78,23 +78,27 @@ def _expand_rows(
         b_y = tl.dot(b_h, b_e, input_precision=INPUT_PRECISION)
         if HAS_BIAS:
             b_y += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
-        b_y = apply_activation(b_y, ACTIVATION)
         m_y = (o_m < M)[:, None] & (o_n < N)[None, :]
+        if p_residual is not None:
+            b_y += tl.load(p_residual + o_n[None, :], mask=m_y, other=0.0).to(tl.float32)
+        b_y = apply_activation(b_y, ACTIVATION)
         tl.store(p_y + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
 @triton.jit(do_not_specialize=["rank", "M", "num_whole", "num_splits"])
 def row_kernel(
     x, s, e, p_bias, p_y, p_h, rank, M, N, K, R, num_whole, num_splits,
-    stride_xm, stride_sr, stride_sk, stride_en, stride_er, stride_ym, stride_hm,
+    stride_xm, stride_sr, stride_sk, stride_en, stride_er, stride_ym, stride_hm, stride_resm,
+    p_residual, scale,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_H: tl.constexpr,
     TENSOR_RANK: tl.constexpr, ROUND_RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of y = act(x · S[:r]ᵀ · E[:, :r]ᵀ + bias) and of H = x · S[:r]ᵀ.
+    """BLOCK_M rows of y = act(H · E[:, :r]ᵀ + bias + residual) and of H = scale · x · S[:r]ᵀ.
 
-    Reads x (M, K), S (R, K), E (N, R), bias (N,); writes y (M, N) and H, (M, r) or (M, R).
+    Reads x (M, K), S (R, K), E (N, R), bias (N,), residual (M, N); writes y (M, N) and H, (M, r) or
+    (M, R). Without a residual p_residual and stride_resm are None, scale is where it is 1.
     S, E = v, u is the forward; S, E = uᵀ, vᵀ turns dy into dx, and H is then dH.
 
     The first num_whole blocks of rows have a program each, every other one has num_splits of them.
@@ -121,6 +125,8 @@ def row_kernel(
         x, s, M, K, rank_read, stride_xm, stride_sr, stride_sk, i_m,
         TRANSPOSED, DESCRIPTORS, BLOCK_M, BLOCK_K, BLOCK_R, INPUT_PRECISION,
     )  # fmt: skip
+    if scale is not None:
+        b_h *= scale
     # The same rounding as between two matmuls; the tile becomes the A operand of the next product.
     b_h = tl.where((o_r < rank)[None, :], b_h, 0.0).to(p_y.dtype.element_ty)
     if SAVE_H:
@@ -130,6 +136,8 @@ def row_kernel(
         width = tl.where(i_split == 0, width, 0)
         tl.store(p_h, b_h, mask=(o_m < M)[:, None] & (o_r < width)[None, :])
     p_y += o_m[:, None].to(tl.int64) * stride_ym
+    if p_residual is not None:
+        p_residual += o_m[:, None].to(tl.int64) * stride_resm
     # Descriptors end at the width, and u is read in eights: then what follows the rank comes along.
     # H is zero there, but zero times NaN is not. Clearing it takes u through registers, so there is
     # a loop without for those who need not. Exact products of float32 take it there anyway, and a
@@ -142,11 +150,13 @@ def row_kernel(
     rank_read = rank if exact else rank_read
     if clear:
         _expand_rows(
-            b_h, e, p_bias, p_y, rank, rank_read, M, N, o_begin, o_end, stride_en, stride_er, o_m,
-            o_r, True, HAS_BIAS, ACTIVATION, TRANSPOSED, DESCRIPTORS, BLOCK_N, INPUT_PRECISION,
+            b_h, e, p_bias, p_residual, p_y, rank, rank_read, M, N, o_begin, o_end, stride_en,
+            stride_er, o_m, o_r, True, HAS_BIAS, ACTIVATION, TRANSPOSED, DESCRIPTORS, BLOCK_N,
+            INPUT_PRECISION,
         )  # fmt: skip
     else:
         _expand_rows(
-            b_h, e, p_bias, p_y, rank, rank_read, M, N, o_begin, o_end, stride_en, stride_er, o_m,
-            o_r, False, HAS_BIAS, ACTIVATION, TRANSPOSED, DESCRIPTORS, BLOCK_N, INPUT_PRECISION,
+            b_h, e, p_bias, p_residual, p_y, rank, rank_read, M, N, o_begin, o_end, stride_en,
+            stride_er, o_m, o_r, False, HAS_BIAS, ACTIVATION, TRANSPOSED, DESCRIPTORS, BLOCK_N,
+            INPUT_PRECISION,
         )  # fmt: skip

@@ -61,13 +61,15 @@ def two_phase(
     bias: Tensor | None,
     rank: int | Tensor,
     activation: str | None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
     *,
     save_h: bool,
     config: TwoPhaseConfig | None = None,
     num_programs: int | None = None,
     input_precision: str = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute y = act(x @ v[:r].T @ u[:, :r].T + bias) and H = x @ v[:r].T in one launch.
+    """Compute y = act(H @ u[:, :r].T + bias + residual), H = scale · x @ v[:r].T in one launch.
 
     Args:
         x: (M, K), M > 0, last stride 1; float16, bfloat16 or float32.
@@ -76,6 +78,8 @@ def two_phase(
         bias: (N,) or None.
         rank: r, or a 0-d int32 tensor on the device of x, clamped to 0..R in the kernel.
         activation: None, "relu", "gelu", "gelu_tanh" or "silu".
+        residual: (M, N), last stride 1, or None.
+        scale: what H is multiplied by.
         save_h: return H.
         config: tiles; None chooses.
         num_programs: programs of the grid; None plans.
@@ -85,7 +89,7 @@ def two_phase(
         y (M, N), and H: (M, r), or for a tensor rank (M, R) with zeros beyond r; None unless asked.
     """
     ys, hs = two_phase_grouped(
-        [x], [v], [u], [bias], _as_ranks(rank), [activation],
+        [x], [v], [u], [bias], _as_ranks(rank), [activation], [residual], [scale],
         save_h=save_h, config=config, num_programs=num_programs, input_precision=input_precision,
     )  # fmt: skip
     return ys[0], hs[0] if hs is not None else None
@@ -98,6 +102,8 @@ def two_phase_grouped(
     biases: Sequence[Tensor | None],
     ranks: Ranks,
     activations: Sequence[str | None],
+    residuals: Sequence[Tensor | None] = (),
+    scales: Sequence[float] = (),
     *,
     save_h: bool,
     config: TwoPhaseConfig | None = None,
@@ -113,6 +119,8 @@ def two_phase_grouped(
         biases: (N_i,) or None.
         ranks: r_i, or an int32 tensor (n,) on the device.
         activations: one for each layer.
+        residuals: (M_i, N_i) or None for each; () where none has one.
+        scales: one for each layer; () where all are 1.
         save_h: return H.
         config: tiles; None chooses.
         num_programs: programs of the grid; None plans.
@@ -126,9 +134,9 @@ def two_phase_grouped(
     hs: list[Tensor] | None = [] if save_h else None
     for part in layer_runs(xs):
         h = _launch(
-            xs[part], vs[part], us[part], biases[part], ranks[part], activations[part], ys[part],
-            save_h=save_h, sum_layers=False, config=config, num_programs=num_programs,
-            input_precision=input_precision,
+            xs[part], vs[part], us[part], biases[part], ranks[part], activations[part],
+            residuals[part], scales[part], ys[part], save_h=save_h, sum_layers=False, config=config,
+            num_programs=num_programs, input_precision=input_precision,
         )  # fmt: skip
         if hs is not None:
             hs += h
@@ -140,18 +148,20 @@ def two_phase_dx(
     u: Tensor,
     v: Tensor,
     rank: int | Tensor,
+    scale: float = 1.0,
     *,
     config: TwoPhaseConfig | None = None,
     num_programs: int | None = None,
     input_precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """Compute dx = dH @ v[:r] and dH = dy @ u[:, :r] in one launch of the same kernel.
+    """Compute dx = dH @ v[:r] and dH = scale · dy @ u[:, :r] in one launch of the same kernel.
 
     Args:
         dy: gradient of y before bias and activation (M, N), last stride 1.
         u: (N, R).
         v: (R, K).
         rank: as in two_phase.
+        scale: as in two_phase.
         config: tiles; None chooses.
         num_programs: programs of the grid; None plans.
         input_precision: as in two_phase.
@@ -160,7 +170,7 @@ def two_phase_dx(
         dx (M, K), and dH shaped like H in two_phase.
     """
     dxs, dhs = two_phase_dx_grouped(
-        [dy], [u], [v], _as_ranks(rank), shared_x=False, config=config,
+        [dy], [u], [v], _as_ranks(rank), [scale], shared_x=False, config=config,
         num_programs=num_programs, input_precision=input_precision,
     )  # fmt: skip
     return dxs[0], dhs[0]
@@ -171,6 +181,7 @@ def two_phase_dx_grouped(
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     ranks: Ranks,
+    scales: Sequence[float] = (),
     *,
     shared_x: bool,
     config: TwoPhaseConfig | None = None,
@@ -184,6 +195,7 @@ def two_phase_dx_grouped(
         us: (N_i, R_i).
         vs: (R_i, K_i).
         ranks: as in two_phase_grouped.
+        scales: as in two_phase_grouped.
         shared_x: the layers have read one x: return one dx.
         config: tiles; None chooses.
         num_programs: programs of the grid; None plans.
@@ -202,9 +214,9 @@ def two_phase_dx_grouped(
         outs = outs[:1] if shared_x else outs
         count = len(dys[part])
         dhs += _launch(
-            dys[part], ss[part], es[part], [None] * count, ranks[part], [None] * count, outs,
-            save_h=True, sum_layers=shared_x, config=config, num_programs=num_programs,
-            input_precision=input_precision,
+            dys[part], ss[part], es[part], [None] * count, ranks[part], [None] * count, (),
+            scales[part], outs, save_h=True, sum_layers=shared_x, config=config,
+            num_programs=num_programs, input_precision=input_precision,
         )  # fmt: skip
         if shared_x and dxs:
             dxs[0] += outs[0]
@@ -228,6 +240,7 @@ class _Launch(NamedTuple):
         sizes: Ns, Ks, Rs.
         ranks: as the kernel takes them; None where they are a tensor.
         strides: of x, S, E, y and H.
+        strides_res: of the residuals; None where there are none.
         partials: float32 slots for the sums of split tiles.
         counters: int32 counters.
         split_target: tiles that phase 1 may reach by splitting K.
@@ -240,6 +253,7 @@ class _Launch(NamedTuple):
     sizes: tuple[tuple[int, ...], ...]
     ranks: tuple[int, ...] | None
     strides: tuple[tuple[int, ...], ...]
+    strides_res: tuple[int, ...] | None
     partials: int
     counters: int
     split_target: int
@@ -255,6 +269,8 @@ def _launch(
     biases: Sequence[Tensor | None],
     ranks: Ranks,
     activations: Sequence[str | None],
+    residuals: Sequence[Tensor | None],
+    scales: Sequence[float],
     ys: Sequence[Tensor],
     *,
     save_h: bool,
@@ -270,14 +286,21 @@ def _launch(
         None if tensor_rank else tuple(ranks), tuple(activations), save_h, sum_layers,
         config, num_programs, input_precision,
     )  # fmt: skip
-    key = (xs[0].device, how, layouts((*xs, *ss, *es, *biases)))
+    if not any(t is not None for t in residuals):
+        residuals = ()
+    factors = None if all(s == 1 for s in scales) else tuple(map(float, scales))
+    key = (xs[0].device, how, layouts((*xs, *ss, *es, *biases, *residuals)), factors is None)
     found = _launches.get(key)
     if found is None:
-        found = keep(_launches, key, _planned(xs, ss, es, biases, ys, *how))
+        found = keep(_launches, key, _planned(xs, ss, es, biases, residuals, ys, *how))
     pointer = ranks.contiguous() if isinstance(ranks, Tensor) else None
     # Any pointer of the type serves where there is no bias: it is never read.
     given = [e if b is None else b for b, e in zip(biases, es, strict=True)]
-    hs = _run(found, xs, ss, es, given, pointer, [*ys] * len(xs) if sum_layers else ys)
+    added = None
+    if residuals:
+        added = tuple([e if t is None else t for t, e in zip(residuals, es, strict=True)])
+    outs = [*ys] * len(xs) if sum_layers else ys
+    hs = _run(found, xs, ss, es, given, pointer, outs, added, factors)
     return [h[:, :width] for h, width in zip(hs, found.widths, strict=True)] if save_h else []
 
 
@@ -287,7 +310,7 @@ def again(
     """Y of two_phase for x (..., K), None where no tensors that lie like these went through it."""
     how = (rank,), (activation,), False, False, None, None, input_precision(x.dtype)
     rows = x if x.ndim == 2 else as_rows(x)
-    found = _launches.get((x.device, how, layouts((rows, v, u, bias))))
+    found = _launches.get((x.device, how, layouts((rows, v, u, bias)), True))
     if found is None:
         return None
     y = x.new_empty(found.M, u.shape[0])
@@ -303,13 +326,18 @@ def _run(
     biases: Sequence[Tensor],
     ranks: Tensor | None,
     ys: Sequence[Tensor],
+    residuals: tuple[Tensor, ...] | None = None,
+    scales: tuple[float, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """Launch with these tensors; returns every H with all its stride_h columns."""
-    launcher, M, _, strides_h, sizes, encoded, strides, partials, counters, split_target = launch
+    (
+        launcher, M, _, strides_h, sizes, encoded, strides, strides_res, partials, counters,
+        split_target,
+    ) = launch  # fmt: skip
     x = xs[0]
     if is_elsewhere(x):
         with torch.cuda.device(x.device):
-            return _run(launch, xs, ss, es, biases, ranks, ys)
+            return _run(launch, xs, ss, es, biases, ranks, ys, residuals, scales)
     hs = tuple(map(x.new_empty, repeat(M), strides_h))
     launcher(
         x,
@@ -322,6 +350,9 @@ def _run(
         *sizes,
         encoded if ranks is None else ranks,
         *strides,
+        residuals,
+        strides_res,
+        scales,
         torch.empty(partials, dtype=torch.float32, device=x.device),
         workspace.counters(x.device, counters),
         M,
@@ -335,6 +366,7 @@ def _planned(
     ss: Sequence[Tensor],
     es: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    residuals: Sequence[Tensor | None],
     ys: Sequence[Tensor],
     ranks: tuple[int, ...] | None,
     activations: tuple[str | None, ...],
@@ -349,7 +381,8 @@ def _planned(
     M, device = x.shape[0], record_of(x)
     Ns, Ks, Rs = (tuple(t.shape[i] for t in ts) for ts, i in ((es, 0), (xs, 1), (ss, 0)))
     widths = Rs if ranks is None else tuple(map(min, ranks, Rs))
-    layout = _layout(xs, ss, es, ys)
+    added = [e if t is None else t for t, e in zip(residuals, es, strict=True)] if residuals else []
+    layout = _layout(xs, ss, es, [*ys, *(t for t in residuals if t is not None)])
     config = config or choose.two_phase(
         device, M, Ns, Ks, Rs, x.dtype, input_precision, aligned=layout != "any"
     )
@@ -367,6 +400,7 @@ def _planned(
         num_programs,
         {
             "BIAS_BITS": sum(1 << i for i, b in enumerate(biases) if b is not None),
+            "RESIDUAL_BITS": sum(1 << i for i, t in enumerate(residuals) if t is not None),
             "ACTIVATIONS": tuple(names[:1] if len(set(names)) == 1 else names),
             "TENSOR_RANK": tensor_rank,
             "SUM_LAYERS": sum_layers,
@@ -399,6 +433,7 @@ def _planned(
     encoded = None if ranks is None else tuple(map(encode_rank, ranks))
     return _Launch(
         launcher, M, widths, strides_h, (Ns, Ks, Rs), encoded, strides,
+        tuple(t.stride(0) for t in added) if added else None,
         plan.partials, plan.counters, plan.split_target,
     )  # fmt: skip
 

@@ -16,16 +16,16 @@ from maestro_kernels.backends.triton.two_phase_kernel import two_phase_kernel
 
 __all__ = ["aot_spec"]
 
-_FORMS = ("single", "grouped", "dx", "dx_sum")
+_FORMS = ("single", "residual", "grouped", "dx", "dx_sum")
 _UNALIGNED_FORMS = ("odd", "dx_odd")
 
 
 def aot_spec(config: TwoPhaseConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
     """What tools/triton_report.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
-    single: int rank, bias and gelu; grouped: three layers, tensor ranks, H saved, silu beside none;
-    dx: of one layer; dx_sum: three layers that share x, tensor ranks; odd, dx_odd: one layer whose
-    sizes have no common divisor.
+    single: int rank, bias and gelu; residual: the same with a residual and a scale; grouped: three
+    layers, tensor ranks, H saved, silu beside none; dx: of one layer; dx_sum: three layers that share
+    x, tensor ranks; odd, dx_odd: one layer whose sizes have no common divisor.
     """
     for precision in ("ieee", "tf32") if dtype == "fp32" else ("16-bit",):
         suffix = f" {precision}" if dtype == "fp32" else ""
@@ -63,8 +63,8 @@ def _signature(
     if backward:
         strides = {"strides_sr": 1, "strides_sk": size, "strides_en": 1, "strides_er": size}
     strides["strides_hm"] = "i32:16"
-    activations = {"single": ("gelu",), "odd": ("gelu",), "grouped": ("silu", "none", "none")}.get(
-        form, ("none",)
+    activations = {"grouped": ("silu", "none", "none")}.get(
+        form, ("none",) if backward else ("gelu",)
     )
     return (
         {name: each(f"*{dtype}:16") for name in pointers}
@@ -76,6 +76,10 @@ def _signature(
             "counters": "*i32:16",
             "M": "i32",
             "split_target": "i32",
+            "residuals": each(f"*{dtype}:16") if form == "residual" else None,
+            "strides_resm": each(size) if form == "residual" else None,
+            "scales": each("fp32") if form == "residual" else None,
+            "RESIDUAL_BITS": int(form == "residual"),
             "BIAS_BITS": 0 if backward else 5 if group else 1,
             "ACTIVATIONS": activations,
             "TENSOR_RANK": group,

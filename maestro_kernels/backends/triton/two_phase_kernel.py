@@ -176,14 +176,21 @@ def _reduce_splits(b_h, p_slots, p_arrivals, i_split, num_splits, BLOCK_M, BLOCK
 
 @triton.jit
 def _epilogue(
-    b_y, p_bias, N, i_layer, i_n, ACTIVATIONS: tl.constexpr, BIAS_BITS: tl.constexpr,
+    b_y, p_bias, p_residual, M, N, stride_resm, i_layer, i_m, i_n, ACTIVATIONS: tl.constexpr,
+    BIAS_BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """act(b_y + bias) of one layer of the group."""
+    """act(b_y + bias + residual) of one layer of the group."""
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if BIAS_BITS:
-        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         N_bias = tl.where((BIAS_BITS >> i_layer) & 1 == 1, N, 0)
         b_y += tl.load(p_bias + o_n, mask=o_n < N_bias, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL_BITS:
+        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        p_residual = p_residual + o_m[:, None].to(tl.int64) * stride_resm + o_n[None, :]
+        N_residual = tl.where((RESIDUAL_BITS >> i_layer) & 1 == 1, N, 0)
+        m_y = (o_m < M)[:, None] & (o_n < N_residual)[None, :]
+        b_y += tl.load(p_residual, mask=m_y, other=0.0).to(tl.float32)
     if len(ACTIVATIONS) == 1:
         b_y = apply_activation(b_y, tl.constexpr(ACTIVATIONS[0]))
     else:
@@ -209,25 +216,29 @@ def _leave(p_ticket, p_ready, num_ready):
 def two_phase_kernel(
     xs, ss, es, biases, ys, hs, Ns, Ks, Rs, ranks,
     strides_xm, strides_sr, strides_sk, strides_en, strides_er, strides_ym, strides_hm,
-    partials, counters, M, split_target,
-    BIAS_BITS: tl.constexpr, ACTIVATIONS: tl.constexpr, TENSOR_RANK: tl.constexpr,
-    SUM_LAYERS: tl.constexpr, ZERO_TAIL: tl.constexpr, LAYOUT: tl.constexpr,
+    residuals, strides_resm, scales, partials, counters, M, split_target,
+    BIAS_BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ACTIVATIONS: tl.constexpr,
+    TENSOR_RANK: tl.constexpr, SUM_LAYERS: tl.constexpr, ZERO_TAIL: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     LAYERS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     STEP_R: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y_i = act_i(x_i · S_i[:r_i]ᵀ · E_i[:, :r_i]ᵀ + bias_i), or y = the sum of those (SUM_LAYERS).
+    """y_i = act_i(H_i · E_i[:, :r_i]ᵀ + bias_i + residual_i), or y = the sum of those (SUM_LAYERS).
 
-    Reads, per layer, x (M, K), S (R, K), E (N, R), bias (N,); writes y (M, N) and H (M, r), whose
-    row stride is a multiple of 16. Plural arguments are tuples with one entry per layer.
+    H_i = scale_i · x_i · S_i[:r_i]ᵀ. Reads, per layer, x (M, K), S (R, K), E (N, R), bias (N,) and
+    residual (M, N); writes y (M, N) and H (M, r), whose row stride is a multiple of 16. Plural
+    arguments are tuples with one entry per layer.
     S, E = v, u is the forward; S, E = uᵀ, vᵀ turns dy into dx, and H is then dH.
 
     Arguments that need a word:
         ranks: encode_rank of each rank, or a pointer to int32 (TENSOR_RANK); clamped to 0..R.
+        residuals, strides_resm: None where no layer has one.
+        scales: None where all are 1.
         partials: float32 slots for split_target tiles of H.
         counters: zeros; ticket, leaving programs, arrivals (split_target), ready (layers, num_m).
         split_target: K is split as long as phase 1 has no more tiles than this.
-        BIAS_BITS: bit i says that layer i has a bias.
+        BIAS_BITS, RESIDUAL_BITS: bit i says that layer i has a bias, a residual.
         ACTIVATIONS: one name for all layers, or one each.
         ZERO_TAIL: H is (M, R) and its columns beyond r are set to zero.
         LAYOUT: "rows" or "columns": S and E have stride 1 along these, and all sizes and other
@@ -304,6 +315,8 @@ def two_phase_kernel(
                 num_splits, BLOCK_M, BLOCK_R,
             )  # fmt: skip
         if is_last:
+            if scales is not None:
+                b_h *= pick(scales, i_layer, NUM_LAYERS)
             width = tl.cdiv(R if ZERO_TAIL else rank, 8) * 8
             _store_h(
                 b_h, pick(hs, i_layer, NUM_LAYERS), M, rank, width,
@@ -366,8 +379,14 @@ def two_phase_kernel(
                 _eights(pick(strides_er, i, NUM_LAYERS), COLUMNS), i_m, i_n, ROWS, BLOCK_M,
                 BLOCK_N, STEP_R, STEP_R if STEP_R < BLOCK_R else BLOCK_R, INPUT_PRECISION,
             )  # fmt: skip
-        p_bias = pick(biases, i_layer, NUM_LAYERS)
-        b_y = _epilogue(b_y, p_bias, N, i_layer, i_n, ACTIVATIONS, BIAS_BITS, BLOCK_N)
+        p_residual, stride_resm = None, 0
+        if RESIDUAL_BITS:
+            p_residual = pick(residuals, i_layer, NUM_LAYERS)
+            stride_resm = _eights(pick(strides_resm, i_layer, NUM_LAYERS), ALIGNED)
+        b_y = _epilogue(
+            b_y, pick(biases, i_layer, NUM_LAYERS), p_residual, M, N, stride_resm, i_layer, i_m,
+            i_n, ACTIVATIONS, BIAS_BITS, RESIDUAL_BITS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         p_y = pick(ys, i_layer, NUM_LAYERS)
