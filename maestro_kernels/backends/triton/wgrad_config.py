@@ -44,8 +44,8 @@ class WgradConfig:
     def max_registers(self) -> int | None:
         """Registers of a thread that ptxas may use, or None to leave it alone.
 
-        Then it aims at more programs than the plan has and spills a few bytes to get there; but with
-        a limit it spills those of exact float32 products (Triton 3.9, sm_90).
+        Alone it aims at more programs than the plan has and spills a few bytes to get there; with a
+        limit it spills those of exact float32 products (Triton 3.9, sm_90).
         """
         return None if self.precision == "ieee" else 255
 
