@@ -22,7 +22,17 @@ from pathlib import Path
 
 from tools import tables
 
-__all__ = ["DEVICES", "Row", "disassembler", "main", "parse_ptxas", "report", "resident", "table"]
+__all__ = [
+    "DEVICES",
+    "Row",
+    "count_instructions",
+    "disassembler",
+    "main",
+    "parse_ptxas",
+    "report",
+    "resident",
+    "table",
+]
 
 SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 FILES = ("decode.cu", "rows.cu", "sm90/row_bf16.cu", "sm90/row_f16.cu")
@@ -103,6 +113,8 @@ class Row:
     blocks_per_sm: int
     mma: int | None  # mma.sync in the machine code; None where there was no disassembler
     wgmma: int | None
+    waits: int | None  # for the kernel in front, in the machine code
+    early: int | None  # accesses to memory in front of the first of these
 
     @property
     def faults(self) -> list[str]:
@@ -117,6 +129,11 @@ class Row:
                 found.append("no HGMMA")
         elif self.mma == 0 and "Ieee" not in self.kernel:
             found.append("no HMMA")
+        if self.kernel.startswith("decode_kernel") and DEVICES[self.arch].cc >= 90:
+            if self.waits == 0:
+                found.append("no wait for the kernel in front")
+            if self.early:
+                found.append(f"{self.early} accesses before the wait for the kernel in front")
         return found
 
 
@@ -175,8 +192,19 @@ def disassembler() -> str | None:
     return found
 
 
-def _instructions(cubin: Path) -> dict[str, tuple[int, int]]:
-    """{kernel: (HMMA, HGMMA)}, empty without a disassembler."""
+def count_instructions(sass: str) -> tuple[int, int, int, int]:
+    """(HMMA, HGMMA, waits for the kernel in front, accesses to memory before the first of these).
+
+    The wait is ACQBULK; a prefetch (CCTL) is no access.
+    """
+    first, *others = re.split(r"\bACQBULK\b", sass)
+    early = re.findall(r"\b(?:LDG|STG|ATOMG|REDG?|LDGSTS|LD|ST|ATOM)\b", first)
+    counts = (len(re.findall(rf"\b{name}", sass)) for name in ("HMMA", "HGMMA"))
+    return *counts, len(others), len(early)
+
+
+def _instructions(cubin: Path) -> dict[str, tuple[int, int, int, int]]:
+    """{kernel: count_instructions of it}, empty without a disassembler."""
     tool = disassembler()
     if tool is None:
         return {}
@@ -185,7 +213,7 @@ def _instructions(cubin: Path) -> dict[str, tuple[int, int]]:
     for part in sass.stdout.split("Function : ")[1:]:
         name = _name(part.split(None, 1)[0])
         if name is not None:
-            counts[name] = (len(re.findall(r"\bHMMA", part)), len(re.findall(r"\bHGMMA", part)))
+            counts[name] = count_instructions(part)
     return counts
 
 
@@ -266,9 +294,9 @@ def _rows(folder: Path, log: str, cubin: Path, arch: str) -> list[Row]:
     rows = []
     for kernel, (registers, spill, stack) in sorted(parse_ptxas(log).items()):
         threads, shared = sizes[kernel]
-        mma, wgmma = counts.get(kernel, (None, None))
+        counted = counts.get(kernel, (None,) * 4)
         blocks = resident(DEVICES[arch], threads, registers, shared) if threads else 0
-        rows.append(Row(kernel, arch, registers, spill, stack, threads, shared, blocks, mma, wgmma))
+        rows.append(Row(kernel, arch, registers, spill, stack, threads, shared, blocks, *counted))
     return rows
 
 
@@ -282,6 +310,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "blocks/SM": lambda r: str(r.blocks_per_sm),
     "mma.sync": lambda r: "?" if r.mma is None else str(r.mma),
     "wgmma": lambda r: "?" if r.wgmma is None else str(r.wgmma),
+    "waits": lambda r: "?" if r.waits is None else str(r.waits),
     "verdict": lambda r: "; ".join(r.faults) or "ok",
 }
 

@@ -82,6 +82,7 @@ struct Params {
   int32_t block_n;   // a constant in the other kernel
   int32_t max_rank;  // that shared memory is made for
   int32_t sum_by_all;
+  int32_t overlap;  // may begin before the kernel in front has ended
 };
 
 // plan.cpp: the argument of the kernel of a plan that mismatch() has passed for these layers.

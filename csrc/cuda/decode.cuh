@@ -1,5 +1,6 @@
 // Few rows: phase 1 cuts H into 16 ranks by splits of K, phase 2 cuts y into slices of block_n columns, about one for
 // each SM. A block asks for its slice of u before anything else; it travels to shared memory while H is computed.
+// Where the launch overlaps the kernel in front of it, all factors are asked for, into L2, while that one still runs.
 //
 // x and v are read 16 bytes at a time straight into the operands, the warps of a block taking turns along K.
 #pragma once
@@ -282,6 +283,27 @@ MK_DEVICE void decode_expand(const Params& p, const Schedule* s, unsigned char* 
   if (layer.h && at.index == 0) store_h_output<T>(layer, at.rank, h, at.pitch);
 }
 
+// Asks L2 for this block's share of `rows` of `bytes`; a hint.
+MK_DEVICE void prefetch_share(const void* matrix, int64_t rows, int64_t bytes, int64_t stride_bytes) {
+  constexpr int kLine = 128;
+  const int64_t lines = (bytes + kLine - 1) / kLine, all = rows * lines, blocks = block_count();
+  const int64_t end = all * (block_index() + 1) / blocks;
+  for (int64_t i = all * block_index() / blocks + thread_index(); i < end; i += kDecodeThreads)
+    prefetch(static_cast<const unsigned char*>(matrix) + i / lines * stride_bytes + i % lines * kLine);
+}
+
+// Factors travel while the kernel in front still runs. They are not read yet: it may be the one that writes them.
+template <class T>
+MK_DEVICE void prefetch_factors(const Params& p) {
+  constexpr int64_t kElement = sizeof(T);
+  for (int i = 0; i < p.num_layers; ++i) {
+    const Layer& layer = p.layers[i];
+    if (layer.rank_ptr) continue;  // nor may the rank be
+    prefetch_share(layer.v, layer.rank, layer.K * kElement, layer.stride_vr * kElement);
+    prefetch_share(layer.u, layer.rank ? layer.N : 0, layer.rank * kElement, layer.stride_un * kElement);
+  }
+}
+
 template <class Op, int kTilesM>
 MK_KERNEL(kDecodeThreads, 1)
 decode_kernel(MK_PARAM Params p) {
@@ -294,6 +316,8 @@ decode_kernel(MK_PARAM Params p) {
   auto* const u = carve<unsigned char>(cursor, layout.u_bytes);
   auto* const bias = carve<float>(cursor, layout.bias_bytes);
 
+  if (p.overlap) prefetch_factors<T>(p);
+  wait_for_kernel_in_front();
   const uint32_t ticket = first_ticket(p);
   make_schedule(s, p, kBlockM, kDecodeBlockR, p.block_n);
   block_barrier();
@@ -301,6 +325,7 @@ decode_kernel(MK_PARAM Params p) {
   if (first < s->num_expand) fetch_u<T>(p, s, u, first);
   claim_tiles(s, p.counters + kTicketCounter, ticket, s->num_shrink,
               [&](int index) { decode_shrink<Op, kTilesM>(p, s, reinterpret_cast<float*>(h), index); });
+  let_next_kernel_begin();
   for (int index = first; index < s->num_expand; index += block_count()) {
     if (index != first) {
       block_barrier();  // u, H and the bias of the slice before are free

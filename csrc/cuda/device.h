@@ -67,10 +67,11 @@ MK_DEVICE uint32_t to_tf32(uint32_t bits) {
   return rounded;
 }
 
-// Weights and inputs that no block writes. Streamed ones stay out of L1, which they would only sweep.
+// Weights and inputs that no block writes. Streamed ones stay out of L1, which they would only sweep. Not ".nc": that may
+// read what a line held while the kernel in front of an overlapping launch still wrote it.
 MK_DEVICE Pack load_streamed(const void* source) {
   Pack p;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(p.word[0]), "=r"(p.word[1]), "=r"(p.word[2]), "=r"(p.word[3])
       : "l"(__cvta_generic_to_global(source)));
   return p;
@@ -95,6 +96,24 @@ MK_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memor
 template <int kInFlight>
 MK_DEVICE void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
+}
+
+// Into L2, some time; nobody waits for it, and what it finds there may still be written.
+MK_DEVICE void prefetch(const void* source) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(source)));
+}
+// A launch with Params::overlap may begin before the kernel in front of it on the stream has ended. Until all threads
+// of a block have passed this, they may look at no memory that any kernel writes.
+MK_DEVICE void wait_for_kernel_in_front() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next launch begin, once all blocks have come here; it sees what this one writes after its own wait.
+MK_DEVICE void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 MK_DEVICE uint32_t atomic_add(uint32_t* target, uint32_t value) {

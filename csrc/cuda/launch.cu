@@ -51,6 +51,26 @@ cudaError_t allow_shared(const void* instance, int slot, int64_t bytes) {
   return error;
 }
 
+// Whether a launch may overlap the kernel in front of it: code for compute capability 9.0 or newer waits for that one
+// by itself (PTX of 8.0 does not, wherever it runs), and drivers from CUDA 12.3 on capture such launches in a graph.
+bool can_overlap(const void* instance, int slot) {
+  constexpr int kDevices = 64;
+  enum : int8_t { kUnknown, kNo, kYes };
+  static std::atomic<int8_t> asked[kDevices][kInstances];
+  int device = 0;
+  if (cudaGetDevice(&device)) return false;
+  std::atomic<int8_t>* const known = device < kDevices ? &asked[device][slot] : nullptr;
+  const int8_t before = known ? known->load(std::memory_order_relaxed) : int8_t{kUnknown};
+  if (before != kUnknown) return before == kYes;
+  cudaFuncAttributes compiled{};
+  int driver = 0;
+  const bool told = !cudaFuncGetAttributes(&compiled, instance) && !cudaDriverGetVersion(&driver);
+  if (!told) static_cast<void>(cudaGetLastError());
+  const bool can = told && compiled.ptxVersion >= 90 && driver >= 12030;
+  if (known) known->store(can ? kYes : kNo, std::memory_order_relaxed);
+  return can;
+}
+
 }  // namespace
 
 std::string query_device(int32_t index, Device* device) {
@@ -102,12 +122,21 @@ std::string launch(const Plan& plan, const Layer* layers, int64_t n, DType dtype
     return subject(plan, layers, n, dtype) + failure("cudaFuncSetAttribute", error);
   }
   Params params = make_params(plan, layers, n, dtype, counters, scratch);
+  if (params.overlap && !can_overlap(instance.kernel, instance.slot)) params.overlap = 0;
   void* arguments[] = {&params};
-  if (const cudaError_t error = cudaLaunchKernel(
-          instance.kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)),
-          arguments, static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream))) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = params.overlap ? 1 : 0;
+  if (const cudaError_t error = cudaLaunchKernelExC(&config, instance.kernel, arguments)) {
     static_cast<void>(cudaGetLastError());  // or the next call of somebody else would report it
-    return subject(plan, layers, n, dtype) + failure("cudaLaunchKernel", error);
+    return subject(plan, layers, n, dtype) + failure("cudaLaunchKernelExC", error);
   }
   return {};
 }

@@ -39,6 +39,7 @@ struct Plan {
   int32_t parts = 1;
   int32_t split_target = 0;  // decode, rows: K is split while phase 1 has no more tiles than this
   bool sum_by_all = false;   // decode: every block sums the splits of H itself, instead of the last to arrive for all
+  bool overlap = false;      // decode: may begin before the kernel in front has ended (PDL)
   int64_t shared_bytes = 0;
   int64_t scratch_bytes = 0;
   int64_t counter_bytes = 0;  // kCounterBytes at most

@@ -148,6 +148,7 @@ const char* plan_decode(Plan& p, const Layer* layers, int64_t n, DType dtype, co
     summed = std::max(summed, splits * layers[i].M * bound(layers[i]) * 4);
   }
   p.sum_by_all = summed <= kSummedByAll;
+  p.overlap = device.cc >= 90;
   size_grid(p, layers, n, dtype, device.sm_count);
   return nullptr;
 }
@@ -281,6 +282,7 @@ std::string describe(const Plan& p) {
                   static_cast<double>(p.shared_bytes) / 1024);
     text += sizes;
     if (p.sum_by_all) text += ", every block sums H";
+    if (p.overlap) text += ", begins before the kernel in front has ended";
     if (p.cluster > 1) text += ", clusters of " + std::to_string(p.cluster);
     if (p.parts > 1)
       text += ", row groups from " + std::to_string(p.whole) + " on in " + std::to_string(p.parts) + " parts";
@@ -331,6 +333,7 @@ Params make_params(const Plan& p, const Layer* layers, int64_t n, DType dtype, v
   params.block_n = p.block_n;
   params.max_rank = static_cast<int32_t>(max_rank(layers, n));
   params.sum_by_all = p.sum_by_all;
+  params.overlap = p.overlap;
   return params;
 }
 

@@ -127,7 +127,14 @@ def test_right_and_within_its_memory(runners, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not problems, "\n".join(problems)
     ran = done.stdout
-    for part in ("H 16x16", "H 64x16", "H 64x64", "H 128x128", "every block sums H"):
+    for part in (
+        "H 16x16",
+        "H 64x16",
+        "H 64x64",
+        "H 128x128",
+        "every block sums H",
+        "begins before",
+    ):
         assert part in ran, f"no call of this sweep takes {part}"
 
 
@@ -165,6 +172,8 @@ def test_a_missing_barrier_or_wait_is_noticed(runners, tmp_path, trial):
     assert passes()
     assert not passes("--fault", "async-wait", "0")
     assert not passes("--fault", "wait-for-h", "0")
+    # Only decode begins before the kernel in front of it has ended, and has something to wait for.
+    assert passes("--fault", "wait-for-kernel-in-front", "0") == (trial is ROWS_TRIAL)
     # The first barriers of the first block; further on, some orders have no use for one or another.
     unnoticed = [i for i in range(8) if passes("--fault", "block-barrier", str(i))]
     assert not unnoticed

@@ -51,7 +51,7 @@ def test_blocks_that_fit_on_an_sm(arch, threads, registers, shared, blocks):
 
 
 def test_faults_are_told():
-    good = report.Row("rows_kernel<Bf16,0>", "80", 118, 0, 0, 128, 49664, 3, 512, 0)
+    good = report.Row("rows_kernel<Bf16,0>", "80", 118, 0, 0, 128, 49664, 3, 512, 0, 0, 99)
     assert good.faults == []
     assert "spills 8 B" in replace(good, spill_bytes=8).faults[0]
     assert replace(good, stack_bytes=8).faults
@@ -60,6 +60,20 @@ def test_faults_are_told():
     assert replace(good, kernel="decode_kernel<Ieee,1>", mma=0).faults == []
     assert replace(good, kernel="row_kernel<bf16,64,1>", mma=0).faults == ["no HGMMA"]
     assert "no HMMA" in report.table([replace(good, mma=0)])
+    decode = replace(good, kernel="decode_kernel<Bf16,1>", arch="90a", waits=1, early=0)
+    assert decode.faults == replace(decode, arch="80", waits=0, early=9).faults == []
+    assert replace(decode, waits=0).faults == ["no wait for the kernel in front"]
+    assert replace(decode, early=2).faults[0].startswith("2 accesses before the wait")
+
+
+def test_what_is_counted_in_the_machine_code():
+    before = ["CCTL.E.PF2 [R2]", "LDC R1, c[0x0]", "LDS R0, [R3]", "ULDC.64 UR4"]
+    after = ["ATOMG.E.ADD R4, [R2], R5", "LDG.E.128 R8, [R4]", "HMMA.16816.F32 R0", "HGMMA.64x8"]
+    code = ["ACQBULK", *after]
+    assert report.count_instructions("\n".join([*before, *code])) == (1, 1, 1, 0)
+    assert report.count_instructions("\n".join([*before, *after])) == (1, 1, 0, 2)
+    for early in ("LDG.E R0, [R2]", "@P0 ST.E [R2], R0", "REDG.E.ADD [R2]", "LDGSTS.E [R4], [R2]"):
+        assert report.count_instructions("\n".join([early, *code]))[3] == 1
 
 
 def test_wrong_architecture_is_told(monkeypatch):
@@ -73,7 +87,7 @@ def test_wrong_architecture_is_told(monkeypatch):
 
 @needs_nvcc
 def test_two_phase_kernels_neither_spill_nor_use_local_memory():
-    rows = report.report(["80"], ["decode.cu", "rows.cu"])
+    rows = report.report(["80", "90a"], ["decode.cu", "rows.cu"])
     assert {row.kernel for row in rows} == {
         *(
             f"decode_kernel<{op},{tiles}>"

@@ -391,7 +391,31 @@ FAULTS = (
         "tests/backends/triton/test_backward.py::TestWeightGrads::test_zeros_beyond_the_rank_beside_nan",
         "momentum moves components that are switched off, on a GPU",
     ),
+    Fault(
+        "triton-expand-reads-beyond-the-rank",
+        f"{_MK}/backends/triton/expand.py",
+        "shape, strides = [tensor.shape[0], width], list(tensor.stride())",
+        "shape, strides = list(tensor.shape), list(tensor.stride())",
+        "tests/backends/triton/test_expand.py::test_sizes_off_the_grid_and_odd_ranks",
+        "NaN in components that are switched off reaches the output on an H100",
+    ),
+    Fault(
+        "triton-expand-leaves-h-unfinished",
+        f"{_MK}/backends/triton/expand.py",
+        "        padded[:, width:].zero_()",
+        "        pass",
+        "tests/backends/triton/test_expand.py::test_sizes_off_the_grid_and_odd_ranks",
+        "the backward of an odd rank multiplies whatever memory held",
+    ),
     # --- the compiled library ---------------------------------------------------------------
+    Fault(
+        "cuda-decode-does-not-wait-for-the-kernel-in-front",
+        "csrc/cuda/decode.cuh",
+        "  wait_for_kernel_in_front();\n",
+        "",
+        "tests/csrc/test_cuda_host.py::test_a_missing_barrier_or_wait_is_noticed",
+        "a decode step reads x before the layer in front has written it",
+    ),
     Fault(
         "cpu-silu-of-the-wrong-sign",
         "csrc/cpu/activation.h",

@@ -91,7 +91,10 @@ def choose_strategy(
         return "two_phase", "IEEE float32 has no tensor cores: H is kept out of the registers"
     device = device or _record_of(p)
     rank = max(p.max_active_rank, 1)
-    seconds = choose.strategies(device, p.M, p.N, p.K, rank, p.dtype, precision)
+    seconds = choose.strategies(
+        device, p.M, p.N, p.K, rank, p.dtype, precision,
+        aligned=not (p.N % 8 or p.K % 8 or p.R % 8),
+    )  # fmt: skip
     if not _expands(p, device):
         seconds = {name: took for name, took in seconds.items() if name != "expand"}
     if len(seconds) == 1:

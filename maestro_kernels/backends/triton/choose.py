@@ -145,6 +145,8 @@ def strategies(
     rank: int,
     dtype: torch.dtype,
     input_precision: str = "ieee",
+    *,
+    aligned: bool = True,
 ) -> dict[str, float]:
     """Predicted seconds of one layer by each strategy that can run it, the best tiles of each.
 
@@ -156,18 +158,19 @@ def strategies(
         rank: active rank, or R where only the device knows it.
         dtype: of x.
         input_precision: "ieee" or "tf32", for float32.
+        aligned: rows of every matrix can be read 16 bytes at a time, by TMA where there is one.
     """
-    tiles = two_phase(device, M, (N,), (K,), (rank,), dtype, input_precision)
+    tiles = two_phase(device, M, (N,), (K,), (rank,), dtype, input_precision, aligned=aligned)
     found = known(device)
     flops, size = peak(found, dtype, input_precision), Size(M, N, K, rank)
     args = size, dtype.itemsize, flops
     seconds = {}
     if rank <= row_config.MAX_WIDTH:
         width = row_config.width_bucket(rank)
-        config, plan = row(device, M, N, K, width, dtype, input_precision)
+        config, plan = row(device, M, N, K, width, dtype, input_precision, descriptors=aligned)
         seconds["row"] = predict.row(found, config, plan, *args).seconds
     seconds["two_phase"] = predict.two_phase(found, tiles, [size], dtype.itemsize, flops).seconds
-    if device.arch in expand_config.ARCHITECTURES and dtype.itemsize == 2:
+    if device.arch in expand_config.ARCHITECTURES and dtype.itemsize == 2 and aligned:
         seconds["expand"] = predict.expand(
             found, expand(device, M, N, K, rank, dtype), *args
         ).seconds

@@ -24,7 +24,7 @@ def aot_spec(config: TwoPhaseConfig, dtype: str, arch: str) -> Iterator[dict[str
     """What tools/triton_report.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
     single: int rank, bias and gelu; residual: the same with a residual and a scale; grouped: three
-    layers, tensor ranks, H saved, silu beside none; dx: of one layer; dx_sum: three layers that share
+    layers, tensor ranks, H saved, silu beside none; dx: one layer; dx_sum: three layers that share
     x, tensor ranks; odd, dx_odd: one layer whose sizes have no common divisor.
     """
     for precision in ("ieee", "tf32") if dtype == "fp32" else ("16-bit",):

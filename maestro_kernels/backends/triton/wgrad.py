@@ -32,7 +32,6 @@ from maestro_kernels.backends.triton.layers import (
     vector,
 )
 from maestro_kernels.backends.triton.wgrad_config import (
-    MAX_REGISTERS,
     SHIPPED,
     UNALIGNED,
     WgradConfig,
@@ -352,7 +351,7 @@ def _launch(
             TENSOR_RANK=tensor_rank, PRODUCTS=1 << (len(ls) - 1).bit_length(),
             BLOCK_M=config.BLOCK_M, BLOCK_R=config.BLOCK_R, BLOCK_W=config.BLOCK_W,
             INPUT_PRECISION=input_precision, num_warps=config.num_warps,
-            num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
+            num_stages=config.num_stages, maxnreg=config.max_registers,
         )  # fmt: skip
 
 
@@ -378,7 +377,7 @@ def aot_spec(config: WgradConfig, dtype: str, arch: str) -> Iterator[dict[str, A
             "options": {
                 "num_warps": config.num_warps,
                 "num_stages": config.num_stages,
-                "maxnreg": MAX_REGISTERS,
+                "maxnreg": config.max_registers,
             },
             "dot_rows": config.BLOCK_R,
         }

@@ -122,6 +122,16 @@ void async_wait() {
   }
 }
 
+inline void prefetch([[maybe_unused]] const void* source) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (__asan_address_is_poisoned(source)) host::fail(host::kWrongResult, "prefetch outside of the factors");
+#endif
+}
+inline void wait_for_kernel_in_front() {
+  if (!fault(host::Fault::kWaitForKernelInFront)) host::wait_for_kernel_in_front();
+}
+inline void let_next_kernel_begin() {}
+
 inline uint32_t add_to_counter(uint32_t* target, uint32_t value, int order) {
   host::scheduler.counter_writes.fetch_add(1, relaxed);
   if (fault(host::Fault::kRelease)) order = __ATOMIC_RELAXED;

@@ -44,7 +44,7 @@ enum Status {
 };
 
 // Faults that the tests of the tests inject. `ordinal` counts the block barriers of the first block.
-enum class Fault { kNone, kBlockBarrier, kAsyncWait, kRelease, kWaitForH };
+enum class Fault { kNone, kBlockBarrier, kAsyncWait, kRelease, kWaitForH, kWaitForKernelInFront };
 struct Injection {
   Fault fault = Fault::kNone;
   int ordinal = -1;
@@ -132,6 +132,10 @@ struct Scheduler {
   std::atomic<Fiber*> current{nullptr};
   Word alive{0}, launches{0}, finished_blocks{0}, counter_writes{0};
   Word never{0};  // watched by fibers that have finished
+  // A kernel in front that still runs, and what its end leaves in memory. It ends as late as it may: when every thread
+  // that has started waits for it.
+  std::function<void()> end_in_front;
+  Word ended_in_front{1};
 };
 inline Scheduler& scheduler = *new Scheduler;  // never destroyed: its fibers never return
 
@@ -182,7 +186,13 @@ inline Fiber* sleep_on(const Word& word, unsigned value) {
   Fiber& me = self();
   me.watched_value.store(value, relaxed);
   me.watched.store(&word, relaxed);
-  return first_runnable(scheduler.priority.data(), scheduler.priority.data() + scheduler.priority.size());
+  Fiber* const* const begin = scheduler.priority.data();
+  Fiber* const* const end = begin + scheduler.priority.size();
+  Fiber* const next = first_runnable(begin, end);
+  if (next != nullptr || scheduler.ended_in_front.load(relaxed) != 0) return next;
+  scheduler.end_in_front();
+  scheduler.ended_in_front.store(1, std::memory_order_release);
+  return first_runnable(begin, end);
 }
 
 [[noreturn]] inline void fail(Status status, const char* what) {
@@ -193,6 +203,7 @@ inline Fiber* sleep_on(const Word& word, unsigned value) {
                    word == &fiber->block->barrier.phase ? "its block"
                    : word == &scheduler.counter_writes  ? "a counter"
                    : word == &scheduler.finished_blocks ? "an SM"
+                   : word == &scheduler.ended_in_front  ? "the kernel in front"
                                                         : "its warp");
   std::_Exit(status);
 }
@@ -215,6 +226,11 @@ void Barrier::wait(unsigned threads) {
   } else {
     while (phase.load(ordered ? std::memory_order_acquire : relaxed) == old) wait_for_change(phase, old);
   }
+}
+
+inline void wait_for_kernel_in_front() {
+  const Word& ended = scheduler.ended_in_front;
+  while (ended.load(std::memory_order_acquire) == 0) wait_for_change(ended, 0);
 }
 
 inline void wait_for_residency(const Block& block) {
@@ -267,9 +283,13 @@ inline std::unique_ptr<Fiber> make_fiber() {
   return fiber;
 }
 
-// Grids that start together, as on streams of their own; their blocks take turns.
-inline void run_grids(const std::vector<Grid>& grids, int resident, Order order, unsigned seed) {
+// Grids that start together, as on streams of their own; their blocks take turns. `end_in_front`, where there is one,
+// is what the kernel does that all of them overlap.
+inline void run_grids(const std::vector<Grid>& grids, int resident, Order order, unsigned seed,
+                      std::function<void()> end_in_front = {}) {
   Scheduler& s = scheduler;
+  s.ended_in_front.store(end_in_front ? 0 : 1, relaxed);
+  s.end_in_front = std::move(end_in_front);
 #if defined(__SANITIZE_THREAD__)
   if (s.main.tsan == nullptr) s.main.tsan = __tsan_get_current_fiber();
 #endif
