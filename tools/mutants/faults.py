@@ -203,8 +203,8 @@ FAULTS = (
     Fault(
         "plan-key-without-threads",
         f"{_MK}/dispatch.py",
-        "return training, _threads(), _is_deterministic()",
-        "return training, _is_deterministic()",
+        "return backend, training, _threads(), _is_deterministic()",
+        "return backend, training, _is_deterministic()",
         "tests/test_dispatch.py::test_a_plan_belongs_to_a_number_of_threads",
         "a choice measured for one number of threads is used at another",
     ),
@@ -267,8 +267,8 @@ FAULTS = (
     Fault(
         "plan-key-without-determinism",
         f"{_MK}/dispatch.py",
-        "return training, _threads(), _is_deterministic()",
-        "return training, _threads()",
+        "return backend, training, _threads(), _is_deterministic()",
+        "return backend, training, _threads()",
         "tests/ops/test_first_use.py::test_deterministic_runs_measure_nothing_and_use_nothing_that_was_measured",
         "a plan made before use_deterministic_algorithms goes on being used after it",
     ),
