@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-__all__ = ["capture_id", "zeroed"]
+__all__ = ["capture_id", "copied", "zeroed"]
 
 _RELAXED, _NON_BLOCKING = 2, 1
 _ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
@@ -33,19 +33,28 @@ def zeroed(device: torch.device, count: int) -> Tensor | None:
 
     Zero before this returns, on every stream: a graph may be replayed on one that waits for none.
     """
+    return _filled(device, count, None)
+
+
+def copied(device: torch.device, values: Tensor) -> Tensor | None:
+    """A copy of contiguous int32 values of the host, as lasting as `zeroed`."""
+    return _filled(device, values.numel(), values.data_ptr())
+
+
+def _filled(device: torch.device, count: int, source: int | None) -> Tensor | None:
     driver = _library()
     wrap = getattr(torch._C, "_construct_storage_from_data_pointer", None)
     if driver is None or wrap is None:
         return None
-    pointer = _allocate(driver, device.index or 0, 4 * count)
+    pointer = _allocate(driver, device.index or 0, 4 * count, source)
     if not pointer:
         return None
     storage = wrap(pointer, device, 4 * count)
     return torch.empty(0, dtype=torch.int32, device=device).set_(storage, 0, (count,), (1,))
 
 
-def _allocate(driver: ctypes.CDLL, index: int, num_bytes: int) -> int:
-    """Address of zeroed memory, or 0."""
+def _allocate(driver: ctypes.CDLL, index: int, num_bytes: int, source: int | None) -> int:
+    """Address of memory with the bytes at `source`, or zeros; 0 where there is none."""
     handle, context = ctypes.c_int(), ctypes.c_void_p()
     if driver.cuDeviceGet(ctypes.byref(handle), index):
         return 0
@@ -62,9 +71,12 @@ def _allocate(driver: ctypes.CDLL, index: int, num_bytes: int) -> int:
             return 0
         failed = driver.cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING)
         if not failed:
-            failed = driver.cuMemsetD32Async(
-                pointer, ctypes.c_uint(0), ctypes.c_size_t(num_bytes // 4), stream
-            )
+            if source is None:
+                words = ctypes.c_size_t(num_bytes // 4)
+                failed = driver.cuMemsetD32Async(pointer, ctypes.c_uint(0), words, stream)
+            else:
+                size = ctypes.c_size_t(num_bytes)
+                failed = driver.cuMemcpyHtoDAsync_v2(pointer, ctypes.c_void_p(source), size, stream)
             failed = failed or driver.cuStreamSynchronize(stream)
             driver.cuStreamDestroy_v2(stream)
         if failed:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maestro_kernels.backends import reference
+from maestro_kernels.backends import reference, workspace
 
 if TYPE_CHECKING:
     from maestro_kernels.call import Call, Grads, Needs
@@ -61,8 +61,12 @@ def layer(
     pad = R if isinstance(rank, Tensor) else 0
     rank = host_rank(rank, R)
     if isinstance(rank, Tensor):
-        h, pad = reference.shrink(x, v, rank), 0
-        u = reference.zero_beyond(u, rank)
+        # What lies beyond a rank that only the device knows is multiplied too, and zero times NaN
+        # is NaN: both H and u are selected, by a mask of R elements.
+        index, zero = workspace.ramp(v.device, R, v.dtype)
+        beyond = index >= rank
+        h, pad = F.linear(x, v).masked_fill_(beyond, 0), 0
+        u = torch.where(beyond, zero, u)
     elif rank == R:
         h, pad = F.linear(x, v), 0
     else:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from maestro_kernels.backends import driver
 
-__all__ = ["Counters", "counters", "current_stream", "fills_a_pool", "scratch"]
+__all__ = ["Counters", "counters", "current_stream", "fills_a_pool", "ramp", "scratch"]
 
 # Counters of two launches share no 128-byte line.
 _LINE = 32
@@ -189,3 +189,21 @@ def scratch(device: torch.device) -> Tensor | None:
             held = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device=device)
         _scratch[device, stream] = held
     return held
+
+
+# On each device two zeros, and then 0, 1, 2, ...: graphs read them, so they are never freed.
+_ramps: dict[torch.device, Tensor] = {}
+
+
+def ramp(device: torch.device, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(0, 1, ..., count - 1 as int32, a zero of `dtype`) on a device, made once for it."""
+    held = _ramps.get(device)
+    if held is None or held.numel() < count + 2:
+        with torch.inference_mode(False):
+            values = torch.arange(-2, max(4096, 2 * count), dtype=torch.int32).clamp_(min=0)
+            held = driver.copied(device, values) if device.type == "cuda" else values.to(device)
+        if held is None:  # kernels of this call, and of its graph
+            index = torch.arange(count, dtype=torch.int32, device=device)
+            return index, torch.zeros((), dtype=dtype, device=device)
+        _ramps[device] = held
+    return held[2 : count + 2], held[:2].view(dtype)[0]

@@ -8,7 +8,7 @@ from first_use_support import measuring, times  # noqa: F401 - fixtures
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maestro_kernels as mk
-from maestro_kernels.backends import matmul, reference
+from maestro_kernels.backends import matmul, reference, workspace
 from maestro_kernels.call import Call
 from maestro_kernels.problem import describe_call
 
@@ -78,6 +78,57 @@ def test_what_v_hold_beyond_their_ranks_does_not_matter():
         call_of(us, vs, biases, (11, 1, 5)), save_h=True, strategy=matmul.ONE_SHRINK
     )
     assert all(y.isfinite().all() for y in ys)
+
+
+class Kernels(TorchDispatchMode):
+    """Notes what a GPU would run: every op but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or func.overloadpacket is torch.ops.aten.empty):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_rank_on_the_device_costs_a_mask_and_two_selections(dtype):
+    x, u, v = (torch.empty(*s, dtype=dtype, device="meta") for s in ((7, 40), (24, 9), (9, 40)))
+    bias, rank = u.new_empty(24), torch.empty((), dtype=torch.int32, device="meta")
+    matmul.layer(x, u, v, bias, rank, None)  # makes what is kept
+    with Kernels() as ran:
+        matmul.layer(x, u, v, bias, rank, None)
+    assert sorted(ran.names) == ["addmm", "ge", "masked_fill_", "mm", "where"]
+    with Kernels() as ran:
+        matmul.layer(x, u, v, bias, 5, None)
+    assert ran.names == ["mm", "addmm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("r", [-1, 0, 5, 9, 12])
+def test_what_lies_beyond_a_rank_on_the_device_does_not_matter(monkeypatch, r, dtype):
+    """The host reads no rank of a GPU: as here, where it may read none."""
+    monkeypatch.setattr(matmul, "host_rank", lambda rank, R: rank)
+    monkeypatch.setattr(workspace, "_ramps", {})
+    x, u, v = (torch.randn(*s).to(dtype) for s in ((7, 40), (24, 9), (9, 40)))
+    kept = min(max(r, 0), 9)
+    expected, h = reference.lod_linear_ref(x, u, v, rank=kept), x @ v[:kept].mT
+    u[:, kept:], v[kept:] = float("nan"), float("inf")
+    y, found = matmul.layer(x, u, v, None, torch.tensor(r, dtype=torch.int32), None)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(found[:, :kept], h)
+    assert found.shape == (7, 9)
+    assert not found[:, kept:].any()
+
+
+def test_a_wide_layer_behind_a_narrow_one_has_all_its_ranks():
+    for count in (3, 5000, 7):
+        index, zero = workspace.ramp(torch.device("cpu"), count, torch.float64)
+        assert torch.equal(index, torch.arange(count, dtype=torch.int32))
+        assert zero == 0
+        assert zero.dtype == torch.float64
 
 
 def test_auto_measures_it_for_groups_and_trains_through_it(times):  # noqa: F811

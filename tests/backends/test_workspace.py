@@ -221,3 +221,16 @@ def test_zeros_of_the_driver():
     assert not found.any()
     assert torch.cuda.memory_allocated() == before
     assert driver.capture_id(side.cuda_stream) is None
+
+
+@pytest.mark.gpu
+def test_numbers_of_the_driver_made_under_capture(monkeypatch):
+    monkeypatch.setattr(workspace, "_ramps", {})
+    device = torch.device("cuda", torch.cuda.current_device())
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    before = torch.cuda.memory_allocated()
+    with torch.cuda.graph(graph, stream=side):
+        index, zero = workspace.ramp(device, 100, torch.bfloat16)
+    assert torch.cuda.memory_allocated() == before
+    assert index.tolist() == list(range(100))
+    assert (zero.item(), zero.dtype) == (0, torch.bfloat16)

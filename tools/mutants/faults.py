@@ -84,6 +84,32 @@ FAULTS = (
         "an adapter's input and v train at another rate",
     ),
     Fault(
+        "matmul-multiplies-zeros-with-nan",
+        f"{_MK}/backends/matmul.py",
+        "u = torch.where(beyond, zero, u)",
+        "u = u * ~beyond",
+        "tests/backends/test_matmul.py::test_what_lies_beyond_a_rank_on_the_device_does_not_matter",
+        "NaN beyond a rank on a GPU reaches the output of library matmuls",
+    ),
+    Fault(
+        "launch-of-an-aligned-variant-on-what-is-not",
+        f"{_MK}/backends/triton/launcher.py",
+        "(t.shape, t.stride(), t.dtype, t.data_ptr() % 16)",
+        "(t.shape, t.stride(), t.dtype)",
+        "tests/backends/triton/test_launcher.py::"
+        "test_only_what_lies_like_a_call_that_ran_is_served_without_being_validated",
+        "a kernel that reads 16 bytes at once is launched on tensors that do not start there",
+    ),
+    Fault(
+        "launch-on-the-stream-of-the-first-call",
+        f"{_MK}/backends/triton/launcher.py",
+        "self._run(*self._grid, current_stream(x.device.index), *head, *arguments, *tail)",
+        "self._run(*self._grid, 0, *head, *arguments, *tail)",
+        "tests/backends/triton/test_launcher.py::"
+        "test_the_second_launch_is_what_triton_would_make_of_the_same_tensors",
+        "later calls of a kernel run on another stream than what they wait for",
+    ),
+    Fault(
         "tensor-rank-multiplies-zeros-with-nan",
         f"{_MK}/backends/reference.py",
         "u = zero_beyond(u, rank) if isinstance(rank, Tensor) else u[:, : h.shape[-1]]",
