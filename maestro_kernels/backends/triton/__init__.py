@@ -107,7 +107,10 @@ def choose_strategy(
 def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:
     """Whether a strategy, as choose_strategy names it, can run one layer or a group."""
     if strategy == "row":
-        return len(problems) == 1 and problems[0].max_active_rank <= row_config.MAX_WIDTH
+        first = problems[0]
+        # Beside exact products of float32 no register is left for a residual.
+        fits = first.is_plain or input_precision(first.dtype) != "ieee" or first.dtype.itemsize < 4
+        return len(problems) == 1 and first.max_active_rank <= row_config.MAX_WIDTH and fits
     if strategy == "expand":
         return len(problems) == 1 and _expands(problems[0], _record_of(problems[0]))
     return strategy == "two_phase"
