@@ -199,8 +199,8 @@ def count_instructions(sass: str) -> tuple[int, int, int, int]:
     """
     first, *others = re.split(r"\bACQBULK\b", sass)
     early = re.findall(r"\b(?:LDG|STG|ATOMG|REDG?|LDGSTS|LD|ST|ATOM)\b", first)
-    counts = (len(re.findall(rf"\b{name}", sass)) for name in ("HMMA", "HGMMA"))
-    return *counts, len(others), len(early)
+    mma, wgmma = (len(re.findall(rf"\b{name}", sass)) for name in ("HMMA", "HGMMA"))
+    return mma, wgmma, len(others), len(early)
 
 
 def _instructions(cubin: Path) -> dict[str, tuple[int, int, int, int]]:
