@@ -18,8 +18,6 @@ from maestro_kernels.call import Call, Grads, Needs, as_rows
 from maestro_kernels.dispatch import Plan, backend_module
 from maestro_kernels.problem import check_call, check_storages
 
-__all__ = ["Gradient", "apply", "backward", "complain", "forward", "kept_outputs"]
-
 
 def forward(plan: Plan, call: Call, save_h: bool) -> tuple[list[Tensor], Sequence[Tensor | None]]:
     """(ys, hs) of a planned call."""
@@ -70,21 +68,40 @@ def backward(
     )
     try:
         if plan.halves is None or again:
-            module = reference if again else plan.module
-            dxs, *rest = module.backward(*arguments, needs=needs, strategy=plan.strategy)
+            own = reference if again else plan.module, plan.strategy
+            grads = by_halves(own, own, *arguments, needs=needs)
         else:
-            (first, strategy), (second, _) = (half.split(": ") for half in plan.halves)
-            dxs, *kept = backend_module(first).input_grads(
-                *arguments, needs=needs, strategy=strategy
-            )
-            rest = backend_module(second).weight_grads(arguments[0], *kept, needs=needs)
+            names = (half.split(": ") for half in plan.halves)
+            first, second = ((backend_module(name), strategy) for name, strategy in names)
+            grads = by_halves(first, second, *arguments, needs=needs)
     except RuntimeError:  # what was saved may have been freed since
         check_storages(f"{plan.fn} backward", call, layers, **dict(zip(("dy",), dys, strict=False)))
         raise
+    dxs = grads[0]
     for i, (dx, x) in enumerate(zip(dxs, call.xs, strict=True)):
         if dx is not None and dx.dim() != x.dim():
             dxs[i] = dx.reshape(x.shape)
-    return dxs, *rest
+    return grads
+
+
+def by_halves(
+    first: tuple[Any, str],
+    second: tuple[Any, str],
+    call: Call,
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
+    *,
+    needs: Needs,
+) -> tuple[Grads, Grads, Grads, Grads]:
+    """(dxs, dus, dvs, dbiases): dx by the first (backend, strategy), the others by the second.
+
+    The other arguments are those of `backends.Backend.input_grads`.
+    """
+    module, strategy = first
+    dxs, *kept = module.input_grads(call, dys, hs, ys, needs=needs, strategy=strategy)
+    module, strategy = second
+    return dxs, *module.weight_grads(call, *kept, needs=needs, strategy=strategy)
 
 
 def kept_outputs(call: Call, ys: Sequence[Tensor]) -> list[Tensor | None]:

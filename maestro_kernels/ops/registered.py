@@ -27,8 +27,6 @@ from maestro_kernels.ops import eager, first_use
 from maestro_kernels.ops.flops import flop_formula
 from maestro_kernels.ops.gradient import backward, forward, kept_outputs
 
-__all__ = ["run"]
-
 library = torch.library.Library("maestro_kernels", "DEF")
 _FACTORS = "Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases"
 _CHOICES = "bool[] has_bias, SymInt[]? ranks, Tensor? rank_tensor, str[] activations, str? backend"
