@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Call", "Grads", "Needs", "Ranks"]
-
 Ranks = Sequence[int | None] | Tensor
 Grads = list[Tensor | None]
 # Whether x, u, v and bias want gradients.

@@ -24,22 +24,6 @@ from maestro_kernels.tables import BASELINE
 if TYPE_CHECKING:
     from maestro_kernels.problem import LoDProblem
 
-__all__ = [
-    "TUNING",
-    "Measured",
-    "bucket",
-    "check_tuning",
-    "chosen",
-    "export",
-    "find",
-    "forget",
-    "parse",
-    "put",
-    "remember",
-    "set_tuning",
-    "tuning",
-]
-
 # What MAESTRO_KERNELS_TUNE may be; the last is the default.
 TUNING = ("off", "table", "first-use")
 # All M above share one bucket: what is fastest there is fastest beyond.

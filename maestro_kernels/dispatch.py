@@ -29,25 +29,6 @@ if TYPE_CHECKING:
 
     from maestro_kernels.hardware import Device
 
-__all__ = [
-    "HALVES",
-    "WITH_HALVES",
-    "Explanation",
-    "Plan",
-    "forget",
-    "halves",
-    "is_here",
-    "keep_prediction",
-    "plan",
-    "plan_afresh",
-    "quick_plan",
-    "recording",
-    "replan",
-    "rivals_of_halves",
-    "select",
-    "unsupported",
-]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -357,8 +338,8 @@ def rivals_of_halves(plan: Plan) -> list[list[str]]:
     for name in KERNELS:
         module = backend_module(name)
         names = [s for s in module.STRATEGIES.get(kind, ()) if module.takes(s, group)]
-        own = getattr(module, "weight_grads", matmul.weight_grads) is not matmul.weight_grads
-        if own and names and _unsupported_group(name, group) is None:
+        has_halves = module.weight_grads is not matmul.weight_grads
+        if has_halves and names and _unsupported_group(name, group) is None:
             found[0] += [f"{name}: {strategy}" for strategy in names]
             found[1].append(f"{name}: {names[0]}")
     return found

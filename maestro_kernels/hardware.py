@@ -18,16 +18,6 @@ import torch
 
 from maestro_kernels.measure import probes
 
-__all__ = [
-    "H100",
-    "Device",
-    "current_device",
-    "known_device",
-    "libraries",
-    "measured_device",
-    "versions",
-]
-
 
 @dataclass(frozen=True)
 class Device:

@@ -20,19 +20,6 @@ from torch.nn import Parameter
 from maestro_kernels.backends import FAMILIES
 from maestro_kernels.call import Call
 
-__all__ = [
-    "ACTIVATIONS",
-    "BACKENDS",
-    "DTYPES",
-    "LoDProblem",
-    "check_call",
-    "check_choices",
-    "check_linear",
-    "check_storages",
-    "describe",
-    "describe_call",
-]
-
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
 BACKENDS = (None, "auto", *FAMILIES)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -21,21 +21,6 @@ from maestro_kernels.files import check_file, config_folder, write_text
 from maestro_kernels.measure import records
 from maestro_kernels.measure.noise import Times, beyond_noise
 
-__all__ = [
-    "BASELINE",
-    "FORWARD",
-    "Mode",
-    "Row",
-    "Table",
-    "dtype_key",
-    "file_name",
-    "identity",
-    "load",
-    "parse_row",
-    "save",
-    "user_path",
-]
-
 SCHEMA = 1
 # What every row holds and every other strategy must beat, as a plan prints it.
 BASELINE = "matmul: two matmuls"

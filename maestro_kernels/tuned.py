@@ -23,8 +23,6 @@ from maestro_kernels import hardware, tables
 if TYPE_CHECKING:
     from maestro_kernels.problem import LoDProblem
 
-__all__ = ["Choice", "choose", "choose_form", "fingerprint", "forget", "is_aligned"]
-
 
 @dataclass(frozen=True)
 class Choice:

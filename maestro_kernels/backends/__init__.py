@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from maestro_kernels.call import Call, Grads, Needs
     from maestro_kernels.problem import LoDProblem
 
-__all__ = ["FAMILIES", "KERNELS", "Backend", "Kernels"]
-
 # Families that serve some calls faster than torch's matmuls: a new one is a module and a name here.
 KERNELS = ("triton", "native")
 # What `backend=` may name; the first two serve every call.
@@ -34,7 +32,7 @@ class Backend(Protocol):
     ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
         """(ys, hs): y (M, N); H (M, r), or (M, R) zero beyond r for tensor ranks; or Nones."""
 
-    def backward(
+    def input_grads(
         self,
         call: Call,
         dys: Sequence[Tensor],
@@ -43,11 +41,24 @@ class Backend(Protocol):
         *,
         needs: Needs,
         strategy: str,
-    ) -> tuple[Grads, Grads, Grads, Grads]:
-        """(dxs, dus, dvs, dbiases), None where `needs` does not ask; a shared x gets one sum.
+    ) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """(dxs, dzs, hs, dhs), None where `needs` does not ask; a shared x gets one sum.
 
-        `hs` and `ys` hold what the forward kept, None where it is to be computed again.
+        `hs` and `ys` hold what the forward kept, None where it is to be computed again. The last
+        three are for `weight_grads`, of this family or another.
         """
+
+    def weight_grads(
+        self,
+        call: Call,
+        dzs: Sequence[Tensor],
+        hs: Sequence[Tensor | None],
+        dhs: Sequence[Tensor | None],
+        *,
+        needs: Needs,
+        strategy: str,
+    ) -> tuple[Grads, Grads, Grads]:
+        """(dus, dvs, dbiases), None where `needs` does not ask."""
 
 
 class Kernels(Backend, Protocol):
@@ -72,6 +83,4 @@ class Kernels(Backend, Protocol):
         or raises a RuntimeError, where the rest of the call is not what was validated before.
         """
 
-    # A family whose halves of the backward may be combined with another's also defines
-    # `input_grads` and `weight_grads`, as reference.py does; one whose kernels are compiled when
-    # they first run says COMPILES = True.
+    # A family whose kernels are compiled when they first run says COMPILES = True.

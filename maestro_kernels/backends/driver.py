@@ -12,8 +12,6 @@ import functools
 import torch
 from torch import Tensor
 
-__all__ = ["capture_id", "copied", "zeroed"]
-
 _RELAXED, _NON_BLOCKING = 2, 1
 _ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 

@@ -87,22 +87,6 @@ def layer(
     return y, h
 
 
-def backward(
-    call: Call,
-    dys: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    ys: Sequence[Tensor | None],
-    *,
-    needs: Needs,
-    strategy: str,
-) -> tuple[Grads, Grads, Grads, Grads]:
-    """(dxs, dus, dvs, dbiases) by library matmuls; what `needs` does not ask for is None."""
-    if strategy == ONE_SHRINK:
-        return _one_shrink_backward(call, dys, hs, ys, needs)
-    call, hs = _on_host(call, hs)
-    return reference.backward(call, dys, hs, ys, needs=needs, strategy=strategy)
-
-
 def input_grads(
     call: Call,
     dys: Sequence[Tensor],
@@ -112,12 +96,37 @@ def input_grads(
     needs: Needs,
     strategy: str,
 ) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """(dxs, dzs, Hs, dHs) by library matmuls."""
+    """(dxs, dzs, Hs, dHs) by library matmuls, all dH as one for the weights of ONE_SHRINK."""
+    if strategy == ONE_SHRINK:
+        return _one_shrink_input_grads(call, dys, hs, ys, needs)
     call, hs = _on_host(call, hs)
     return reference.input_grads(call, dys, hs, ys, needs=needs, strategy=strategy)
 
 
-weight_grads = reference.weight_grads
+def weight_grads(
+    call: Call,
+    dzs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    dhs: Sequence[Tensor | None],
+    *,
+    needs: Needs,
+    strategy: str,
+) -> tuple[Grads, Grads, Grads]:
+    """(dus, dvs, dbiases) by library matmuls; what `needs` does not ask for is None."""
+    if strategy != ONE_SHRINK:
+        return reference.weight_grads(call, dzs, hs, dhs, needs=needs, strategy=strategy)
+    _, needs_u, needs_v, needs_bias = needs
+    others = (False, needs_u, False, needs_bias)
+    dus, dvs, dbiases = reference.weight_grads(
+        call, dzs, hs, [None] * call.n, needs=others, strategy=TWO
+    )
+    (dh,) = dhs
+    if needs_v and dh is not None:
+        ranks: list[Any] = list(call.ranks)
+        parts = (dh.mT @ call.xs[0]).split(ranks)
+        beyond = [v.shape[0] - r for r, v in zip(ranks, call.vs, strict=True)]
+        dvs = [F.pad(part, (0, 0, 0, rest)) for part, rest in zip(parts, beyond, strict=True)]
+    return dus, dvs, dbiases
 
 
 def _on_host(call: Call, hs: Sequence[Tensor | None]) -> tuple[Call, Sequence[Tensor | None]]:
@@ -158,31 +167,24 @@ def _one_shrink(call: Call) -> tuple[list[Tensor], Sequence[Tensor]]:
     return ys, hs
 
 
-def _one_shrink_backward(
+def _one_shrink_input_grads(
     call: Call,
     dys: Sequence[Tensor],
     hs: Sequence[Tensor | None],
     ys: Sequence[Tensor | None],
     needs: Needs,
-) -> tuple[Grads, Grads, Grads, Grads]:
-    """dH_i = dz_i @ u_i[:, :r_i], then dx = cat(dH_i) @ cat(v_i[:r_i]) and dv = cat(dH_i).T @ x."""
+) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """dH_i = dz_i @ u_i[:, :r_i], dx = cat(dH_i) @ cat(v_i[:r_i]); returns (cat(dH_i),) as dHs."""
     needs_x, needs_u, needs_v, needs_bias = needs
-    ranks = list(call.ranks)
     _, dzs, hs, dhs = reference.input_grads(
         call, dys, hs, ys, needs=(False, needs_u, needs_x or needs_v, needs_bias), strategy=TWO
     )
-    dxs: Grads = [None]
-    dvs: Grads = [None] * call.n
-    if needs_x or needs_v:
-        dh = torch.cat([part for part in dhs if part is not None], dim=1)
-        if needs_x:
-            dxs = [dh @ _concatenated(call.vs, ranks)]
-        if needs_v:
-            parts = (dh.mT @ call.xs[0]).split(ranks)
-            beyond = [v.shape[0] - r for r, v in zip(ranks, call.vs, strict=True)]
-            dvs = [F.pad(part, (0, 0, 0, rest)) for part, rest in zip(parts, beyond, strict=True)]
-    dus, _, dbiases = weight_grads(call, dzs, hs, dhs, needs=(False, needs_u, False, needs_bias))
-    return dxs, dus, dvs, dbiases
+    if not (needs_x or needs_v):
+        return [None], dzs, hs, [None]
+    dh = torch.cat([part for part in dhs if part is not None], dim=1)
+    ranks: list[Any] = list(call.ranks)
+    dx = dh @ _concatenated(call.vs, ranks) if needs_x else None
+    return [dx], dzs, hs, [dh]
 
 
 def host_rank(rank: int | Tensor, R: int) -> int | Tensor:

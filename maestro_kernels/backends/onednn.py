@@ -12,8 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["linear", "reorder", "unsupported"]
-
 # Looked up once: a linear on a small layer takes a few microseconds.
 _linear = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 

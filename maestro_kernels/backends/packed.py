@@ -19,8 +19,6 @@ from maestro_kernels.backends import native, onednn
 from maestro_kernels.measure import timing
 from maestro_kernels.measure.cost import break_even_rank
 
-__all__ = ["FORMS", "Form", "can_make", "fastest", "make_form", "make_group_form", "may_merge"]
-
 Form = Callable[[Tensor, Tensor | None], Tensor]
 FORMS = ("fused", "two oneDNN linears", "merged dense", "unpacked")
 

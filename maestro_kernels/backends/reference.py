@@ -118,33 +118,6 @@ def forward(
     return ys, hs
 
 
-def backward(
-    call: Call,
-    dys: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    ys: Sequence[Tensor | None],
-    *,
-    needs: Needs,
-    strategy: str,
-) -> tuple[Grads, Grads, Grads, Grads]:
-    """(dxs, dus, dvs, dbiases) of the formula; what `needs` does not ask for is None.
-
-    With dz = dy * act'(z): dH = scale · dz @ u[:, :r], dx = dH @ v[:r], du[:, :r] = dz.T @ H,
-    dv[:r] = dH.T @ x, dbias = sum of dz over rows; du and dv are exactly zero beyond r. An x that
-    the layers share has the sum of its gradients.
-
-    Args:
-        call: of the forward, each x (M, K).
-        dys: gradients of y (M, N).
-        hs: H of the forward, or None to compute it again (which also keeps it differentiable).
-        ys: outputs of the forward; only looked at for relu, where they save computing z.
-        needs: which of x, u, v, bias want a gradient.
-        strategy: not used here; every backend takes it.
-    """
-    dxs, dzs, hs, dhs = input_grads(call, dys, hs, ys, needs=needs, strategy=strategy)
-    return dxs, *weight_grads(call, dzs, hs, dhs, needs=needs)
-
-
 def input_grads(
     call: Call,
     dys: Sequence[Tensor],
@@ -156,7 +129,16 @@ def input_grads(
 ) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
     """(dxs, dzs, hs, dhs): the gradients of x, and what `weight_grads` makes the others of.
 
-    Arguments are those of `backward`.
+    With dz = dy * act'(z): dH = dz @ u[:, :r] and dx = dH @ v[:r]. An x that the layers share has
+    the sum of its gradients.
+
+    Args:
+        call: of the forward, each x (M, K).
+        dys: gradients of y (M, N).
+        hs: H of the forward, or None to compute it again (which also keeps it differentiable).
+        ys: outputs of the forward; only looked at for relu, where they save computing z.
+        needs: which of x, u, v, bias want a gradient; what nobody needs is None.
+        strategy: not used here; every backend takes it.
     """
     dxs: Grads = [None] * len(call.xs)
     kept = []
@@ -177,8 +159,12 @@ def weight_grads(
     dhs: Sequence[Tensor | None],
     *,
     needs: Needs,
+    strategy: str,
 ) -> tuple[Grads, Grads, Grads]:
     """(dus, dvs, dbiases) of the layers; what `needs` does not ask for is None.
+
+    du[:, :r] = dz.T @ H, dv[:r] = dH.T @ x, dbias = sum of dz over rows; du and dv are exactly zero
+    beyond r.
 
     Args:
         call: of the forward, each x (M, K).
@@ -186,6 +172,7 @@ def weight_grads(
         hs: H, (M, r), or (M, R) with zeros beyond a tensor rank; needed for du.
         dhs: the gradient of x @ v[:r].T, of the same shape; needed for dv.
         needs: which of x, u, v, bias want a gradient.
+        strategy: not used here; every backend takes it.
     """
     _, needs_u, needs_v, needs_bias = needs
     dus: Grads = []

@@ -27,8 +27,6 @@ from torch import Tensor
 
 from maestro_kernels.backends import driver
 
-__all__ = ["Counters", "counters", "current_stream", "fills_a_pool", "ramp", "scratch"]
-
 # Counters of two launches share no 128-byte line.
 _LINE = 32
 # int32 counters asked of the driver at a time: a hundred graphs' and streams'.

@@ -31,8 +31,6 @@ from maestro_kernels.measure.cost import Size, count
 from maestro_kernels.ops import eager, gradient
 from maestro_kernels.tables import BASELINE, Mode
 
-__all__ = ["settle", "thoroughly"]
-
 # What one race may take.
 _SECONDS = 0.05
 # Above so much work a call takes milliseconds on any CPU.
@@ -179,8 +177,9 @@ def _candidates_of_halves(
         return module.input_grads(own, dys, hs, kept, needs=needs, strategy=strategy)
 
     def weight_grads(name: str) -> object:
-        module = dispatch.backend_module(name.partition(": ")[0])
-        return module.weight_grads(own, *made, needs=needs)
+        backend, _, strategy = name.partition(": ")
+        module = dispatch.backend_module(backend)
+        return module.weight_grads(own, *made, needs=needs, strategy=strategy)
 
     return [
         {name: partial(compute, name) for name in (BASELINE, *names)}

@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 
 from maestro_kernels.imports import when_imported
 
-__all__ = ["flop_formula"]
-
 _COUNTER = "torch.utils.flop_counter"
 Formula = TypeVar("Formula", bound=Callable[..., int])
 

@@ -19,8 +19,6 @@ from maestro_kernels.call import Call, Grads, Needs, as_rows
 from maestro_kernels.dispatch import Plan, backend_module
 from maestro_kernels.problem import check_call, check_storages
 
-__all__ = ["Gradient", "apply", "backward", "complain", "forward", "kept_outputs"]
-
 
 def forward(plan: Plan, call: Call, save_h: bool) -> tuple[list[Tensor], Sequence[Tensor | None]]:
     """(ys, hs) of a planned call."""
@@ -46,8 +44,8 @@ def backward(
     ys: Sequence[Tensor | None],
     needs: Needs,
     layers: Sequence[int] | None = None,
-) -> tuple[Grads, Grads, Grads, Grads, Sequence[Tensor]]:
-    """(dxs, dus, dvs, dbiases, dresiduals) of a planned call; the last () where none has one.
+) -> tuple[Grads, Grads, Grads, Grads, Grads]:
+    """(dxs, dus, dvs, dbiases, dresiduals) of a planned call; the last [] where none has one.
 
     Where the gradient itself is to be differentiated (create_graph, functorch), the reference's
     algebra runs instead of a kernel, with H computed again so that it is part of the graph.
@@ -70,30 +68,45 @@ def backward(
         nothing if again else [y if y is None else as_rows(y) for y in ys],
     )
     try:
-        dzs: Sequence[Tensor] = ()
         if plan.halves is None or again:
-            module = reference if again else plan.module
-            if call.is_plain:
-                dxs, *rest = module.backward(*arguments, needs=needs, strategy=plan.strategy)
-            else:
-                options = {"needs": needs, "strategy": plan.strategy}
-                dxs, dzs, *kept = module.input_grads(*arguments, **options)
-                rest = module.weight_grads(arguments[0], dzs, *kept, needs=needs)
+            own = reference if again else plan.module, plan.strategy
+            grads = by_halves(own, own, *arguments, needs=needs)
         else:
-            (first, strategy), (second, _) = (half.split(": ") for half in plan.halves)
-            dxs, dzs, *kept = backend_module(first).input_grads(
-                *arguments, needs=needs, strategy=strategy
-            )
-            rest = backend_module(second).weight_grads(arguments[0], dzs, *kept, needs=needs)
+            names = (half.split(": ") for half in plan.halves)
+            first, second = ((backend_module(name), strategy) for name, strategy in names)
+            grads = by_halves(first, second, *arguments, needs=needs)
     except RuntimeError:  # what was saved may have been freed since
         check_storages(f"{plan.fn} backward", call, layers, **dict(zip(("dy",), dys, strict=False)))
         raise
+    dxs, dresiduals = grads[0], grads[-1]
     for i, (dx, x) in enumerate(zip(dxs, call.xs, strict=True)):
         if dx is not None and dx.dim() != x.dim():
             dxs[i] = dx.reshape(x.shape)
-    if not call.residuals:
-        return dxs, *rest, ()
-    return dxs, *rest, [dz.reshape(dy.shape) for dz, dy in zip(dzs, dys, strict=True)]
+    for i, (dz, dy) in enumerate(zip(dresiduals, dys, strict=False)):
+        dresiduals[i] = dz.reshape(dy.shape)  # type: ignore[union-attr]
+    return grads
+
+
+def by_halves(
+    first: tuple[Any, str],
+    second: tuple[Any, str],
+    call: Call,
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
+    *,
+    needs: Needs,
+) -> tuple[Grads, Grads, Grads, Grads, Grads]:
+    """(dxs, dus, dvs, dbiases, dresiduals): dx and dz by the first (backend, strategy).
+
+    The gradients of weights are the second's; those of residuals are dz, [] where none has one.
+    The other arguments are those of `backends.Backend.input_grads`.
+    """
+    module, strategy = first
+    dxs, *kept = module.input_grads(call, dys, hs, ys, needs=needs, strategy=strategy)
+    module, strategy = second
+    weights = module.weight_grads(call, *kept, needs=needs, strategy=strategy)
+    return dxs, *weights, [*kept[0]] if call.residuals else []
 
 
 def kept_outputs(call: Call, ys: Sequence[Tensor]) -> list[Tensor | None]:

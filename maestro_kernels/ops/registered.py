@@ -28,8 +28,6 @@ from maestro_kernels.ops import eager, first_use
 from maestro_kernels.ops.flops import flop_formula
 from maestro_kernels.ops.gradient import backward, forward, kept_outputs
 
-__all__ = ["run"]
-
 library = torch.library.Library("maestro_kernels", "DEF")
 _TENSORS = "Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, Tensor[] residuals"
 _CHOICES = (
@@ -178,7 +176,8 @@ def _op_backward(
             plan_call(call, args[-1]), call, dys, hs or [None] * call.n, kept, wanted
         )
         # Without an activation it is dy itself, which an op may not return.
-        dzs = [z.clone() if a is None else z for z, a in zip(dzs, call.activations, strict=False)]
+        both = zip(dzs, call.activations, strict=False)
+        dzs = [z.clone() if z is not None and a is None else z for z, a in both]
     flat = [g for part in _present(call, [*grads, dzs]) for g in part]
     return [call.xs[0].new_empty(0) if g is None else g.contiguous() for g in flat]
 

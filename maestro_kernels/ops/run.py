@@ -15,8 +15,6 @@ from maestro_kernels.call import Call
 from maestro_kernels.ops import eager, first_use, gradient, registered
 from maestro_kernels.problem import check_call
 
-__all__ = ["quick", "quick_with_residual", "run"]
-
 
 def quick(
     x: Tensor,

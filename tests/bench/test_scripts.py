@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from places import ROOT
+from triton_support import compiling_environment, needs_triton
 
 from bench import cpu_kernels, prepack_choice
 from maestro_kernels.backends import native
@@ -49,6 +50,16 @@ def test_prepack_choice_compares_what_it_chose_with_every_form():
     chosen, spent = case()
     assert {"prepacked", "two nn.Linear", "unpacked", "fused", "merged dense"} <= spent.keys()
     assert chosen in spent
+
+
+@needs_triton
+def test_host_cost_prints_calls_and_a_ratio_for_each_kernel():
+    command = [sys.executable, "-m", "bench.host_cost", "--rounds", "1"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count(" calls ") == 3 * 3
+    assert done.stdout.count("time over two F.linear and kernel[grid]: ") == 3
 
 
 def test_tiny_calls_prints_a_ratio_for_every_kind_of_call():

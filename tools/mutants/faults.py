@@ -54,15 +54,15 @@ FAULTS = (
     Fault(
         "gradient-of-a-residual-without-the-activation",
         f"{_MK}/ops/gradient.py",
-        "[dz.reshape(dy.shape) for dz, dy in zip(dzs, dys, strict=True)]",
-        "list(dys)",
+        "dresiduals[i] = dz.reshape(dy.shape)",
+        "dresiduals[i] = dy",
         "tests/ops/test_residual.py::test_only_the_gradients_asked_for",
         "what lies below an adapter with an activation trains on wrong gradients",
     ),
     Fault(
         "op-returns-dy-itself",
         f"{_MK}/ops/registered.py",
-        "[z.clone() if a is None else z for z, a in zip(dzs, call.activations, strict=False)]",
+        "[z.clone() if z is not None and a is None else z for z, a in both]",
         "list(dzs)",
         "tests/ops/test_registered.py::test_opcheck_backward_with_a_residual",
         "a compiled program writes to a gradient that it still reads",

@@ -25,17 +25,6 @@ if TYPE_CHECKING:
     from maestro_kernels.call import Call
     from maestro_kernels.problem import LoDProblem
 
-__all__ = [
-    "ACTIVATION_CODES",
-    "LIBRARY_NAME",
-    "available_isas",
-    "cuda_error",
-    "isa",
-    "load_error",
-    "pack",
-    "unsupported",
-]
-
 STRATEGIES = {"cpu": ("fused",), "cuda": cuda.STRATEGIES[1:]}
 # What mk_interface() in csrc/bindings/cpu.cpp returns.
 INTERFACE = 4
@@ -303,4 +292,4 @@ def quick(strategy: str) -> Callable[..., Tensor | None]:
 
 
 # By library matmuls: factors change every step, so that packing them would not pay.
-backward, input_grads, weight_grads = matmul.backward, matmul.input_grads, matmul.weight_grads
+input_grads, weight_grads = matmul.input_grads, matmul.weight_grads

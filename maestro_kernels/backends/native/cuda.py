@@ -19,8 +19,6 @@ from maestro_kernels.backends import workspace
 if TYPE_CHECKING:
     from maestro_kernels.problem import LoDProblem
 
-__all__ = ["STRATEGIES", "Facts", "device_facts", "grouped", "plan"]
-
 # The order of mk::cuda::Strategy in csrc/cuda/launch.h.
 STRATEGIES = ("none", "decode", "rows", "row")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

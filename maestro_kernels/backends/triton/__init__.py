@@ -180,20 +180,6 @@ def forward(
     return ys, hs if hs is not None else [None] * call.n
 
 
-def backward(
-    call: Call,
-    dys: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    ys: Sequence[Tensor | None],
-    *,
-    needs: Needs,
-    strategy: str,
-) -> tuple[Grads, Grads, Grads, Grads]:
-    """(dxs, dus, dvs, dbiases) in two launches, and one per layer with an activation."""
-    dxs, dzs, hs, dhs = input_grads(call, dys, hs, ys, needs=needs, strategy=strategy)
-    return dxs, *weight_grads(call, dzs, hs, dhs, needs=needs)
-
-
 def input_grads(
     call: Call,
     dys: Sequence[Tensor],
@@ -291,6 +277,7 @@ def weight_grads(
     dhs: Sequence[Tensor | None],
     *,
     needs: Needs,
+    strategy: str,
 ) -> tuple[Grads, Grads, Grads]:
     """(dus, dvs, dbiases) of the layers in one launch."""
     from maestro_kernels.backends.triton import wgrad

@@ -10,20 +10,6 @@ from torch import Tensor
 
 from maestro_kernels import hardware
 
-__all__ = [
-    "MAX_LAYERS",
-    "device_of",
-    "empty_h",
-    "h_stride",
-    "input_precision",
-    "is_aligned",
-    "is_elsewhere",
-    "layer_runs",
-    "readable_h",
-    "record_of",
-    "table_arch",
-]
-
 # Layers of one launch; more of them take several. A layer costs about 17 kernel arguments and as
 # many selects for each tile.
 MAX_LAYERS = 8

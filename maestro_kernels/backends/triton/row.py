@@ -320,7 +320,7 @@ def _descriptor(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
 def aot_spec(config: RowConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
     """What tools/triton_report.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
-    forward: bias, gelu, H saved; residual: the same with a residual and a scale, which exact float32
+    forward: bias, gelu, H saved; residual: the same with residual and scale, which exact float32
     does not take; dx: with a rank on the device; odd: nothing is divisible by 8.
     """
     if (dtype == "fp32") == (config.precision == "half"):
