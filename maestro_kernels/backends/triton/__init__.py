@@ -99,9 +99,8 @@ def choose_strategy(
         seconds = {name: took for name, took in seconds.items() if name != "expand"}
     if len(seconds) == 1:
         return "two_phase", f"H of rank {rank} does not fit into registers"
-    first, *others = (f"{1e6 * took:,.1f}{{}} {_TOLD[name]}" for name, took in seconds.items())
-    told = ", ".join([first.format(" µs predicted"), *(text.format("") for text in others)])
-    return min(seconds, key=seconds.__getitem__), told
+    told = ", ".join(f"{1e6 * took:,.1f} {_TOLD[name]}" for name, took in seconds.items())
+    return min(seconds, key=seconds.__getitem__), f"predicted µs: {told}"
 
 
 def takes(strategy: str, problems: Sequence[LoDProblem]) -> bool:

@@ -493,7 +493,7 @@ def test_strategy_follows_rows_rank_and_precision():
     assert "2 layers" in backend.choose_strategy(group)[1]
     why = backend.choose_strategy(problem(M=1))[1]
     assert re.fullmatch(
-        r"[\d.]+ µs predicted with H in registers, [\d.]+ in two phases, "
+        r"predicted µs: [\d.]+ with H in registers, [\d.]+ in two phases, "
         r"[\d.]+ after a library's product",
         why,
     )
