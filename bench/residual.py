@@ -3,7 +3,8 @@
     MAESTRO_KERNELS_CACHE=$(mktemp -d) python -m bench.residual [--rounds 15] [--threads 2]
 
 LoRA's sizes on the layers of a model 768 and one 2048 wide. All take turns in one process; a ratio
-is the time of the library's pair over ours: `auto` after first use, and the native library forced.
+is the time of the library's pair over ours: `auto` after first use, the native library forced, and a
+prepacked layer, which serves inference only.
 """
 
 import argparse
@@ -39,6 +40,9 @@ def calls(M, K, R, N, dtype, training):
         forwards["native"] = lambda: mk.lod_linear(
             x, u, v, residual=residual, scale=SCALE, backend="native"
         )
+        if not training:
+            layer = mk.prepack(mk.LoDLinear.from_factors(u, v).eval())
+            forwards["packed"] = lambda: layer(x, residual=residual, scale=SCALE)
     return {name: both(call) if training else call for name, call in forwards.items()}
 
 
