@@ -476,8 +476,10 @@ def test_strategy_follows_rows_rank_and_precision():
     assert strategy(M=64) == "two_phase"
     assert strategy(M=4096) == "expand"  # half of the cores would have no rows
     assert strategy(M=4096, rank=None) == "two_phase"  # no descriptor ends at an unknown rank
-    assert strategy(M=4096, R=100, rank=100) == "two_phase"  # TMA cannot read such rows of u
-    assert strategy(M=4096, N=4100) == "two_phase"  # nor write such rows of y
+    # TMA cannot read such rows of u, nor write such rows of y, and tiles in two phases are small.
+    assert strategy(M=4096, R=100, rank=100) == "row"
+    assert strategy(M=4096, N=4100) == "row"
+    assert strategy(M=1024, R=260, rank=260) == "two_phase"
     a100 = replace(hardware.H100, arch="sm_80")
     assert strategy(M=4096, device=a100) == "two_phase"
     assert strategy(M=8192, R=64, rank=64) == "row"
