@@ -95,6 +95,10 @@ class LoDQuantizer(HfQuantizer):
         self._asked = dtype
         return dtype
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """The dtype to read a tensor in; None for that in which it was saved."""
+        return None if self._keeps() else super().get_new_dtype(converter, param, dtype)
+
     def update_attn_implementation(self, config: Any) -> Any:
         """Seen before transformers looks for the files."""
         seals.forget_the_name(config)
@@ -117,9 +121,13 @@ class LoDQuantizer(HfQuantizer):
         contents = seals.check(_FN, [Path(name) for name in checkpoint_files], self.record)
         self.quantization_config.record = contents.record
         self._build(model, contents.tensors)
-        if str(self._asked).removeprefix("torch.") == contents.record.dtype:
+        if self._keeps():
             _keep_dtypes(model, contents.tensors)
         return model
+
+    def _keeps(self) -> bool:
+        """Whether no other dtype was asked for than that of the model that was saved."""
+        return str(self._asked) in (f"torch.{self.record.dtype}", "None")
 
     def _build(self, model: Any, tensors: Mapping[str, Stored]) -> None:
         """Hang layers on the meta device where the record has factorised ones."""
@@ -174,7 +182,7 @@ class LoDQuantizer(HfQuantizer):
                 dtype = stored.dtype or torch.uint8
                 found[part] = torch.empty(stored.shape, dtype=dtype, device="meta")
         layer = build_layer(at, name, record, old, found)
-        if str(self._asked).removeprefix("torch.") != self.record.dtype and self._asked:
+        if not self._keeps():
             layer.to(self._asked)
         return layer.requires_grad_(True)
 
@@ -277,7 +285,9 @@ def _settle(name: str, layer: nn.Module) -> None:
         # Where a file is mapped, tensors lie anywhere; fast kernels read in pieces of 16 bytes.
         if not parameter.is_meta and parameter.data_ptr() % 16:
             parameter.data = parameter.detach().clone()
+    # Earlier versions of transformers keep whole layers of some models in float32, their ints too.
     if isinstance(layer, PivotedLinear):
+        layer.order = layer.order.to(torch.int32)
         return
     assert isinstance(layer, LoDLayer)
     read = layer.active_rank
@@ -287,5 +297,5 @@ def _settle(name: str, layer: nn.Module) -> None:
             f"{_FN}: tensors: expected the rank {layer.rank} of {name!r} as its active_rank, got "
             f"{got}; was another save going on?"
         )
-    layer.active_rank = read.clone()
+    layer.active_rank = read.to(torch.int32, copy=True)
     layer.changed()

@@ -90,6 +90,18 @@ def test_tensors_keep_their_dtypes_unless_another_is_asked_for(dtype, tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in other.named_parameters())
 
 
+def test_layers_that_transformers_keeps_in_float32(tmp_path):
+    model, batch = small("seq2seq")
+    mixed(model.half())
+    assert "wo" in model._keep_in_fp32_modules
+    mk.save_pretrained(model, tmp_path / "half")
+    assert_same(model, mk.load_pretrained(tmp_path / "half"), batch)
+    for block in model.encoder.block:
+        block.layer[1].DenseReluDense.wo.float()
+    mk.save_pretrained(model, tmp_path / "mixed")
+    assert_same(model, mk.load_pretrained(tmp_path / "mixed"), batch)
+
+
 def test_a_head_is_added_or_left_out_as_transformers_does(tmp_path):
     model, batch = small("classifier", num_labels=3)
     mixed(model)
