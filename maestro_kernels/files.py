@@ -253,6 +253,13 @@ def lock(fd: int, *, wait: bool = False) -> bool | None:
     return True
 
 
+def unlock(fd: int) -> None:
+    """Release what `lock` has taken, also where closing the file should fail."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def make_folder(folder: Path) -> list[Path]:
     """Make a folder and what is missing above it; returns what was made, outermost first."""
     missing = []

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from maestro_kernels.files import lock, make_folder, remove_folders, sync_folder
+from maestro_kernels.files import lock, make_folder, remove_folders, sync_folder, unlock
 
 # The name that `files` gives to what is not finished, for a folder.
 _STAGE = re.compile(r"\.maestro-[0-9a-f]{16}\.partial")
@@ -38,6 +38,7 @@ def staging(folder: Path) -> Iterator[Path]:
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+            unlock(fd)
             os.close(fd)
     except BaseException:
         remove_folders(made)
@@ -53,6 +54,7 @@ def only_mover(folder: Path) -> Iterator[None]:
         yield
         sync_folder(folder)
     finally:
+        unlock(fd)
         os.close(fd)
 
 

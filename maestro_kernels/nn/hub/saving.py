@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def save(
     _check_values(fn, model)
     sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with staging(place) as stage:
-        with described(model) as name:
+        with described(model) as name, _os_errors(folder):
             model.save_pretrained(stage, **sizes)
         seal(stage, name)
         for other in others:
@@ -60,6 +62,21 @@ def save(
             names = to_disk(stage)
             _check_files(fn, stage, place, names, ours=bool(old))
             _move_in(stage, place, names, old)
+
+
+@contextmanager
+def _os_errors(folder: Path) -> Iterator[None]:
+    """Let what safetensors says of a disk be an OSError again."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def check_owner(fn: str, place: Path) -> set[str]:
