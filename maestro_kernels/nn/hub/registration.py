@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,13 @@ def _register() -> None:
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LoDConfig
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = LoDQuantizer
+
+
+def config_of(found: Mapping[str, Any]) -> Any:
+    """A quantization_config of transformers from its JSON object."""
+    from maestro_kernels.nn.hub.quantizer import LoDConfig
+
+    return LoDConfig(**found)
 
 
 def _refusing(error: NotImplementedError) -> type:
