@@ -249,7 +249,9 @@ def _linear_size(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear | LoDLinear | PivotedLinear):
         return module.out_features, module.in_features
     if is_conv1d(module):
-        return module.weight.shape[1], module.weight.shape[0]  # type: ignore[union-attr,return-value]
+        weight = module._parameters["weight"]
+        assert weight is not None
+        return weight.shape[1], weight.shape[0]
     return None
 
 

@@ -155,8 +155,8 @@ def linear_like(conv1d: nn.Module) -> nn.Linear:
     """An nn.Linear on the meta device with the sizes of a Conv1D."""
     weight = conv1d.weight
     assert isinstance(weight, Tensor)
-    bias = conv1d._parameters.get("bias") is not None
-    layer = nn.Linear(*weight.shape, bias=bias, device="meta", dtype=weight.dtype)
+    (K, N), bias = weight.shape, conv1d._parameters.get("bias") is not None
+    layer = nn.Linear(K, N, bias, "meta", weight.dtype)
     return layer.requires_grad_(weight.requires_grad).train(conv1d.training)
 
 

@@ -30,7 +30,7 @@ def load(fn: str, folder: Path, like: nn.Module | None = None) -> nn.Module:
         ValueError: the files are damaged, of several saves or of an unknown architecture, or some
             tensor has no place or no value.
     """
-    kind = type(like) if like is not None and is_pretrained(like) else architecture(fn, folder)
+    kind: Any = type(like) if is_pretrained(like) else architecture(fn, folder)
     try:
         model, found = kind.from_pretrained(folder, output_loading_info=True)
     except (ValueError, NotImplementedError) as error:

@@ -151,9 +151,9 @@ class LoDQuantizer(HfQuantizer):
                 layers[id(old)] = self._layer(at, name, record, old, tensors)
             self._layers[here] = layers[id(old)]
         for name in self.record.structure.linears:
-            here = _name_in(model, name, modules)
-            if here is not None and is_conv1d(modules[here]):
-                layers[id(modules[here])] = linear_like(modules[here])
+            other = modules.get(_name_in(model, name, modules) or "")
+            if other is not None and is_conv1d(other):
+                layers[id(other)] = linear_like(other)
         for key, new in layers.items():
             for parent, child in places[key]:
                 setattr(parent, child, new)

@@ -182,7 +182,7 @@ def check(fn: str, files: Sequence[Path], record: Record) -> Contents:
             damaged = [path for path, whole in pool.map(_is_whole, headers.items()) if not whole]
         if damaged:
             raise ValueError(_broken(fn, damaged[0], "content that does not match its digest"))
-    tensors = {}
+    tensors: dict[str, Stored] = {}
     for path, header in headers.items():
         tensors.update(_tensors(fn, path, header))
     return Contents(record, tensors)

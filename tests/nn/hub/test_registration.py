@@ -28,9 +28,7 @@ def saved(tmp_path_factory):
 ORDERS = {
     "we": "import maestro_kernels; import transformers",
     "transformers": "import transformers; import maestro_kernels",
-    "its models": "from transformers import AutoModelForCausalLM; import maestro_kernels",
-    "its modeling_utils": "import transformers.modeling_utils; import maestro_kernels",
-    "its quantizers": "import transformers.quantizers; import maestro_kernels",
+    "its models": "import transformers.modeling_utils; import maestro_kernels",
 }
 
 
