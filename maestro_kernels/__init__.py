@@ -30,6 +30,7 @@ from maestro_kernels.nn import (
     ungroup,
     unpack,
 )
+from maestro_kernels.nn.hub import registration
 from maestro_kernels.tuning import set_tuning, tune, use_choices
 from maestro_kernels.version import __version__ as __version__
 
@@ -62,6 +63,8 @@ __all__ = [
     "unpack",
     "use_choices",
 ]
+
+registration.install()
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -161,19 +161,19 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     if found not in (None, "a file"):
         raise OSError(errno.EEXIST, f"expected a file to replace, got {found}", str(path))
     try:
-        made = _make_folder(place.parent)
+        made = make_folder(place.parent)
         try:
             _remove_leftovers(place.parent)
             yield from _replace(place)
         except BaseException:
-            _remove_folders(made)
+            remove_folders(made)
             raise
-        _sync_folder(place.parent)
+        sync_folder(place.parent)
     except OSError as error:
-        raise _about(error, path) from error
+        raise about(error, path) from error
 
 
-def _about(error: OSError, path: str | Path) -> OSError:
+def about(error: OSError, path: str | Path) -> OSError:
     """The same error, about the file that the user knows of."""
     name = error.filename
     hidden = name is None or _PARTIAL.fullmatch(os.path.basename(os.fsdecode(name)))
@@ -206,7 +206,7 @@ def _new_partial(folder: Path) -> tuple[int, Path]:
         # Unlike that of tempfile, its mode follows the umask, as anybody expects of a file.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            if _lock(fd) is not False and os.fstat(fd).st_nlink:
+            if lock(fd) is not False and os.fstat(fd).st_nlink:
                 return fd, path
         except BaseException:
             os.close(fd)
@@ -232,13 +232,13 @@ def _remove_leftovers(folder: Path) -> None:
         with suppress(OSError):
             fd = os.open(folder / name, os.O_RDWR)
             try:
-                if _lock(fd):
+                if lock(fd):
                     os.unlink(folder / name)
             finally:
                 os.close(fd)
 
 
-def _lock(fd: int, *, wait: bool = False) -> bool | None:
+def lock(fd: int, *, wait: bool = False) -> bool | None:
     """Lock an open file until it is closed; None where the file system cannot."""
     if fcntl is None:
         return None
@@ -253,7 +253,14 @@ def _lock(fd: int, *, wait: bool = False) -> bool | None:
     return True
 
 
-def _make_folder(folder: Path) -> list[Path]:
+def unlock(fd: int) -> None:
+    """Release what `lock` has taken, also where closing the file should fail."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def make_folder(folder: Path) -> list[Path]:
     """Make a folder and what is missing above it; returns what was made, outermost first."""
     missing = []
     for parent in (folder, *folder.parents):
@@ -266,21 +273,22 @@ def _make_folder(folder: Path) -> list[Path]:
             with suppress(FileExistsError):
                 os.mkdir(path)
                 made.append(path)
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
     except BaseException:
-        _remove_folders(made)
+        remove_folders(made)
         raise
     return made
 
 
-def _remove_folders(made: list[Path]) -> None:
+def remove_folders(made: list[Path]) -> None:
+    """Remove what `make_folder` made, as far as it is empty."""
     for folder in reversed(made):
         # Not empty where somebody else has begun to use it.
         with suppress(OSError):
             os.rmdir(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on disk; without it a rename may be lost with power."""
     if not hasattr(os, "O_DIRECTORY"):
         return
@@ -320,17 +328,17 @@ def locked_file(path: str | Path) -> Iterator[FileIO]:
     if found not in (None, "a file"):
         raise OSError(errno.EEXIST, f"expected a file to write, got {found}", str(path))
     try:
-        _make_folder(place.parent)
+        make_folder(place.parent)
         while True:
             fd = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
             # Without a buffer: what a full disk refused must not be written later, on closing.
             with os.fdopen(fd, "r+b", buffering=0) as file:
-                _lock(fd, wait=True)
+                lock(fd, wait=True)
                 if _is_same_file(fd, place):
                     yield file
                     return
     except OSError as error:
-        raise _about(error, path) from error
+        raise about(error, path) from error
 
 
 def write_at(file: FileIO, end: int, content: bytes) -> None:
@@ -390,7 +398,7 @@ def sole_user(fn: str, argument: str, folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    _make_folder(folder)
+    make_folder(folder)
     lock = FileLock(folder / ".lock", thread_local=False)
     try:
         lock.acquire(blocking=False)

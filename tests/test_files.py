@@ -82,7 +82,7 @@ def test_only_leftovers_of_dead_writers_are_removed(tmp_path):
 
 
 def test_a_collector_between_creation_and_lock_is_survived(tmp_path, monkeypatch):
-    real, stolen = files._lock, []
+    real, stolen = files.lock, []
 
     def late(fd, *, wait=False):
         if not stolen:
@@ -91,7 +91,7 @@ def test_a_collector_between_creation_and_lock_is_survived(tmp_path, monkeypatch
             path.unlink()
         return real(fd, wait=wait)
 
-    monkeypatch.setattr(files, "_lock", late)
+    monkeypatch.setattr(files, "lock", late)
     write_text(tmp_path / "a", "text")
     assert stolen
     assert os.listdir(tmp_path) == ["a"]

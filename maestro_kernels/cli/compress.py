@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     texts = _read(args.data, args.init)
     if not 0 < args.budget <= 1:
         raise ValueError(f"compress: --budget: expected 0 < FRACTION <= 1, got {args.budget}")
-    check_destination(args.out)
+    check_destination(args.out, hub=True)
     say("compress", f"reading {args.model}")
     encoder = library.load_encoder(args.model)
     layers = [m for m in encoder.model.modules() if isinstance(m, torch.nn.Linear)]

@@ -20,7 +20,15 @@ from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.nn.saved_file import TENSORS
-from maestro_kernels.nn.structure import LayerRecord, Slot, Structure, plain, slots
+from maestro_kernels.nn.structure import (
+    LayerRecord,
+    Slot,
+    Structure,
+    is_conv1d,
+    linear_like,
+    plain,
+    slots,
+)
 from maestro_kernels.problem import DTYPES
 
 
@@ -37,6 +45,19 @@ class Placement:
     layers: dict[nn.Module, nn.Module]
     slots: dict[str, Slot]
     sources: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Where:
+    """How errors begin: the function and what is wrong.
+
+    Attributes:
+        model: about the model that does not fit.
+        tensors: about the file.
+    """
+
+    model: str
+    tensors: str
 
 
 def fit(
@@ -59,6 +80,7 @@ def fit(
         ValueError: the save does not hold together, or does not fit the model.
     """
     _check_ties(fn, structure, tensors)
+    at = Where(f"{fn}: dense_model", f"{fn}: {TENSORS}")
     sources = {key: key for key in tensors} | structure.ties
     modules = {plain(path): m for path, m in model.named_modules(remove_duplicate=False)}
     layers: dict[nn.Module, nn.Module] = {}
@@ -74,13 +96,20 @@ def fit(
         if old in layers:
             _check_shared(fn, (first[old], name), record, structure, sources)
         else:
-            layers[old] = _layer(fn, name, record, old, found)
+            layers[old] = build_layer(at, name, record, old, found)
             layers[old].train(old.training)
             first[old] = name
         for part, key in keys.items():
             places[key] = Slot(layers[old], part, getattr(layers[old], part), True)
+    replaced = set(structure.layers)
+    for name in structure.linears:
+        old = modules.get(name)
+        if old is not None and is_conv1d(old):
+            replaced.add(name)
+            new = layers.setdefault(old, linear_like(old))
+            places |= {_join(name, k): Slot(new, k, p, True) for k, p in new.named_parameters()}
     for key, slot in slots(model).items():
-        if not any(name in structure.layers for name in _ancestors(key)):
+        if not any(name in replaced for name in _ancestors(key)):
             places[key] = slot
     wanted = _wanted(fn, source, structure, places, sources, tensors)
     _check_meta(fn, model, places, wanted, layers)
@@ -133,20 +162,31 @@ def _check_shared(
         )
 
 
-def _layer(
-    fn: str, name: str, record: LayerRecord, old: nn.Module, found: Mapping[str, Tensor]
+def build_layer(
+    at: Where, name: str, record: LayerRecord, old: nn.Module, found: Mapping[str, Tensor]
 ) -> LoDLayer | PivotedLinear:
-    """The factorised layer for one place, on the meta device, at its rank."""
+    """The factorised layer for one place, on the meta device, at its rank.
+
+    Args:
+        at: where errors say that something is.
+        name: of the layer.
+        record: what the save says of it.
+        old: the module in whose place it comes.
+        found: its tensors by part; of active_rank and order the values are read.
+
+    Raises:
+        ValueError: the tensors do not fit the record, each other or the module.
+    """
     u, v = found["u"], found["v"]
     dtypes = {part: found[part].dtype for part in ("u", "v", *["bias"] * record.bias)}
     if u.dtype not in DTYPES or len(set(dtypes.values())) > 1:
         raise ValueError(
-            f"{fn}: {TENSORS}: expected one dtype of {_names(DTYPES)} for u, v and bias of "
+            f"{at.tensors}: expected one dtype of {_names(DTYPES)} for u, v and bias of "
             f"{name!r}, got {_names(dtypes.values())}"
         )
     if u.dim() != 2 or u.shape[1] != record.max_rank:
         raise ValueError(
-            f"{fn}: {TENSORS}: expected u of {name!r} with shape (N, {record.max_rank}), "
+            f"{at.tensors}: expected u of {name!r} with shape (N, {record.max_rank}), "
             f"got {tuple(u.shape)}"
         )
     pivoted, conv = record.kind == "pivoted_linear", record.kind == "lod_conv2d"
@@ -158,10 +198,10 @@ def _layer(
     layer: LoDLayer | PivotedLinear
     if conv and not isinstance(old, nn.Conv2d | LoDConv2d):
         raise ValueError(
-            f"{fn}: dense_model: expected a 2-d convolution at {name!r}, got {type(old).__name__}"
+            f"{at.model}: expected a 2-d convolution at {name!r}, got {type(old).__name__}"
         )
     if not conv:
-        _check_size(fn, name, old, (N, v.shape[-1] if v.dim() else 0))
+        _check_size(at, name, old, (N, v.shape[-1] if v.dim() else 0))
     try:
         if isinstance(old, nn.Conv2d | LoDConv2d):
             layer = LoDConv2d.from_factors(old, u, v, given)  # type: ignore[arg-type]
@@ -172,14 +212,14 @@ def _layer(
             layer = LoDLinear.from_factors(u, v, given, record.activation)
     except ValueError as error:
         raise ValueError(
-            f"{fn}: dense_model: expected a layer that fits the saved factors at {name!r}, got "
+            f"{at.model}: expected a layer that fits the saved factors at {name!r}, got "
             f"{type(old).__name__} ({error})"
         ) from None
     if isinstance(layer, LoDLayer):
-        _check_rank(fn, name, record, found["active_rank"])
+        _check_rank(at, name, record, found["active_rank"])
         layer.rank = record.rank
     else:
-        _check_order(fn, name, found["order"], N)
+        _check_order(at, name, found["order"], N)
     for parameter in layer.parameters():
         parameter.requires_grad_(_is_trained(old))
     return layer
@@ -195,11 +235,11 @@ def _is_trained(old: nn.Module) -> bool:
     return not parameters or any(parameter.requires_grad for parameter in parameters)
 
 
-def _check_size(fn: str, name: str, old: nn.Module, saved: tuple[int, int]) -> None:
+def _check_size(at: Where, name: str, old: nn.Module, saved: tuple[int, int]) -> None:
     expected = _linear_size(old)
     if expected != saved:
         raise ValueError(
-            f"{fn}: dense_model: expected a linear layer of {saved[0]} x {saved[1]} at {name!r}, "
+            f"{at.model}: expected a linear layer of {saved[0]} x {saved[1]} at {name!r}, "
             f"got {type(old).__name__}" + (f" of {expected[0]} x {expected[1]}" if expected else "")
         )
 
@@ -208,26 +248,27 @@ def _linear_size(module: nn.Module) -> tuple[int, int] | None:
     """(N, K) of a dense or factorised linear layer, also Hugging Face's Conv1D."""
     if isinstance(module, nn.Linear | LoDLinear | PivotedLinear):
         return module.out_features, module.in_features
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
+    if is_conv1d(module):
+        weight = module._parameters["weight"]
+        assert weight is not None
         return weight.shape[1], weight.shape[0]
     return None
 
 
-def _check_rank(fn: str, name: str, record: LayerRecord, saved: Tensor) -> None:
+def _check_rank(at: Where, name: str, record: LayerRecord, saved: Tensor) -> None:
     """The rank is saved twice; a save that contradicts itself is damaged."""
     if saved.dtype is not torch.int32 or saved.dim() or int(saved) != record.rank:
         raise ValueError(
-            f"{fn}: {TENSORS}: expected the rank {record.rank} of {name!r} as its active_rank, "
+            f"{at.tensors}: expected the rank {record.rank} of {name!r} as its active_rank, "
             f"got {saved.dtype} {tuple(saved.shape)}" + ("" if saved.dim() else f" {saved.item()}")
         )
 
 
-def _check_order(fn: str, name: str, order: Tensor, size: int) -> None:
-    expected = torch.arange(size, dtype=torch.int32)
+def _check_order(at: Where, name: str, order: Tensor, size: int) -> None:
+    expected = torch.arange(size, dtype=torch.int32, device="cpu")
     if order.dtype is not torch.int32 or not torch.equal(order.cpu().sort().values, expected):
         raise ValueError(
-            f"{fn}: {TENSORS}: expected a permutation of 0..{size - 1} in int32 as the order of "
+            f"{at.tensors}: expected a permutation of 0..{size - 1} in int32 as the order of "
             f"{name!r}, got {order.dtype} {tuple(order.shape)}"
         )
 

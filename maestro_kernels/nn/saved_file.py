@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 TENSORS, COPY = "model.safetensors", "maestro.json"
-_KEY, _DIGEST = "maestro_kernels", "maestro_kernels.sha256"
+KEY, DIGEST = "maestro_kernels", "maestro_kernels.sha256"
 # As long as a digest; its place in the file while the digest is not known, and when it is checked.
-_BLANK = "0" * 64
+BLANK = "0" * 64
 # safetensors' own limit.
 _LONGEST_HEADER = 100_000_000
 _CHUNK = 1 << 24
@@ -49,7 +49,7 @@ def write(fn: str, file: BinaryIO, tensors: Mapping[str, Tensor], structure: str
     # Larger elements first: every tensor is aligned to its own element, as its readers want it.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {
-        "__metadata__": {_DIGEST: _BLANK, "format": "pt", _KEY: structure},
+        "__metadata__": {DIGEST: BLANK, "format": "pt", KEY: structure},
     }
     codes: dict[torch.dtype, str] = {}
     end = 0
@@ -70,7 +70,7 @@ def write(fn: str, file: BinaryIO, tensors: Mapping[str, Tensor], structure: str
         content = _bytes(tensors[name])
         digest.update(content)
         file.write(content)
-    file.seek(8 + text.index(_BLANK.encode()))
+    file.seek(8 + text.index(BLANK.encode()))
     file.write(digest.hexdigest().encode())
     return digest.hexdigest()
 
@@ -98,10 +98,10 @@ def read_header(path: Path) -> tuple[str, str] | None:
     """(structure, digest) of a saved file; None for any other file."""
     with path.open("rb") as file:
         try:
-            metadata = _metadata(_raw_header(file))
+            metadata = metadata_of(raw_header(file))
         except ValueError:
             return None
-    structure, digest = metadata.get(_KEY), metadata.get(_DIGEST)
+    structure, digest = metadata.get(KEY), metadata.get(DIGEST)
     return (structure, digest) if isinstance(structure, str) and isinstance(digest, str) else None
 
 
@@ -125,20 +125,29 @@ def read(path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _read(file: BinaryIO, path: Path) -> tuple[str, dict[str, Tensor]]:
-    header = _raw_header(file)
-    metadata = _metadata(header)
-    structure, wanted = metadata.get(_KEY), metadata.get(_DIGEST)
+    header = raw_header(file)
+    metadata = metadata_of(header)
+    structure, wanted = metadata.get(KEY), metadata.get(DIGEST)
     if structure is None and wanted is None:
         raise OldSave
     if not isinstance(structure, str) or not isinstance(wanted, str):
         raise ValueError("half of the header of save_pretrained")
-    blank = header.replace(wanted.encode(), _BLANK.encode(), 1)
-    digest = hashlib.sha256(len(header).to_bytes(8, "little") + blank)
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-    if digest.hexdigest() != wanted:
+    if digest_of(header.replace(wanted.encode(), BLANK.encode(), 1), file) != wanted:
         raise ValueError("content that does not match its digest")
     return structure, tensors_of(file, path)
+
+
+def digest_of(header: bytes, file: BinaryIO) -> str:
+    """The digest of a file with this header, in which BLANK stands for the digest itself.
+
+    Args:
+        header: without its length.
+        file: open, after the header.
+    """
+    digest = hashlib.sha256(len(header).to_bytes(8, "little") + header)
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def tensors_of(file: BinaryIO, path: Path) -> dict[str, Tensor]:
@@ -161,8 +170,12 @@ def tensors_of(file: BinaryIO, path: Path) -> dict[str, Tensor]:
         raise ValueError(str(error)) from None
 
 
-def _raw_header(file: BinaryIO) -> bytes:
-    """The JSON header of a safetensors file, as it stands."""
+def raw_header(file: BinaryIO) -> bytes:
+    """The JSON header of a safetensors file, as it stands; the file is then behind it.
+
+    Raises:
+        ValueError: there is none.
+    """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
@@ -170,7 +183,12 @@ def _raw_header(file: BinaryIO) -> bytes:
     return file.read(length)
 
 
-def _metadata(header: bytes) -> dict[str, Any]:
+def metadata_of(header: bytes) -> dict[str, Any]:
+    """What a JSON header says beside the tensors.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     try:
         metadata = json.loads(header).get("__metadata__", {})
     except (ValueError, AttributeError, RecursionError) as error:

@@ -1,7 +1,8 @@
 """save_pretrained and load_pretrained: a model's tensors and structure in a folder of the user's.
 
-One file has everything and is replaced in one step; nothing is pickled. A model is changed only
-after all of a save has been read and checked against it.
+A model of transformers becomes what Hugging Face writes (`hub`). Of any other one file has
+everything and is replaced in one step. Nothing is pickled, and a model is changed only after all of
+a save has been read and checked against it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,21 @@ from maestro_kernels.files import check_folder, kind_of, replacing, write_text
 from maestro_kernels.nn import saved_file
 from maestro_kernels.nn.active_ranks import find_layers
 from maestro_kernels.nn.grouping import group, groups
+from maestro_kernels.nn.hub import loading, registration, saving
+from maestro_kernels.nn.hub.seals import CONFIG
 from maestro_kernels.nn.placing import check_compiled, commit, fit
 from maestro_kernels.nn.saved_file import COPY, TENSORS
-from maestro_kernels.nn.structure import Slot, Structure, describe, parse, plain, slots, version_of
+from maestro_kernels.nn.structure import (
+    HUB_VERSION,
+    Slot,
+    Structure,
+    describe,
+    linears,
+    parse,
+    plain,
+    slots,
+    version_of,
+)
 
 # Another checkpoint in the folder, which a model.safetensors would hide from its readers.
 _INDEX = "model.safetensors.index.json"
@@ -28,31 +42,60 @@ _INDEX = "model.safetensors.index.json"
 _ATTEMPTS = 100
 
 
-def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+def save_pretrained(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+) -> Path:
     """Write a model's tensors, ranks, structure and groups into a folder.
 
-    `model.safetensors` holds all of it and is replaced in one step, after it is on disk: whoever
-    reads meanwhile, and whatever happens, finds the save of before or this one. `maestro.json`
-    repeats the structure for people. Other files in the folder are left alone.
+    A model of transformers is written as Hugging Face writes it: `config.json` with our
+    quantization_config, `model.safetensors` or shards with an index, `generation_config.json`. Of
+    any other model `model.safetensors` holds everything, and `maestro.json` repeats the structure
+    for people. Whoever reads meanwhile, and whatever happens, finds the save of before, this one or
+    an error that says so. Other files in the folder are left alone.
 
     Args:
         model: any module; dense models are fine too, and compiled ones.
         directory: a folder; it is made, parents too. A link to one stays a link.
+        max_shard_size: of a transformers model, bytes or a text like "5GB"; None for the default of
+            transformers. One tensor is never divided.
+        tokenizer: saved beside a transformers model, as is
+        processor: anything with a save_pretrained of its own.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: model is no module, directory no path, or a tensor of a dtype that safetensors
-            does not hold.
+        TypeError: model is no module, directory no path, tokenizer or processor cannot be saved, or
+            a tensor has a dtype that safetensors does not hold.
         ValueError: the directory is no folder, or a file there is somebody else's; a tensor has
             no values (meta device, lazy); the model could not be loaded back: a factorised layer
-            with parametrizations, a subclass of one, state beside parameters and buffers.
-        NotImplementedError: a tensor is no plain dense one.
+            with parametrizations, a subclass of one, state beside parameters and buffers; an
+            argument that is for transformers models only.
+        NotImplementedError: a tensor is no plain dense one, the model is quantised, or transformers
+            is too old.
         OSError: the folder cannot be written. The save of before is still there.
     """
     fn = "save_pretrained"
     find_layers(fn, model)
+    others = _savable(fn, tokenizer=tokenizer, processor=processor)
+    inner = getattr(model, "_orig_mod", model)
+    if registration.is_pretrained(inner):
+        try:
+            folder = check_folder(fn, "directory", directory)
+            saving.save(fn, inner, folder, max_shard_size, others)
+        except OSError as error:
+            raise _named(fn, error) from error
+        return folder
+    if others or max_shard_size is not None:
+        raise ValueError(
+            f"{fn}: model: expected a model of transformers for max_shard_size, tokenizer and "
+            f"processor, got {type(model).__name__}"
+        )
     structure, tensors = _collect(fn, model)
     text = structure.to_json()
     try:
@@ -70,27 +113,47 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path
     return folder
 
 
-def check_destination(directory: str | os.PathLike[str]) -> Path:
+def _savable(fn: str, **given: Any) -> list[Any]:
+    """What was given to be saved beside the model."""
+    for name, value in given.items():
+        if value is not None and not callable(getattr(value, "save_pretrained", None)):
+            raise TypeError(
+                f"{fn}: {name}: expected something with a save_pretrained, got "
+                f"{type(value).__name__}"
+            )
+    return [value for value in given.values() if value is not None]
+
+
+def check_destination(directory: str | os.PathLike[str], *, hub: bool = False) -> Path:
     """The folder, where `save_pretrained` could write to it; asked before long work.
+
+    Args:
+        directory: as there.
+        hub: whether it will be a model of transformers.
 
     Raises:
         TypeError, ValueError, OSError: as `save_pretrained`, for the directory.
     """
     fn = "save_pretrained"
     folder = check_folder(fn, "directory", directory)
-    _check_owner(fn, Path(os.path.realpath(folder)))
+    place = Path(os.path.realpath(folder))
+    check = saving.check_owner if hub else _check_owner
+    check(fn, place)
     return folder
 
 
-def load_pretrained(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
-    """Rebuild a saved model inside a dense model of the same architecture.
+def load_pretrained(
+    directory: str | os.PathLike[str], dense_model: nn.Module | None = None
+) -> nn.Module:
+    """Rebuild a saved model, by itself or inside a dense model of the same architecture.
 
     Args:
-        directory: a folder written by `save_pretrained`.
+        directory: a folder written by `save_pretrained`, or by transformers for a factorised model.
         dense_model: the dense architecture, for instance built from its configuration; also on the
             meta device, which it leaves for the CPU. It is changed in place, keeps its device and
             what of it is trained, and takes the saved dtypes. Compile it afterwards where a layer
-            was compiled by itself.
+            was compiled by itself. None builds the architecture of the folder's config.json, on the
+            CPU and in eval mode.
 
     Returns:
         The model; a new module only where the model itself is a saved factorised layer.
@@ -98,19 +161,29 @@ def load_pretrained(directory: str | os.PathLike[str], dense_model: nn.Module) -
     Raises:
         TypeError: dense_model is no module, or directory no path.
         ValueError: the folder is missing, damaged, from elsewhere or from a newer version, or does
-            not fit the model.
+            not fit the model; without a model, it has no config.json of a known architecture.
+        NotImplementedError: transformers is too old.
         OSError: the folder cannot be read.
 
     Whatever is raised, also by an interrupt, the model is then as it was.
     """
     fn = "load_pretrained"
-    if not isinstance(dense_model, nn.Module):
+    if dense_model is not None and not isinstance(dense_model, nn.Module):
         raise TypeError(
             f"{fn}: dense_model: expected an nn.Module, got {type(dense_model).__name__}"
         )
     try:
         source = check_folder(fn, "directory", directory)
-        structure, tensors = _read(fn, source)
+        if loading.is_hub_save(source):
+            inner = getattr(dense_model, "_orig_mod", dense_model)
+            made = loading.load(fn, source, inner)
+            if dense_model is None:
+                return made
+            structure, tensors = _collect(fn, made)
+        else:
+            structure, tensors = _read(fn, source)
+            if dense_model is None:
+                dense_model = loading.empty(fn, source)
     except OSError as error:
         raise _named(fn, error) from error
     placement = fit(fn, source, structure, tensors, dense_model)
@@ -151,7 +224,8 @@ def _collect(fn: str, model: nn.Module) -> tuple[Structure, dict[str, Tensor]]:
             # What a captured graph runs at may differ; the layer's rank is what is meant.
             tensors[key] = torch.tensor(record.rank, dtype=torch.int32)
     buffers = [key for key, slot in found.items() if not slot.persistent]
-    structure = Structure(layers, ties, buffers, bool(groups(model)))
+    grouped = bool(groups(model))
+    structure = Structure(layers, ties, buffers, grouped, linears=linears(model))
     # What would not load into the very model it comes from is refused now, not later.
     try:
         fit(fn, Path(), structure, tensors, model)
@@ -213,6 +287,11 @@ def _check_owner(fn: str, place: Path) -> None:
             f"{expected} a {COPY} of another origin, got {str(copy)!r}; remove it or choose "
             "another folder"
         )
+    if loading.is_hub_save(place):
+        raise ValueError(
+            f"{expected} a model of transformers, got {str(place / CONFIG)!r} of one; choose "
+            "another folder"
+        )
     if (place / _INDEX).exists():
         raise ValueError(
             f"{expected} another checkpoint, got {str(place / _INDEX)!r}, whose readers would "
@@ -247,6 +326,12 @@ def _settle_copy(place: Path, digest: str) -> None:
 def _read(fn: str, source: Path) -> tuple[Structure, dict[str, Tensor]]:
     path = source / TENSORS
     kind = kind_of(path)
+    header = saved_file.read_header(path) if kind == "a file" else None
+    if header is not None and version_of(header[0]) == HUB_VERSION:
+        raise ValueError(
+            f"{fn}: {CONFIG}: expected the whole one of the transformers model in {str(source)!r}, "
+            f"got {'another' if (source / CONFIG).exists() else 'none'}"
+        )
     if kind != "a file":
         raise ValueError(
             f"{fn}: directory: expected a folder with {TENSORS}, got {str(source)!r} "

@@ -6,6 +6,7 @@ Knows JSON and names, no files; what it returns has the right types throughout.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from maestro_kernels.problem import ACTIVATIONS
 from maestro_kernels.version import __version__
 
 _FORMAT, VERSION = "maestro_kernels", 2
+# Of the folders of transformers models: the structure beside what Hugging Face writes.
+HUB_VERSION = 3
 _KINDS = {"lod_linear": LoDLinear, "pivoted_linear": PivotedLinear, "lod_conv2d": LoDConv2d}
 _PARTS = {
     "lod_linear": {"u", "v", "bias", "active_rank"},
@@ -62,6 +65,7 @@ class Structure:
         buffers: stored buffers that state_dict leaves out; a model on the meta device needs them.
         grouped: whether `group` was on.
         version: of the format.
+        linears: layers that are an nn.Linear where the architecture has Hugging Face's Conv1D.
     """
 
     layers: dict[str, LayerRecord]
@@ -69,13 +73,15 @@ class Structure:
     buffers: list[str] = field(default_factory=list)
     grouped: bool = False
     version: int = VERSION
+    linears: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         """What `parse` reads."""
         head = {"format": _FORMAT, "version": self.version, "package": __version__}
         layers = {name: asdict(record) for name, record in self.layers.items()}
         rest = {"ties": self.ties, "buffers": self.buffers, "grouped": self.grouped}
-        return json.dumps({**head, "layers": layers, **rest})
+        linears = {"linears": self.linears} if self.linears else {}
+        return json.dumps({**head, "layers": layers, **rest, **linears})
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,35 @@ def describe(fn: str, model: nn.Module) -> dict[str, LayerRecord]:
         if isinstance(layer, LoDLayer | PivotedLinear):
             found[plain(path)] = _record(fn, plain(path), layer)
     return found
+
+
+def linears(model: nn.Module) -> list[str]:
+    """The nn.Linear layers of a model whose code builds Conv1D, which holds the transposed matrix.
+
+    A converted Conv1D that was made dense again is an nn.Linear. Of a square one the shape does not
+    tell, so it is written down.
+    """
+    kinds = {type(module).__module__ for module in model.modules()}
+    if not any(hasattr(sys.modules.get(kind), "Conv1D") for kind in kinds):
+        return []
+    named = model.named_modules(remove_duplicate=False)
+    return [plain(path) for path, module in named if type(module) is nn.Linear]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's Conv1D, found without importing transformers."""
+    return type(module).__name__ == "Conv1D" and isinstance(
+        module._parameters.get("weight"), Tensor
+    )
+
+
+def linear_like(conv1d: nn.Module) -> nn.Linear:
+    """An nn.Linear on the meta device with the sizes of a Conv1D."""
+    weight = conv1d.weight
+    assert isinstance(weight, Tensor)
+    (K, N), bias = weight.shape, conv1d._parameters.get("bias") is not None
+    layer = nn.Linear(K, N, bias, "meta", weight.dtype)
+    return layer.requires_grad_(weight.requires_grad).train(conv1d.training)
 
 
 def _record(fn: str, name: str, layer: LoDLayer | PivotedLinear) -> LayerRecord:
@@ -180,7 +215,7 @@ def parse(fn: str, where: str, text: str, version: int) -> Structure:
             f"{fn}: {where}: expected a file written by save_pretrained, got another file"
         )
     if type(found.get("version")) is not int or found["version"] != version:
-        newer = type(found.get("version")) is int and found["version"] > VERSION
+        newer = type(found.get("version")) is int and found["version"] > HUB_VERSION
         raise ValueError(
             f"{fn}: {where}: expected format version {version}, got {found.get('version')!r}"
             + ("; a newer maestro_kernels wrote it" if newer else "")
@@ -195,12 +230,18 @@ def parse(fn: str, where: str, text: str, version: int) -> Structure:
                 f"got {type(found.get(key)).__name__}"
             )
     buffers = found.get("buffers", []) if version > 1 else []
-    for key, names in (("ties", found["ties"].values()), ("buffers", buffers)):
+    dense = found.get("linears", [])
+    if not isinstance(dense, list):
+        raise ValueError(
+            f"{fn}: {where}: expected 'linears' to be a list, got {type(dense).__name__}"
+        )
+    texts = {"ties": found["ties"].values(), "buffers": buffers, "linears": dense}
+    for key, names in texts.items():
         for value in names:
             if not isinstance(value, str):
                 raise ValueError(f"{fn}: {where}: expected names in {key!r}, got {value!r}")
     layers = dict(_layers(fn, where, found["layers"]))
-    return Structure(layers, found["ties"], buffers, found["grouped"], version)
+    return Structure(layers, found["ties"], buffers, found["grouped"], version, dense)
 
 
 def _layers(fn: str, where: str, found: dict[str, Any]) -> Iterator[tuple[str, LayerRecord]]:

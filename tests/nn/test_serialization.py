@@ -316,3 +316,15 @@ def test_a_disk_that_cannot_be_read_is_named(saved, monkeypatch):
     monkeypatch.setattr(Path, "open", broken)
     with pytest.raises(OSError, match="load_pretrained: directory: Input/output error"):
         mk.load_pretrained(saved, plain())
+
+
+def test_a_conv1d_that_is_dense_again_is_not_taken_for_its_transpose(tmp_path):
+    model, ids = tiny("gpt2")
+    mk.convert(model, rank=12)
+    square = "transformer.h.0.attn.c_proj"
+    mk.set_ranks(model, {square: "dense", "transformer.h.1.mlp.c_fc": "dense"})
+    outer = nn.ModuleList([model])
+    mk.save_pretrained(outer, tmp_path)
+    loaded = mk.load_pretrained(tmp_path, nn.ModuleList([tiny("gpt2")[0]]))
+    assert type(loaded[0].get_submodule(square)) is nn.Linear
+    assert torch.equal(output(loaded[0], ids), output(model, ids))

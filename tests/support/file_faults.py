@@ -1,9 +1,9 @@
-"""Every file-system call of maestro_kernels.files, seen, counted and made to fail."""
+"""Every file-system call of maestro_kernels.files and folders, seen, counted and made to fail."""
 
 import io
 import os
 
-from maestro_kernels import files
+from maestro_kernels import files, folders
 
 # What a writer does to the disk, as functions of os; writes and truncations come beside them.
 CALLS = frozenset(
@@ -12,7 +12,7 @@ CALLS = frozenset(
 
 
 class Faults:
-    """Stands in for the module os in maestro_kernels.files.
+    """Stands in for the module os in maestro_kernels.files and folders.
 
     Args:
         before: called with (number, name, first argument) before each call; may raise or kill.
@@ -56,8 +56,8 @@ class Faults:
         return raw if buffering == 0 else io.BufferedRandom(raw)
 
     def __enter__(self):
-        files.os = self
+        files.os = folders.os = self
         return self
 
     def __exit__(self, *_):
-        files.os = os
+        files.os = folders.os = os

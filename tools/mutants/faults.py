@@ -578,7 +578,7 @@ FAULTS = (
     Fault(
         "files-of-living-writers-removed",
         f"{_MK}/files.py",
-        "if _lock(fd):",
+        "if lock(fd):",
         "if True:",
         "tests/test_files.py::test_only_leftovers_of_dead_writers_are_removed",
         "two processes that save beside each other lose one save",
