@@ -3,8 +3,8 @@
     MAESTRO_KERNELS_CACHE=$(mktemp -d) python -m bench.residual [--rounds 15] [--threads 2]
 
 LoRA's sizes on the layers of a model 768 and one 2048 wide. All take turns in one process; a ratio
-is the time of the library's pair over ours: `auto` after first use, the native library forced, and a
-prepacked layer, which serves inference only.
+is the time of the library pair over ours: `auto` after first use, the native library forced, a
+prepacked layer (inference only).
 """
 
 import argparse
