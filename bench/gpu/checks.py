@@ -92,6 +92,7 @@ class Checks:
         for M in (8, 130):
             yield Item(f"gradients, M {M}", partial(self.gradients, M), small=M == 8)
         yield Item("gradients of a group", self.gradients_of_a_group)
+        yield Item("residual and scale", self.residual, small=True)
         for M in (1, 64, 200, 2048):
             yield Item(f"{_REPEATS} repeats, M {M}", partial(self.repeats, M))
         for precision in ("highest", "high"):
@@ -223,6 +224,36 @@ class Checks:
             r = u.shape[1] * 5 // 8
             (y,) = self._run(x, [u], [v], [b], [r], [activation])
             self._gate_gradients([y], x, [u], [v], [b], [r], [activation])
+
+    def residual(self) -> None:
+        """A matrix added, its rows further apart than those of y, and H scaled; all gradients."""
+        for M, activation in ((3, None), (130, None), (130, "gelu")):
+            sizes = self._device.sizes(M, 256, 512, 64)
+            x, u, v, b = self._layer(*sizes, BF16, requires_grad=True)
+            wide = torch.randn(x.shape[0], u.shape[0] + 8, dtype=BF16, device=x.device)
+            residual = wide[:, : u.shape[0]].requires_grad_()
+            added = {"residual": residual, "scale": -0.5}
+            r = u.shape[1] - 3
+            (y,) = self._run(x, [u], [v], [b], [r], [activation], **added)
+            leaves = [x, u, v, b, residual]
+            dy = torch.randn_like(y)
+
+            def found(y: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
+                return [y, *torch.autograd.grad(y, leaves, dy)]
+
+            def plain(ts: list[Tensor], activation: str | None = activation, r: int = r) -> Tensor:
+                options = {"rank": r, "activation": activation, "scale": -0.5}
+                return lod_linear_ref(*ts[:4], residual=ts[4], **options)
+
+            doubles = [t.detach().double().requires_grad_() for t in leaves]
+            all_three = (
+                found(y, leaves, dy),
+                found(plain(leaves), leaves, dy),
+                found(plain(doubles), doubles, dy.double()),
+            )
+            names = ("y", "dx", "du", "dv", "dbias", "dresidual")
+            for name, got, other, exact in zip(names, *all_three, strict=True):
+                assert_accurate(f"{name}, M {M}", self._device.output(got), other, exact)
 
     def float32(self, precision: str) -> dict[str, int]:
         """IEEE float32, and TF32 where that is allowed."""

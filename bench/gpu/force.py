@@ -40,13 +40,14 @@ class Runner:
         biases: Sequence[Tensor | None],
         ranks: Any,
         activations: Sequence[str | None] | None = None,
+        **added: Any,
     ) -> list[Tensor]:
         """Outputs of the layers, in memory that held NaN if the allocator gives it out again.
 
         Raises:
             Skip: the strategy does not take the call; says why.
         """
-        call = self.bound(x, us, vs, biases, ranks, activations)
+        call = self.bound(x, us, vs, biases, ranks, activations, **added)
         shapes = [(*x.shape[:-1], u.shape[0]) for u in us]
         # What a kernel leaves unwritten would otherwise be the right result of the call before.
         held = [torch.full(s, math.nan, dtype=x.dtype, device=x.device) for s in shapes]
@@ -61,21 +62,23 @@ class Runner:
         biases: Sequence[Tensor | None],
         ranks: Any,
         activations: Sequence[str | None] | None = None,
+        **added: Any,
     ) -> Callable[[], list[Tensor]]:
-        """The same as a function of nothing, planned once."""
+        """The same as a function of nothing, planned once; `residual` and `scale` of one layer."""
         n = len(us)
         activations = activations or [None] * n
         fn = "lod_linear" if n == 1 else "lod_linear_grouped"
         one = ranks[0] if n == 1 and not isinstance(ranks, Tensor) else ranks
         if self.family == "auto":
             if n == 1:
-                return lambda: [
-                    mk.lod_linear(x, us[0], vs[0], biases[0], rank=one, activation=activations[0])
-                ]
+                options = {"rank": one, "activation": activations[0], **added}
+                return lambda: [mk.lod_linear(x, us[0], vs[0], biases[0], **options)]
             return lambda: list(
                 mk.lod_linear_grouped(x, us, vs, biases, ranks=ranks, activation=activations)
             )
         call = Call(fn, (x,), us, vs, biases, ranks, activations)
+        if added:
+            call = call._replace(residuals=(added["residual"],), scales=(added["scale"],))
         plan = self._plan(call)
         wants = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in call.tensors
