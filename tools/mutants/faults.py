@@ -94,7 +94,7 @@ FAULTS = (
     Fault(
         "launch-of-an-aligned-variant-on-what-is-not",
         f"{_MK}/backends/triton/launcher.py",
-        "(t.shape, t.stride(), t.dtype, t.data_ptr() % 16)",
+        "(t.shape, t.stride(), t.dtype, (t.data_ptr() or _none(t)) % 16)",
         "(t.shape, t.stride(), t.dtype)",
         "tests/backends/triton/test_launcher.py::"
         "test_only_what_lies_like_a_call_that_ran_is_served_without_being_validated",

@@ -86,10 +86,24 @@ def _runs_as_expected(variant: type) -> bool:
 
 
 def layouts(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """All that Triton and the planners look at in tensors: a launch is repeated for the same."""
+    """All that Triton and the planners look at in tensors: a launch is repeated for the same.
+
+    Raises:
+        RuntimeError: the storage of a tensor was freed; the caller's validator says which.
+    """
     return tuple(
-        [t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
+        [
+            t if t is None else (t.shape, t.stride(), t.dtype, (t.data_ptr() or _none(t)) % 16)
+            for t in tensors
+        ]
     )
+
+
+def _none(tensor: Tensor) -> int:
+    """The address of a tensor that has none."""
+    if tensor.numel() and not tensor.is_meta:
+        raise RuntimeError("a launch of Triton: expected tensors with a storage, got a freed one")
+    return 0
 
 
 # As many as dispatch.py has plans.

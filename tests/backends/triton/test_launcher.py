@@ -166,6 +166,16 @@ def _what_is_launched() -> dict[str, object]:
     host_cost.Variant.launched.clear()
     found["kept alive"] = [ref() is not None for ref in dead]
 
+    freed = x.clone()
+    freed.untyped_storage().resize_(0)
+    found["freed"] = []
+    for name, module in (("row", row), ("two_phase", two_phase)):
+        for launch_it in (cases[name], lambda *t, serve=module.again: serve(*t, 24, None)):
+            try:
+                launch_it(freed, u, v, b)
+            except RuntimeError as error:
+                found["freed"].append(str(error))
+
     JITFunction.run = original
     # Meta tensors from here on.
     host_cost.on_meta_tensors()
@@ -242,6 +252,13 @@ def test_no_tensor_is_kept_alive(found):
     assert found["kept alive"] == [False] * 4
 
 
+def test_a_freed_storage_reaches_no_kernel(found):
+    assert (
+        found["freed"]
+        == ["a launch of Triton: expected tensors with a storage, got a freed one"] * 4
+    )
+
+
 def test_the_device_of_x_is_made_the_current_one(found):
     assert found["elsewhere"] == ["meta"]
 
@@ -252,6 +269,33 @@ def test_a_planned_call_costs_the_host_two_linear_and_a_launch(found, kind):
     ours, two, by_triton = found["calls"][kind]
     assert two == 2
     assert ours <= two + by_triton
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["row", "two_phase"])
+def test_later_calls_compute_on_their_own_tensors_and_streams(strategy):
+    import torch
+
+    from maestro_kernels.backends.triton import quick, row, two_phase
+    from maestro_kernels.testing import make_inputs
+
+    module = row if strategy == "row" else two_phase
+    again, graph, side = quick(strategy), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    for seed in range(4):
+        x, u, v, b = make_inputs(64, 256, 256, 64, dtype=torch.bfloat16, device="cuda", seed=seed)
+        if seed == 0:
+            getattr(module, strategy)(x, v, u, b, 48, "gelu", save_h=False)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            y = again(x, u, v, b, 48, "gelu")
+        with torch.cuda.graph(graph):
+            captured = again(x, u, v, b, 48, "gelu")
+        graph.replay()
+        torch.cuda.synchronize()
+        module._launches.clear()  # the next is Triton's
+        expected, _ = getattr(module, strategy)(x, v, u, b, 48, "gelu", save_h=False)
+        assert torch.equal(y, expected)
+        assert torch.equal(captured, expected)
 
 
 if __name__ == "__main__":
