@@ -168,14 +168,9 @@ class LoDQuantizer(HfQuantizer):
         tensors: Mapping[str, Stored],
     ) -> nn.Module:
         """The factorised layer for one place, as the files have it."""
-        prefix, ties = self.record.stored.get(name, name), self.record.structure.ties
         found = {}
         for part in sorted(record.tensors):
-            key = f"{name}.{part}"
-            key = next((k for k in (f"{prefix}.{part}", key, ties.get(key)) if k in tensors), key)
-            if key not in tensors:
-                raise ValueError(f"{at.tensors}: expected {key!r}, got no such tensor")
-            stored = tensors[key]
+            stored = self._stored(at, f"{name}.{part}", tensors)
             if part in ("active_rank", "order") and stored.dtype is torch.int32:
                 found[part] = stored.read()
             else:
@@ -185,6 +180,14 @@ class LoDQuantizer(HfQuantizer):
         if not self._keeps():
             layer.to(self._asked)
         return layer.requires_grad_(True)
+
+    def _stored(self, at: Where, key: str, tensors: Mapping[str, Stored]) -> Stored:
+        """Where the files have a tensor: under its name, an older one, or that of its tie."""
+        for own in (key, self.record.structure.ties.get(key, key)):
+            for name in (_moved(own, self.record.stored), own):
+                if name in tensors:
+                    return tensors[name]
+        raise ValueError(f"{at.tensors}: expected {key!r}, got no such tensor")
 
     def _tie(self, model: Any, names: Mapping[str, str]) -> None:
         """Tell transformers which parameters of factorised layers are one, and which are gone."""

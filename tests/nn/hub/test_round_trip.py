@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from hub_models import Wrapped, assert_same, mixed, outputs, small, tied
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import maestro_kernels as mk
@@ -173,6 +174,24 @@ def test_shared_factors_and_a_head_that_is_no_longer_tied(tmp_path):
         assert tied(again) == expected
         hub_save(again, tmp_path / "again")
         assert tied(mk.load_pretrained(tmp_path / "again")) == expected
+
+
+def test_names_that_transformers_saves_under_older_ones(tmp_path):
+    names = {r"^net\.": "model."}
+    model, batch = small("llama")
+    model.save_pretrained(tmp_path / "new")
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    old = {key.replace("model.", "net.", 1): value for key, value in tensors.items()}
+    save_file(old, tmp_path / "new" / "model.safetensors", {"format": "pt"})
+    kind = transformers.LlamaForCausalLM
+    model = mixed(kind.from_pretrained(tmp_path / "new", key_mapping=names))
+    first, second = (layer.mlp.down_proj for layer in model.model.layers)
+    second.u = first.u
+    mk.save_pretrained(model, tmp_path / "m")
+    assert "net.layers.0.mlp.down_proj.u" in load_file(tmp_path / "m" / "model.safetensors")
+    again = kind.from_pretrained(tmp_path / "m", key_mapping=names)
+    assert_same(model, again, batch)
+    assert tied(model) == tied(again) != []
 
 
 def test_a_compiled_model_and_a_compiled_layer(tmp_path):
