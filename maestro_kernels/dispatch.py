@@ -455,9 +455,10 @@ def quick_plan(
     return None
 
 
-def _of_added(residual: Tensor | None, scale: Any) -> tuple[Any, ...]:
+def _of_added(residual: Tensor | None, scale: Any) -> Any:
     """What a plan of one layer depends on of its residual and scale."""
-    return None if residual is None else residual.shape, _kind_of_scale(scale)
+    kind = _kind_of_scale(scale)
+    return kind if residual is None else (residual.shape, residual.device, residual.layout, kind)
 
 
 def _given(backend: str | None, training: bool) -> tuple[Any, ...]:

@@ -76,7 +76,9 @@ def lod_linear(
         y = (
             quick(x, u, v, bias, rank, activation, backend, save_h)
             if is_plain
-            else quick_with_residual(x, u, v, bias, rank, activation, residual, scale, backend)
+            else quick_with_residual(
+                x, u, v, bias, rank, activation, residual, scale, backend, save_h
+            )
         )
         if y is not None:
             return y

@@ -75,24 +75,26 @@ def quick_with_residual(
     residual: Tensor | None,
     scale: float,
     backend: str | None,
+    save_h: bool,
 ) -> Tensor | None:
-    """`quick` of a call that adds a residual, or scales, and wants no gradient."""
+    """`quick` of a call that adds a residual, or scales."""
     if eager.any_autocast() or not eager.is_plain(x, u, v, bias, residual):
         return None
     try:
-        if torch.is_grad_enabled() and (
+        wants_grad = torch.is_grad_enabled() and (
             x.requires_grad
             or u.requires_grad
             or v.requires_grad
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
-        ):
-            return None
+        )
     except AttributeError:
         return None
     added = residual, scale
-    plan = dispatch.quick_plan(x, u, v, bias, rank, activation, backend, False, added)
+    plan = dispatch.quick_plan(x, u, v, bias, rank, activation, backend, wants_grad, added)
     if plan is None or v is None:
+        return None
+    if wants_grad and not (save_h and plan.autograd_serves and not eager.in_backward()):
         return None
     try:
         if plan.backend == "native":
