@@ -67,8 +67,8 @@ MK_DEVICE uint32_t to_tf32(uint32_t bits) {
   return rounded;
 }
 
-// Weights and inputs that no block writes. Streamed ones stay out of L1, which they would only sweep. Not ".nc": that may
-// read what a line held while the kernel in front of an overlapping launch still wrote it.
+// Weights and inputs that no block writes. Streamed ones stay out of L1, which they would only sweep. Not ".nc": that
+// may read what a line held while the kernel in front of an overlapping launch still wrote it.
 MK_DEVICE Pack load_streamed(const void* source) {
   Pack p;
   asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
