@@ -559,6 +559,32 @@ FAULTS = (
         "save_pretrained destroys another model's weights",
     ),
     Fault(
+        "shards-of-two-saves",
+        f"{_MK}/nn/hub/seals.py",
+        "if other != text:",
+        "if False:",
+        "tests/nn/hub/test_bad_input.py::test_one_error_that_names_what_is_wrong[of_another_save]",
+        "half of the layers are those of another save",
+    ),
+    Fault(
+        "random-weights-without-us",
+        f"{_MK}/nn/hub/seals.py",
+        "text = json.dumps({**config, key: name}, indent=2, sort_keys=True)",
+        "text = json.dumps(config, indent=2, sort_keys=True)",
+        "tests/nn/hub/test_registration.py::"
+        "test_without_us_a_load_ends_in_an_error_that_says_what_to_do",
+        "who forgets the import gets random weights",
+    ),
+    Fault(
+        "square-conv1d-transposed",
+        f"{_MK}/nn/structure.py",
+        "return [plain(path) for path, module in named if type(module) is nn.Linear]",
+        "return []",
+        "tests/nn/test_serialization.py::"
+        "test_a_conv1d_that_is_dense_again_is_not_taken_for_its_transpose",
+        "a square layer of GPT-2 that is dense again computes with its transpose after loading",
+    ),
+    Fault(
         "renamed-before-it-is-on-disk",
         f"{_MK}/files.py",
         "            os.fsync(fd)\n            # Before the file is closed",

@@ -114,7 +114,8 @@ def seal(folder: Path, save: str) -> None:
     if not files or method_of(config) != METHOD:
         return
     key, name = _WITHOUT_US
-    if config.get(key) != name:
+    # A dense model is one without us, too.
+    if config["quantization_config"]["layers"] and config.get(key) != name:
         text = json.dumps({**config, key: name}, indent=2, sort_keys=True)
         write_text(folder / CONFIG, text + "\n")
     values = {_CONFIG_DIGEST: _digest_of_config(config), _COUNT: f"{sum(files.values()):012d}"}

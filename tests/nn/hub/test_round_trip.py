@@ -210,6 +210,7 @@ def test_a_dense_model_and_a_model_around_one(tmp_path):
     model, batch = small("bert")
     mk.save_pretrained(model, tmp_path / "dense")
     assert_same(model, transformers.AutoModel.from_pretrained(tmp_path / "dense"), batch)
+    assert "transformers_weights" not in (tmp_path / "dense" / "config.json").read_text()
     mixed(model)
     mk.save_pretrained(Wrapped(model), tmp_path / "around")
     names = sorted(path.name for path in (tmp_path / "around").iterdir())
