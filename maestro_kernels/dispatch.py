@@ -90,6 +90,18 @@ class Plan:
         return op
 
     @cached_property
+    def products(self) -> Callable[..., Tensor] | None:
+        """Both library matmuls of one layer below its stored rank in one op, without gradients.
+
+        For views that cost as much to make in Python; None where there are none, or no such op.
+        """
+        problem = self.problems[0]
+        below = problem.rank is not None and problem.rank < problem.R
+        if problem.device.type != "cpu" or not (below and problem.is_plain):
+            return None
+        return backend_module("native").library_products(problem)  # type: ignore[no-any-return]
+
+    @cached_property
     def again(self) -> Callable[..., Tensor | None]:
         """What serves one layer on a GPU without gradients, see `backends.Kernels.quick`."""
         serve: Callable[..., Tensor | None] = self.module.quick(self.strategy)

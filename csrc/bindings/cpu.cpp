@@ -1,4 +1,6 @@
 // The ops' schemas and their CPU side.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "packed.h"
 
 namespace mk::bindings {
@@ -36,6 +38,37 @@ void linear_cpu(StableIValue* stack, uint64_t, uint64_t) {
   run_cpu(&layer, &unpacked, 1, dtype_of(x_view));
   stack[0] = y.release();
   if (save_h) stack[1] = h.release();
+}
+
+// (rows, columns) of a tensor's memory from its first element on.
+Argument matrix(const View& view, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {row, column};
+  int64_t offset = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(view.handle, &offset));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(view.handle, 2, sizes, strides, offset, &made));
+  return Argument(reinterpret_cast<StableIValue>(made));
+}
+
+// library_products: (x, u, v, bias?, rank) -> y by two products of torch's library. For views of the first `rank`
+// components, which cost as much to make in Python as a small product.
+void library_products_cpu(StableIValue* stack, uint64_t, uint64_t) {
+  const Argument x(stack[0]), u(stack[1]), v(stack[2]), bias(stack[3], true);
+  const View x_view = x.view(), u_view = u.view(), v_view = v.view();
+  Layer layer = describe(x_view, u_view, v_view, bias.view(), static_cast<int64_t>(stack[4]), nullptr, 0);
+  Argument y(reinterpret_cast<StableIValue>(make_y(x_view, layer))),
+      h(reinterpret_cast<StableIValue>(make_h(x_view, layer)));
+  const Argument rows = matrix(x_view, layer.M, layer.K, layer.stride_xm, 1);
+  const Argument out = matrix(y.view(), layer.M, layer.N, layer.stride_ym, 1);
+  const Argument v_t = matrix(v_view, layer.K, layer.rank, 1, layer.stride_vr);
+  const Argument u_t = matrix(u_view, layer.rank, layer.N, 1, layer.stride_un);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(h.handle(), rows.handle(), v_t.handle()));
+  if (layer.bias) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.handle(), bias.handle(), h.handle(), u_t.handle(), 1, 1));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.handle(), h.handle(), u_t.handle()));
+  }
+  stack[0] = y.release();
 }
 
 std::vector<Tensor> grouped_cpu(const std::vector<Tensor>& xs, const std::vector<Tensor>& us,
@@ -119,6 +152,7 @@ STABLE_TORCH_LIBRARY(maestro_native, m) {
   m.def(
       "linear_residual(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank, Tensor? rank_tensor, int activation, "
       "Tensor? residual, float scale) -> Tensor");
+  m.def("library_products(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank) -> Tensor");
   m.def(
       "grouped(Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, int[] has_bias, int[] ranks, "
       "Tensor? rank_tensor, int[] activations, bool save_h, Tensor?[] residuals, float[] scales) -> Tensor[]");
@@ -136,6 +170,7 @@ STABLE_TORCH_LIBRARY_IMPL(maestro_native, CPU, m) {
   m.impl("linear", &mk::bindings::linear_cpu<false>);
   m.impl("linear_h", &mk::bindings::linear_cpu<true>);
   m.impl("linear_residual", &mk::bindings::linear_cpu<false, true>);
+  m.impl("library_products", &mk::bindings::library_products_cpu);
   m.impl("grouped", TORCH_BOX(&mk::bindings::grouped_cpu));
   m.impl("pack", TORCH_BOX(&mk::bindings::pack_cpu));
   m.impl("packed_linear", &mk::bindings::packed_linear_cpu<false>);
@@ -147,7 +182,7 @@ STABLE_TORCH_LIBRARY_IMPL(maestro_native, CPU, m) {
 
 // Goes up with every change of a schema or of a function here: an installation that links to a working tree may meet a
 // library that was built before.
-extern "C" __attribute__((visibility("default"))) int32_t mk_interface() { return 4; }
+extern "C" __attribute__((visibility("default"))) int32_t mk_interface() { return 5; }
 
 extern "C" __attribute__((visibility("default"))) const char* mk_cpu_isa(int32_t dtype) {
   return mk::cpu::isa(static_cast<mk::DType>(dtype));

@@ -218,6 +218,7 @@ class Argument {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
   View view() const { return handle_ ? View(handle_) : View(); }
+  AtenTensorHandle handle() const { return handle_; }
   StableIValue release() { return reinterpret_cast<StableIValue>(std::exchange(handle_, nullptr)); }
 
  private:

@@ -232,6 +232,8 @@ def _inference(plan: Plan, call: Call) -> Callable[[], object]:
         return partial(plan.raw, x, u, v, bias, -1 if rank is None else rank, None, code, *added)
     if residual is not None and x.dim() != 2:
         return partial(gradient.forward, plan, call, False)
+    if plan.backend == "matmul" and plan.products is not None and activation is None:
+        return partial(plan.products, x, u, v, bias, r)
     if plan.backend == "matmul":
         return partial(matmul.layer, x, u, v, bias, r, activation, residual, scale)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from maestro_kernels import dispatch
 from maestro_kernels.backends import KERNELS, matmul
 from maestro_kernels.backends.native import ACTIVATION_CODES, LIBRARY_NAME
+from maestro_kernels.backends.reference import ACTIVATIONS
 from maestro_kernels.call import Call
 from maestro_kernels.ops import eager, first_use, gradient, registered
 from maestro_kernels.problem import check_call
@@ -55,6 +56,9 @@ def quick(
             call = Call("lod_linear", (x,), (u,), (v,), (bias,), (r,), (activation,))  # type: ignore[arg-type]
             y: Tensor = gradient.apply(plan, call, save_h, x, u, v, bias)[0]
             return y
+        if not wants_grad and plan.products is not None:
+            y = plan.products(x, u, v, bias, r)
+            return y if activation is None else ACTIVATIONS[activation](y)
         if x.layout is u.layout is v.layout is torch.strided:
             return matmul.layer(x, u, v, bias, r, activation)[0]  # type: ignore[arg-type]
         return None

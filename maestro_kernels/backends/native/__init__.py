@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 STRATEGIES = {"cpu": ("fused",), "cuda": cuda.STRATEGIES[1:]}
 # What mk_interface() in csrc/bindings/cpu.cpp returns.
-INTERFACE = 4
+INTERFACE = 5
 # In every error of the library's ops.
 LIBRARY_NAME = "maestro_native"
 LIBRARY = Path(__file__).resolve().parents[2] / "_native.so"
@@ -136,6 +136,12 @@ def raw(name: str) -> Callable[..., Any]:
 def raw_linear(*, is_plain: bool) -> Callable[..., Tensor]:
     """The op behind `forward`; with a residual and a scale behind its arguments unless plain."""
     return raw("linear" if is_plain else "linear_residual")
+
+
+def library_products(problem: LoDProblem) -> Callable[..., Tensor] | None:
+    """(x, u, v, bias, rank) -> y by two products of torch's library; None without the op for it."""
+    serves = load_error() is None and problem.dtype in _DTYPES
+    return raw("library_products") if serves else None
 
 
 def pack(

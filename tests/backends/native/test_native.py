@@ -15,6 +15,7 @@ import maestro_kernels as mk
 from maestro_kernels import dispatch
 from maestro_kernels.backends import native
 from maestro_kernels.backends.reference import lod_linear_ref
+from maestro_kernels.call import Call
 from maestro_kernels.cli import main
 from maestro_kernels.testing import assert_accurate, make_inputs, rounding_errors
 
@@ -362,3 +363,28 @@ def test_a_library_of_another_version_is_not_used(monkeypatch):
     finally:
         monkeypatch.undo()
         native._load.cache_clear()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lead", [(5,), (2, 3), (2, 1, 4)])
+@pytest.mark.parametrize("rank", [1, 6, 11])
+def test_two_library_products_of_a_prefix_in_one_op(dtype, lead, rank):
+    x, u, v, bias = make_inputs(lead, 33, 40, 12, dtype=dtype)
+    u[:, rank:] = float("nan")
+    v[rank:] = float("nan")
+    op = native.raw("library_products")
+    for b in (bias, None):
+        expected = F.linear(F.linear(x, v[:rank]), u[:, :rank], b)
+        for given in (x, x.mT.contiguous().mT if x.dim() == 2 else x):
+            native_sweep.spoil((*lead, 33), dtype=dtype)
+            if given.stride(-1) != 1:
+                with pytest.raises(RuntimeError, match="x: expected rows of stride 1"):
+                    op(given, u, v, b, rank)
+                continue
+            torch.testing.assert_close(op(given, u, v, b, rank), expected, rtol=0, atol=0)
+    # Where library matmuls serve a call below R without gradients, it is what runs.
+    plan = dispatch.plan_afresh(
+        Call("lod_linear", (x,), (u,), (v,), (bias,), (rank,), (None,)), "matmul"
+    )
+    assert plan.products is not None
