@@ -38,6 +38,16 @@ def pairs():
         a = make_inputs(M, N, K, R)
         two = lambda a=a: F.linear(F.linear(a[0], a[2]), a[1], a[3])  # noqa: E731
         yield f"eager {M}, {K}-{R}-{N}", lambda a=a: mk.lod_linear(*a), two, 400
+    for M, K, R, N in ((4, 64, 8, 64), (16, 384, 64, 384)):
+        x, u, v, b = make_inputs(M, N, K, R)
+        r = R // 2
+        two = lambda x=x, u=u, v=v, b=b, r=r: F.linear(F.linear(x, v[:r]), u[:, :r], b)  # noqa: E731
+        ours = lambda x=x, u=u, v=v, b=b, r=r: mk.lod_linear(x, u, v, b, rank=r)  # noqa: E731
+        yield f"eager {M}, {K}-{R}-{N} at rank {r}", ours, two, 400
+        forced = lambda x=x, u=u, v=v, b=b, r=r: mk.lod_linear(  # noqa: E731
+            x, u, v, b, rank=r, backend="matmul"
+        )
+        yield 'and backend="matmul"', forced, two, 400
     x, u, v, b = make_inputs(4, 64, 64, 8)
 
     def six():

@@ -429,8 +429,8 @@ _MAX_PLANS = 4096
 _predicted: dict[tuple[Any, ...], Plan] = {}
 
 
-# What may be named as backend for `quick_plan`: to force library matmuls is for comparisons.
-QUICK = (None, *KERNELS)
+# What may be named as backend for `quick_plan`: the reference is for comparisons.
+QUICK = (None, "matmul", *KERNELS)
 
 
 def quick_plan(

@@ -66,5 +66,5 @@ def test_tiny_calls_prints_a_ratio_for_every_kind_of_call():
     command = [sys.executable, "-m", "bench.tiny_calls", "--rounds", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 15
     assert all(float(line.split()[-1]) > 0 for line in lines)

@@ -32,7 +32,7 @@ def test_four_frames_lead_from_a_layer_to_a_backend(backend):
         layer(x)
         sys.setprofile(look)
         try:
-            layer(x)
+            layer(x[:2])  # as nobody called it before: the short cut knows no such call
         finally:
             sys.setprofile(None)
     assert walks == [["forward", "lod_linear", "run", "forward"]]
