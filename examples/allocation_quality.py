@@ -171,7 +171,15 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 def block(rows: Sequence[dict[str, Any]]) -> str:
     """What docs/guide/search.md shows."""
-    return f"{table(rows)}\n\n{verdict(rows)} {origin(rows[0])}."
+    commits = sorted(set(map(_commit, rows)) - {_commit(rows[0])})
+    others = f"; rows of later seeds at {', '.join(commits)}" if commits else ""
+    fewest, most = (f([row["passes"] for row in rows]) for f in (min, max))
+    passes = f"The refinement took {fewest} to {most} forward passes of the calibration batches."
+    return f"{table(rows)}\n\n{verdict(rows)} {passes} {origin(rows[0])}{others}."
+
+
+def _commit(row: dict[str, Any]) -> str:
+    return str(row["versions"]["commit"])[:10]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

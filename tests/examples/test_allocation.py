@@ -123,7 +123,7 @@ def test_the_page_shows_the_rows_of_the_comparison_at_equal_weights(quality):
     page = (ROOT / "docs" / "guide" / "search.md").read_text(encoding="utf-8")
     begin, end = quality.MARKS
     assert page.partition(begin)[2].partition(end)[0].strip() == quality.block(rows)
-    for name in quality.MLPS:
+    for name in quality.CASES:
         found = {(row["seed"], row["fraction"]) for row in rows if row["model"] == name}
         assert found == set(itertools.product(range(5), quality.FRACTIONS))
 
