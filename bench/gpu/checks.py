@@ -242,7 +242,7 @@ class Checks:
                 return [y, *torch.autograd.grad(y, leaves, dy)]
 
             def plain(ts: list[Tensor], activation: str | None = activation, r: int = r) -> Tensor:
-                options = {"rank": r, "activation": activation, "scale": -0.5}
+                options: dict[str, Any] = {"rank": r, "activation": activation, "scale": -0.5}
                 return lod_linear_ref(*ts[:4], residual=ts[4], **options)
 
             doubles = [t.detach().double().requires_grad_() for t in leaves]
