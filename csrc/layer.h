@@ -28,8 +28,8 @@ struct Layer {
   void* h;  // H = scale x v^T (M, rank) in the layer's dtype, zero beyond rank; null where nobody wants it
   int64_t stride_hm;
   Activation activation;
-  const void* residual;  // (M, N) or null; never y itself. CPU kernels only, as is scale
-  int64_t stride_resm;
+  const void* residual = nullptr;  // (M, N) or null; never y itself. CPU kernels only, as is scale
+  int64_t stride_resm = 0;
   float scale = 1;
 };
 
