@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from tools.mutants.__main__ import ROOT, main, mutated, verdict
-from tools.mutants.faults import FAULTS, Fault
+from tools.mutants.fault import Fault
+from tools.mutants.faults import FAULTS
 
 
 def test_fifty_faults_have_names_of_their_own():

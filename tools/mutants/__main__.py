@@ -1,4 +1,4 @@
-"""Plant every fault of faults.py in a copy of the checkout and run the test that must catch it.
+"""Plant every fault of faults/ in a copy of the checkout and run the test that must catch it.
 
     python -m tools.mutants [--only NAME ...] [--list] [--jobs N]
 
@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
-from tools.mutants.faults import FAULTS, Fault
+from tools.mutants.fault import Fault
+from tools.mutants.faults import FAULTS
 from tools.mutants.forked import ROOT, pytest_run
 
 COPIED = ("maestro_kernels", "csrc", "tests", "tools", "bench", "examples", "docs")
