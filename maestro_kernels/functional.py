@@ -12,6 +12,7 @@ from maestro_kernels import dispatch as _dispatch
 from maestro_kernels.call import Call
 from maestro_kernels.dispatch import QUICK
 from maestro_kernels.ops.run import quick, quick_with_residual, run
+from maestro_kernels.plans import Explanation
 from maestro_kernels.problem import check_storages
 
 __all__ = ["explain", "lod_linear", "lod_linear_grouped"]
@@ -149,7 +150,7 @@ def explain(
     residual: Tensor | Sequence[Tensor | None] | None = None,
     scale: float | Sequence[float] = 1.0,
     backend: str | None = None,
-) -> _dispatch.Explanation:
+) -> Explanation:
     """Say which strategy would run a call, why, and its predicted cost; computes nothing.
 
     With gradients enabled and wanted by an argument, the call is one of training. Where the first
@@ -176,7 +177,7 @@ def explain(
     )
     plan = _dispatch.plan_afresh(call, backend, wants_grad)
     check_storages(plan.fn, call)
-    return _dispatch.Explanation(plan)
+    return Explanation(plan)
 
 
 def _single(x: Any, u: Any, v: Any, bias: Any, rank: Any, activation: Any) -> Call:

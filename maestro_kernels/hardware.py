@@ -291,3 +291,8 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether a device can be measured: meta and fake tensors have none."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())

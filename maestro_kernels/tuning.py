@@ -96,7 +96,7 @@ def use_choices(found: Mapping[str, Any]) -> None:
         raise TypeError(f"use_choices: found: expected a dict, got {type(found).__name__}")
     devices = {}
     for kind in found:
-        if kind not in ("cpu", "cuda") or not dispatch.is_here(torch.device(kind)):
+        if kind not in ("cpu", "cuda") or not hardware.is_here(torch.device(kind)):
             raise ValueError(
                 f"use_choices: found: expected device types that are here, got {kind!r}"
             )

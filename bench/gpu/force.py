@@ -12,7 +12,7 @@ from torch import Tensor
 
 import maestro_kernels as mk
 from bench.gpu.device import Device, Skip
-from maestro_kernels import dispatch
+from maestro_kernels import dispatch, plans
 from maestro_kernels.call import Call
 from maestro_kernels.ops import gradient
 from maestro_kernels.problem import describe_call
@@ -91,7 +91,7 @@ class Runner:
 
         return run
 
-    def _plan(self, call: Call) -> dispatch.Plan:
+    def _plan(self, call: Call) -> plans.Plan:
         backend, _, strategy = self.family.partition("-")
         problems = describe_call(call)
         if all(problem.degenerate for problem in problems):
@@ -101,6 +101,6 @@ class Runner:
         except NotImplementedError as error:
             raise Skip(str(error).partition(f"{backend!r}: ")[2] or str(error)) from error
         strategy = self.device.strategy(backend, strategy)
-        if not dispatch.backend_module(backend).takes(strategy, problems):
+        if not plans.backend_module(backend).takes(strategy, problems):
             raise Skip(f"{backend} does not take this call by {strategy}")
         return replace(plan, strategy=strategy)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import maestro_kernels as mk
-from maestro_kernels import dispatch, problem
+from maestro_kernels import dispatch, plans, problem
 from maestro_kernels.backends import native, onednn
 from maestro_kernels.measure.cases import Case
 from maestro_kernels.measure.providers import (
@@ -61,7 +61,7 @@ def _bind_two_onednn(case: Case, ring: Sequence[Inputs]) -> list[Forward]:
     return [partial(forward, i.x, p, i.biases) for i, p in zip(ring, packs, strict=True)]
 
 
-def _plan(inputs: Inputs, backend: str | None, *, fn: str) -> dispatch.Plan:
+def _plan(inputs: Inputs, backend: str | None, *, fn: str) -> plans.Plan:
     layers = zip(inputs.us, inputs.vs, inputs.biases, inputs.ranks, strict=True)
     problems = [problem.describe(inputs.x, u, v, b, r, None) for u, v, b, r in layers]
     mode = Mode(training=inputs.x.requires_grad)

@@ -25,10 +25,10 @@ from maestro_kernels.backends.native import ACTIVATION_CODES
 from maestro_kernels.backends.workspace import fills_a_pool
 from maestro_kernels.call import Call
 from maestro_kernels.choices import Measured
-from maestro_kernels.dispatch import Plan
 from maestro_kernels.measure import timing
 from maestro_kernels.measure.cost import Size, count
 from maestro_kernels.ops import eager, gradient
+from maestro_kernels.plans import Plan, backend_module
 from maestro_kernels.tables import BASELINE, Mode
 
 # What one race may take.
@@ -173,12 +173,12 @@ def _candidates_of_halves(
 
     def input_grads(name: str) -> object:
         backend, _, strategy = name.partition(": ")
-        module = dispatch.backend_module(backend)
+        module = backend_module(backend)
         return module.input_grads(own, dys, hs, kept, needs=needs, strategy=strategy)
 
     def weight_grads(name: str) -> object:
         backend, _, strategy = name.partition(": ")
-        module = dispatch.backend_module(backend)
+        module = backend_module(backend)
         return module.weight_grads(own, *made, needs=needs, strategy=strategy)
 
     return [
@@ -314,7 +314,7 @@ def _compiled(plan: Plan, call: Call, save_h: bool) -> bool:
 def _compiles(plan: Plan) -> bool:
     """Whether a rival's kernels are compiled when they first run."""
     families = {name.partition(": ")[0] for name in plan.rivals}
-    return any(getattr(dispatch.backend_module(name), "COMPILES", False) for name in families)
+    return any(getattr(backend_module(name), "COMPILES", False) for name in families)
 
 
 def _compile(plan: Plan, call: Call, save_h: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maestro_kernels.backends import reference
 from maestro_kernels.call import Call, Grads, Needs, as_rows
-from maestro_kernels.dispatch import Plan, backend_module
+from maestro_kernels.plans import Plan, backend_module
 from maestro_kernels.problem import check_call, check_storages
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from maestro_kernels import dispatch, problem, tables
+from maestro_kernels import dispatch, plans, problem, tables
 from maestro_kernels.backends import KERNELS, packed
 from maestro_kernels.call import Call
 from maestro_kernels.functional import lod_linear
@@ -34,7 +34,7 @@ STRATEGIES: dict[str, dict[str, tuple[str, ...]]] = {
     kind: {
         name: names
         for name in KERNELS
-        if (names := dispatch.backend_module(name).STRATEGIES.get(kind))
+        if (names := plans.backend_module(name).STRATEGIES.get(kind))
     }
     for kind in ("cpu", "cuda")
 }
@@ -104,12 +104,12 @@ def _bind_strategy(
         plan = dispatch.select(problems, backend)
     except NotImplementedError as error:
         raise Unavailable(str(error)) from error
-    if backend != "matmul" and not dispatch.backend_module(backend).takes(strategy, problems):
+    if backend != "matmul" and not plans.backend_module(backend).takes(strategy, problems):
         raise Unavailable(f"{backend} cannot run this by {strategy}")
     return [partial(_run, replace(plan, strategy=strategy), i) for i in ring]
 
 
-def _run(plan: dispatch.Plan, i: Inputs) -> list[Tensor]:
+def _run(plan: plans.Plan, i: Inputs) -> list[Tensor]:
     n = len(i.us)
     fn = "lod_linear" if n == 1 else "lod_linear_grouped"
     call = Call(fn, (i.x,), i.us, i.vs, i.biases, i.ranks, [None] * n)

@@ -9,7 +9,7 @@ from first_use_support import NATIVE, Times, measuring, times  # noqa: F401 - fi
 from torch.utils.checkpoint import checkpoint
 
 import maestro_kernels as mk
-from maestro_kernels import choices, dispatch, hardware
+from maestro_kernels import choices, dispatch, hardware, plans
 from maestro_kernels.backends import matmul, native
 from maestro_kernels.call import Call
 from maestro_kernels.measure import timing
@@ -444,7 +444,7 @@ def h100(times, monkeypatch):  # noqa: F811
     monkeypatch.setattr(native, "unsupported_group", lambda group: None)
     monkeypatch.setattr(native, "choose_strategy", lambda group: ("decode", "few rows"))
     monkeypatch.setattr(native, "takes", lambda strategy, group: True)
-    triton = dispatch.backend_module("triton")
+    triton = plans.backend_module("triton")
     monkeypatch.setattr(triton, "unsupported", lambda problem: "not in this test")
     real = dispatch.describe_call
     monkeypatch.setattr(
@@ -488,7 +488,7 @@ def test_an_eager_call_is_measured_for_captured_ones_too(h100, monkeypatch):
 @pytest.mark.parametrize("half", [0, 1])
 def test_each_half_of_a_backward_is_chosen_for_by_itself(times, monkeypatch, half, activation):  # noqa: F811
     """Triton is faster at one half: library matmuls do the other and the forward."""
-    triton, ours = dispatch.backend_module("triton"), "triton: two_phase"
+    triton, ours = plans.backend_module("triton"), "triton: two_phase"
     monkeypatch.setattr(triton, "STRATEGIES", {"cpu": ("two_phase",)})
     monkeypatch.setattr(triton, "COMPILES", False)
     monkeypatch.setattr(native, "unsupported", lambda problem: "not in this test")
