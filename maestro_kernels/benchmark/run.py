@@ -130,9 +130,10 @@ def _admit(
                 problem = gate(bound[-1], references[provider.family])
         except Unavailable as reason:
             refused[provider.name] = ("unavailable", str(reason))
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, AssertionError) as error:
             # Compilation, memory and launch errors of one candidate must not end the others. The
-            # compiler of torch 2.11 has a KeyError for a user without a name.
+            # compiler of torch 2.11 has a KeyError for a user without a name, and an AssertionError
+            # when it is asked again.
             refused[provider.name] = ("error", f"{type(error).__name__}: {first_line(error)}")
         else:
             if problem is None:
