@@ -17,8 +17,8 @@ FAULTS = (
     Fault(
         "residual-written-in-place",
         f"{PACKAGE}/backends/matmul.py",
-        "y = torch.addmm(residual, h, u.mT, alpha=scale)",
-        "y = residual.addmm_(h, u.mT, alpha=scale)",
+        "y = torch.addmm(residual, g, u.mT, alpha=scale)",
+        "y = residual.addmm_(g, u.mT, alpha=scale)",
         "tests/ops/test_residual.py::test_the_output_is_no_alias_and_the_residual_stays_as_it_is",
         "the output of another layer changes after it was used",
     ),
