@@ -1,6 +1,9 @@
 // What the bindings hand to a kernel: plain structs, no torch header.
 //
-//   y = act((scale x v[:r]^T) u[:, :r]^T + bias + residual)      x (M, K), v (R, K), u (N, R), y and residual (M, N)
+//   y = act(H u[:, :r]^T + bias + residual)      x (M, K), v (R, K), u (N, R), y and residual (M, N)
+//
+// H = scale x v[:r]^T, or scale norm[:r] h / sqrt(mean(h^2) + norm_eps) of each row h of x v[:r]^T where there is a
+// norm.
 #pragma once
 
 #include <cstdint>
@@ -25,12 +28,14 @@ struct Layer {
   const void* bias;  // (N,) or null
   void* y;
   int64_t stride_ym;
-  void* h;  // H = scale x v^T (M, rank) in the layer's dtype, zero beyond rank; null where nobody wants it
+  void* h;  // H before a norm (M, rank) in the layer's dtype, zero beyond rank; null where nobody wants it
   int64_t stride_hm;
   Activation activation;
-  const void* residual = nullptr;  // (M, N) or null; never y itself. CPU kernels only, as is scale
+  const void* residual = nullptr;  // (M, N) or null; never y itself. CPU kernels only, as is all that follows
   int64_t stride_resm = 0;
   float scale = 1;
+  const void* norm = nullptr;  // (R,) or null
+  float norm_eps = 0;
 };
 
 }  // namespace mk

@@ -13,12 +13,16 @@ from torch import Tensor
 
 Ranks = Sequence[int | None] | Tensor
 Grads = list[Tensor | None]
+# (dxs, dnorms, dzs, hs, dhs), see `backends.Backend.input_grads`.
+InputGrads = tuple[Grads, Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]
 # Whether x, u, v and bias want gradients.
 Needs = tuple[bool, bool, bool, bool]
 
 
 class Call(NamedTuple):
-    """y_i = act_i((scale_i · x_i @ v_i[:r_i].T) @ u_i[:, :r_i].T + bias_i + residual_i), n layers.
+    """y_i = act_i(H_i @ u_i[:, :r_i].T + bias_i + residual_i) of n layers.
+
+    H_i = scale_i · x_i @ v_i[:r_i].T, or scale_i · RMSNorm(x_i @ v_i[:r_i].T) where it has a norm.
 
     Attributes:
         fn: the public function, for errors.
@@ -31,6 +35,8 @@ class Call(NamedTuple):
         activations: a name or None for each.
         residuals: (..., N_i) or None for each; () where none has one.
         scales: a number for each; () where all are 1.
+        norms: weight (R_i,) of the norm or None for each; () where none has one.
+        norm_eps: what is added to the mean of squares.
     """
 
     fn: str
@@ -42,6 +48,8 @@ class Call(NamedTuple):
     activations: Sequence[str | None]
     residuals: Sequence[Tensor | None] = ()
     scales: Sequence[float] = ()
+    norms: Sequence[Tensor | None] = ()
+    norm_eps: float = 0.0
 
     @property
     def n(self) -> int:
@@ -51,14 +59,16 @@ class Call(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Everything that may want a gradient, in the order of the attributes."""
-        return (*self.xs, *self.us, *self.vs, *self.biases, *self.residuals)
+        return (*self.xs, *self.us, *self.vs, *self.biases, *self.residuals, *self.norms)
 
     def with_tensors(self, tensors: Sequence[Any]) -> Call:
         """The same call of others, in the order of `tensors`; there may be more behind them."""
         x, n = len(self.xs), len(self.us)
         us, vs, biases = (tensors[a : a + n] for a in (x, x + n, x + 2 * n))
-        residuals = tensors[x + 3 * n : x + 3 * n + len(self.residuals)]
-        return self._replace(xs=tensors[:x], us=us, vs=vs, biases=biases, residuals=residuals)
+        end = x + 3 * n + len(self.residuals)
+        residuals, norms = tensors[x + 3 * n : end], tensors[end : end + len(self.norms)]
+        found = self._replace(xs=tensors[:x], us=us, vs=vs, biases=biases, residuals=residuals)
+        return found._replace(norms=norms) if norms else found
 
     def x(self, i: int) -> Tensor:
         """What layer i reads."""
@@ -66,15 +76,15 @@ class Call(NamedTuple):
 
     def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Any, str | None]:
         """(x, u, v, bias, rank, activation) of layer i."""
-        _, xs, us, vs, biases, ranks, activations, _, _ = self
+        _, xs, us, vs, biases, ranks, activations, *_ = self
         x = xs[0 if len(xs) == 1 else i]
         one_rank = isinstance(ranks, Tensor) and ranks.dim() == 0
         return x, us[i], vs[i], biases[i], ranks if one_rank else ranks[i], activations[i]
 
     @property
     def is_plain(self) -> bool:
-        """Nothing is added to the outputs and nothing scaled."""
-        return not (self.residuals or self.scales)
+        """Nothing is added to the outputs, nothing scaled and no H normalised."""
+        return not (self.residuals or self.scales or self.norms)
 
     def residual(self, i: int) -> Tensor | None:
         """What is added to the output of layer i."""
@@ -84,9 +94,13 @@ class Call(NamedTuple):
         """What H of layer i is multiplied by."""
         return self.scales[i] if self.scales else 1.0
 
+    def norm(self, i: int) -> Tensor | None:
+        """Weight of the norm between the factors of layer i."""
+        return self.norms[i] if self.norms else None
+
     def for_backend(self) -> Call:
         """The call as backends take it: matrices, and each rank an int, or all one tensor."""
-        _, xs, _, vs, _, ranks, _, residuals, _ = self
+        _, xs, _, vs, _, ranks, _, residuals, *_ = self
         are_ints = not isinstance(ranks, Tensor) and None not in ranks
         if are_ints and len(xs) == 1 and xs[0].dim() == 2:
             return self

@@ -112,6 +112,7 @@ def bucket(group: Sequence[LoDProblem], mode: tables.Mode, *, shared_x: bool) ->
             f" {p.activation}" if p.activation else "",
         )
         added = (" + residual" if p.has_residual else "") + (" scaled" if p.is_scaled else "")
+        added += " normed" if p.has_norm else ""
         words.append(f"{p.K}→{p.N} {rank}{bias}{added}{activation}{odd}{copied}")
     if len(group) > 1 and not shared_x:
         words.append("one x each")

@@ -365,8 +365,8 @@ def _remember(plans: dict[tuple[Any, ...], Plan], key: tuple[Any, ...], found: P
 
 def _key(call: Call, backend: str | None, training: bool) -> tuple[Any, ...]:
     """What decides a plan. Every attribute read here is paid on every eager call."""
-    fn, xs, us, vs, biases, ranks, activations, residuals, scales = call
-    tensors = (*xs, *us, *vs, *biases, *residuals)
+    fn, xs, us, vs, biases, ranks, activations, residuals, scales, norms, norm_eps = call
+    tensors = (*xs, *us, *vs, *biases, *residuals, *norms)
     common = (
         fn,
         _given(backend, training),
@@ -376,6 +376,7 @@ def _key(call: Call, backend: str | None, training: bool) -> tuple[Any, ...]:
         else (*ranks, *map(type, ranks)),
         *activations,
         scales and tuple(map(_kind_of_scale, scales)),
+        norms and (len(residuals), type(norm_eps), norm_eps),
     )
     if xs[0].is_cpu and backend != "triton":
         # A tensor without strides, or on a GPU, is refused by what runs on a CPU.

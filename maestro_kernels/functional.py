@@ -28,10 +28,16 @@ def lod_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
     scale: float = 1.0,
+    norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
     backend: str | None = None,
     save_h: bool = True,
 ) -> Tensor:
     """Compute y = act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual), r = rank, in one call.
+
+    With a norm, y = act((scale · RMSNorm(x @ v[:r].T)) @ u[:, :r].T + bias + residual), where
+    RMSNorm(h) = norm[:r] · h / sqrt(mean(h²) + norm_eps) over the r active components of a row: the
+    pairs with a norm between them that language models ship (q_a, q_a_layernorm, q_b).
 
     Sums are kept in float32 or better; H = scale · x @ v[:r].T is rounded to the dtype of x, as two
     library matmuls would. A residual is added before y is written: a low-rank correction of what
@@ -50,6 +56,11 @@ def lod_linear(
         activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu", applied after the additions.
         residual: (..., N), dtype and device of x, or None; it gets a gradient too.
         scale: a finite number, no tensor; it gets no gradient.
+        norm: weight (R,) of an RMSNorm between the factors, dtype and device of x, or None; it gets
+            a gradient, zero beyond r. The mean is over r components: at another rank each counts
+            for more or less, as if the model had been built with that rank. The rank is then at
+            least 1; a tensor rank of 0 gives act(bias + residual).
+        norm_eps: a finite number > 0, what is added to the mean of squares.
         backend: None or "auto" chooses (see `explain`); "reference", "matmul", "triton" or "native"
             forces one.
         save_h: keep H, (M, r), for the backward; False computes it again there.
@@ -73,7 +84,7 @@ def lod_linear(
         ICML 2024 (arXiv 2308.14929).
     """
     is_plain = residual is None and type(scale) is float and scale == 1.0
-    if backend in QUICK:
+    if backend in QUICK and norm is None:
         y = (
             quick(x, u, v, bias, rank, activation, backend, save_h)
             if is_plain
@@ -86,6 +97,8 @@ def lod_linear(
     call = _single(x, u, v, bias, rank, activation)
     if not is_plain:
         call = call._replace(residuals=(residual,), scales=(scale,))
+    if norm is not None:
+        call = call._replace(norms=(norm,), norm_eps=norm_eps)
     return run(call, backend, save_h)[0]
 
 
@@ -99,13 +112,16 @@ def lod_linear_grouped(
     activation: str | Sequence[str | None] | None = None,
     residuals: Sequence[Tensor | None] | None = None,
     scales: float | Sequence[float] = 1.0,
+    norms: Sequence[Tensor | None] | None = None,
+    norm_eps: float = 1e-6,
     backend: str | None = None,
     save_h: bool = True,
 ) -> list[Tensor]:
     """Compute y_i = act_i((scale_i · x_i @ v_i[:r_i].T) @ u_i[:, :r_i].T + bias_i + residual_i).
 
-    The layers may differ in N, R and r; nothing is padded to the largest rank. They read one shared
-    x (q/k/v, gate/up) or one x each.
+    With norms, scale_i · RMSNorm_i(x_i @ v_i[:r_i].T) stands for the first product. The layers may
+    differ in N, R and r; nothing is padded to the largest rank. They read one shared x (q/k/v,
+    gate/up) or one x each.
 
     Args:
         x: one tensor (..., K), or a sequence with one input per layer.
@@ -117,6 +133,8 @@ def lod_linear_grouped(
         activation: one name or None for every layer, or one per layer.
         residuals: None, or one (..., N_i) or None per layer.
         scales: one number for every layer, or one per layer.
+        norms: None, or one (R_i,) or None per layer; as for `lod_linear`.
+        norm_eps: one number for every layer.
         backend: as for `lod_linear`.
         save_h: as for `lod_linear`.
 
@@ -136,7 +154,7 @@ def lod_linear_grouped(
         [(4, 64), (4, 32), (4, 32)]
     """
     call = _spread(x, us, vs, biases, ranks, activation)
-    return run(_with_added(call, residuals, scales), backend, save_h)
+    return run(_with_added(call, residuals, scales, norms, norm_eps), backend, save_h)
 
 
 def explain(
@@ -149,6 +167,8 @@ def explain(
     activation: str | Sequence[str | None] | None = None,
     residual: Tensor | Sequence[Tensor | None] | None = None,
     scale: float | Sequence[float] = 1.0,
+    norm: Tensor | Sequence[Tensor | None] | None = None,
+    norm_eps: float = 1e-6,
     backend: str | None = None,
 ) -> Explanation:
     """Say which strategy would run a call, why, and its predicted cost; computes nothing.
@@ -169,9 +189,12 @@ def explain(
     several = isinstance(u, Sequence) and not isinstance(u, str)
     call = (_spread if several else _single)(x, u, v, bias, rank, activation)
     if several:
-        call = _with_added(call, residual, scale)
-    elif residual is not None or type(scale) is not float or scale != 1.0:
-        call = call._replace(residuals=(residual,), scales=(scale,))  # type: ignore[arg-type]
+        call = _with_added(call, residual, scale, norm, norm_eps)
+    else:
+        if residual is not None or type(scale) is not float or scale != 1.0:
+            call = call._replace(residuals=(residual,), scales=(scale,))  # type: ignore[arg-type]
+        if norm is not None:
+            call = call._replace(norms=(norm,), norm_eps=norm_eps)  # type: ignore[arg-type]
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and getattr(t, "requires_grad", False) for t in call.tensors
     )
@@ -213,8 +236,11 @@ def _spread(x: Any, us: Any, vs: Any, biases: Any, ranks: Any, activation: Any) 
     return Call(fn, xs, list(us), list(vs), biases, ranks, activation)
 
 
-def _with_added(call: Call, residuals: Any, scales: Any) -> Call:
-    """The call of a group with what is added to its outputs and what its Hs are multiplied by."""
+def _with_added(call: Call, residuals: Any, scales: Any, norms: Any, norm_eps: float) -> Call:
+    """The call of a group with all that a plain one does not have."""
+    if norms is not None:
+        norms = _listed("norms", norms, "None or a sequence of tensors and None")
+        call = call._replace(norms=norms, norm_eps=norm_eps)
     if residuals is not None:
         residuals = _listed("residuals", residuals, "None or a sequence of tensors and None")
         call = call._replace(residuals=residuals)

@@ -1,8 +1,8 @@
 """The one place that validates and describes a call.
 
-What a layer computes is `act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual)`, x (..., K),
-v (R, K), u (N, R). A `LoDProblem` says which of those it is; which kernel serves it is decided in
-dispatch.py.
+What a layer computes is `act(H @ u[:, :r].T + bias + residual)`, H = scale · x @ v[:r].T or scale ·
+RMSNorm(x @ v[:r].T), x (..., K), v (R, K), u (N, R). A `LoDProblem` says which of those it is;
+which kernel serves it is decided in dispatch.py.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class LoDProblem:
         aligned: every tensor starts on a 16-byte boundary.
         has_residual: whether a matrix (M, N) is added.
         is_scaled: whether H is multiplied by a number, which the plan does not depend on.
+        has_norm: whether an RMSNorm stands between the factors.
     """
 
     M: int
@@ -62,6 +63,7 @@ class LoDProblem:
     aligned: bool = True
     has_residual: bool = False
     is_scaled: bool = False
+    has_norm: bool = False
 
     @property
     def max_active_rank(self) -> int:
@@ -70,8 +72,8 @@ class LoDProblem:
 
     @property
     def is_plain(self) -> bool:
-        """Nothing is added to the output and nothing scaled."""
-        return not (self.has_residual or self.is_scaled)
+        """Nothing is added to the output, nothing scaled and H not normalised."""
+        return not (self.has_residual or self.is_scaled or self.has_norm)
 
     @property
     def degenerate(self) -> bool:
@@ -87,8 +89,10 @@ class LoDProblem:
             + (f", {self.activation}" if self.activation else "")
         )
         scale = "scale · " if self.is_scaled else ""
+        h = f"x ({self.M}, {self.K}) · v[:{rank}]ᵀ"
+        h = f"RMSNorm({h})" if self.has_norm else h
         return (
-            f"{scale}x ({self.M}, {self.K}) · v[:{rank}]ᵀ · u[:, :{rank}]ᵀ{extras} -> "
+            f"{scale}{h} · u[:, :{rank}]ᵀ{extras} -> "
             f"({self.M}, {self.N}), R = {self.R}, {kind} on {self.device}"
         )
 
@@ -175,13 +179,13 @@ def check_storages(fn: str, call: Call, layers: Sequence[int] | None = None, **m
         more: other tensors by name.
     """
     xs, us, vs, biases, ranks = call.xs, call.us, call.vs, call.biases, call.ranks
-    residuals = call.residuals
+    residuals, norms = call.residuals, call.norms
     tensors: dict[str, Any] = {**more, "x": xs[0]} if len(xs) == 1 else more
     if call.fn == "lod_linear":
         tensors |= {"u": us[0], "v": vs[0], "bias": biases[0], "rank": ranks}
-        tensors["residual"] = call.residual(0)
+        tensors |= {"residual": call.residual(0), "norm": call.norm(0)}
     else:
-        lists = {"us": us, "vs": vs, "biases": biases, "residuals": residuals}
+        lists = {"us": us, "vs": vs, "biases": biases, "residuals": residuals, "norms": norms}
         lists["x"] = xs if len(xs) > 1 else ()
         for i, number in enumerate(range(call.n) if layers is None else layers):
             tensors |= {f"{name}[{number}]": ts[i] for name, ts in lists.items() if ts}
@@ -225,12 +229,13 @@ def check_call(call: Call, backend: Any = None) -> None:
 
     A single layer's errors name its arguments, those of a group name entries of its lists.
     """
-    fn, xs, us, vs, biases, ranks, activations, residuals, scales = call
+    fn, xs, us, vs, biases, ranks, activations, residuals, scales, norms, _ = call
     if fn == "lod_linear":
         check_choices(fn, activations[0], backend)
         rank = ranks if isinstance(ranks, Tensor) else ranks[0]
         check_linear(fn, xs[0], us[0], vs[0], biases[0], rank)
         _check_added(call, 0, ("x", "u", "residual", "scale"))
+        _check_norm(call, 0, ("x", "v", "norm", "rank"))
         return
     n, shared = len(us), len(xs) == 1
     if n == 0:
@@ -238,7 +243,8 @@ def check_call(call: Call, backend: Any = None) -> None:
     if len(xs) not in (1, n):
         raise ValueError(f"{fn}: x: expected one tensor or {n} (one per layer), got {len(xs)}")
     lists: dict[str, Sequence[Any]] = {"vs": vs, "biases": biases, "activation": activations}
-    lists |= {n: t for n, t in (("residuals", residuals), ("scales", scales)) if t}
+    others = ("residuals", residuals), ("scales", scales), ("norms", norms)
+    lists |= {name: entries for name, entries in others if entries}
     for name, entries in lists.items():
         if len(entries) != n:
             raise ValueError(f"{fn}: {name}: expected {n} entries like us, got {len(entries)}")
@@ -260,6 +266,7 @@ def check_call(call: Call, backend: Any = None) -> None:
         rank = None if isinstance(ranks, Tensor) else ranks[i]
         check_linear(fn, x, us[i], vs[i], biases[i], rank, names=names)
         _check_added(call, i, (x_name, f"us[{i}]", f"residuals[{i}]", f"scales[{i}]"))
+        _check_norm(call, i, (x_name, f"vs[{i}]", f"norms[{i}]", f"ranks[{i}]"))
         if x.dtype != first.dtype:
             raise TypeError(f"{fn}: x[{i}]: expected {first.dtype} like x[0], got {x.dtype}")
         if x.device != first.device:
@@ -297,6 +304,35 @@ def _check_added(call: Call, i: int, names: tuple[str, str, str, str]) -> None:
         )
 
 
+def _check_norm(call: Call, i: int, names: tuple[str, str, str, str]) -> None:
+    """Raise a TypeError or ValueError unless a checked layer's norm fits it."""
+    fn, x, v, norm, eps = call.fn, call.x(i), call.vs[i], call.norm(i), call.norm_eps
+    x_name, v_name, name, rank_name = names
+    if norm is None:
+        return
+    if not isinstance(eps, int | float | torch.SymFloat) or isinstance(eps, bool):
+        raise TypeError(f"{fn}: norm_eps: expected a number, got {type(eps).__name__}")
+    if not eps > 0 or eps - eps != 0:
+        raise ValueError(f"{fn}: norm_eps: expected a finite number > 0, got {eps}")
+    if not isinstance(norm, Tensor):
+        raise TypeError(f"{fn}: {name}: expected a Tensor, got {type(norm).__name__}")
+    _check_plain(fn, name, norm)
+    if tuple(norm.shape) != (v.shape[0],):
+        raise ValueError(
+            f"{fn}: {name}: expected shape ({v.shape[0]},) to match {v_name} {_shape(v)}, "
+            f"got {_shape(norm)}"
+        )
+    if norm.dtype != x.dtype:
+        raise TypeError(f"{fn}: {name}: expected {x.dtype} like {x_name}, got {norm.dtype}")
+    if norm.device != x.device:
+        raise ValueError(
+            f"{fn}: {name}: expected device {x.device} like {x_name}, got {norm.device}"
+        )
+    rank = v.shape[0] if isinstance(call.ranks, Tensor) else call.ranks[i]
+    if (v.shape[0] if rank is None else rank) == 0:
+        raise ValueError(f"{fn}: {rank_name}: expected at least 1 with a norm, got 0")
+
+
 def describe_call(call: Call) -> tuple[LoDProblem, ...]:
     """Describe the layers of a checked call."""
     found = [describe(*call.layer(i)) for i in range(call.n)]
@@ -307,7 +343,8 @@ def describe_call(call: Call) -> tuple[LoDProblem, ...]:
             problem,
             has_residual=call.residual(i) is not None,
             is_scaled=call.scale(i) != 1,
-            aligned=problem.aligned and _is_aligned(call.residual(i)),
+            has_norm=call.norm(i) is not None,
+            aligned=problem.aligned and _is_aligned(call.residual(i)) and _is_aligned(call.norm(i)),
         )
         for i, problem in enumerate(found)
     )

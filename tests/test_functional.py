@@ -112,7 +112,7 @@ def test_what_nobody_asks_for_is_none(backend, wanted):
     dys = [x.new_ones(M, N)]
     with torch.no_grad():
         own = backend, "two matmuls"
-        *found, _ = by_halves(own, own, call, dys, none, none, needs=needs)
+        *found, _, _ = by_halves(own, own, call, dys, none, none, needs=needs)
     assert tuple(grad is not None for (grad,) in found) == needs
 
 

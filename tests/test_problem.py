@@ -142,12 +142,15 @@ def test_the_registered_op_says_the_same(name):
         *([t] for t in args[:3]),
         [] if bias is None else [bias],
         [],
+        [],
         [bias is not None],
+        [False],
         [False],
         None if rank is None or is_tensor else [rank],
         rank if is_tensor else None,
         [kwargs.get("activation") or "none"],
         [1.0],
+        0.0,
         kwargs.get("backend"),
     )
     with pytest.raises(error, match=re.escape(message)):

@@ -93,6 +93,7 @@ class Checks:
             yield Item(f"gradients, M {M}", partial(self.gradients, M), small=M == 8)
         yield Item("gradients of a group", self.gradients_of_a_group)
         yield Item("residual and scale", self.residual, small=True)
+        yield Item("norm between the factors", self.norm, small=True)
         for M in (1, 64, 200, 2048):
             yield Item(f"{_REPEATS} repeats, M {M}", partial(self.repeats, M))
         for precision in ("highest", "high"):
@@ -227,15 +228,25 @@ class Checks:
 
     def residual(self) -> None:
         """A matrix added, its rows further apart than those of y, and H scaled; all gradients."""
+        self._beside(has_norm=False)
+
+    def norm(self) -> None:
+        """H normalised between the products, beside a residual and a scale; all gradients."""
+        self._beside(has_norm=True)
+
+    def _beside(self, *, has_norm: bool) -> None:
         for M, activation in ((3, None), (130, None), (130, "gelu")):
             sizes = self._device.sizes(M, 256, 512, 64)
             x, u, v, b = self._layer(*sizes, BF16, requires_grad=True)
             wide = torch.randn(x.shape[0], u.shape[0] + 8, dtype=BF16, device=x.device)
             residual = wide[:, : u.shape[0]].requires_grad_()
-            added = {"residual": residual, "scale": -0.5}
+            added: dict[str, Any] = {"residual": residual, "scale": -0.5}
+            leaves = [x, u, v, b, residual]
+            if has_norm:
+                leaves.append(torch.rand(u.shape[1], dtype=BF16, device=x.device).requires_grad_())
+                added |= {"norm": leaves[-1], "norm_eps": 1e-3}
             r = u.shape[1] - 3
             (y,) = self._run(x, [u], [v], [b], [r], [activation], **added)
-            leaves = [x, u, v, b, residual]
             dy = torch.randn_like(y)
 
             def found(y: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
@@ -243,6 +254,8 @@ class Checks:
 
             def plain(ts: list[Tensor], activation: str | None = activation, r: int = r) -> Tensor:
                 options: dict[str, Any] = {"rank": r, "activation": activation, "scale": -0.5}
+                if has_norm:
+                    options |= {"norm": ts[5], "norm_eps": 1e-3}
                 return lod_linear_ref(*ts[:4], residual=ts[4], **options)
 
             doubles = [t.detach().double().requires_grad_() for t in leaves]
@@ -251,8 +264,8 @@ class Checks:
                 found(plain(leaves), leaves, dy),
                 found(plain(doubles), doubles, dy.double()),
             )
-            names = ("y", "dx", "du", "dv", "dbias", "dresidual")
-            for name, got, other, exact in zip(names, *all_three, strict=True):
+            names = ("y", "dx", "du", "dv", "dbias", "dresidual", "dnorm")
+            for name, got, other, exact in zip(names, *all_three, strict=False):
                 assert_accurate(f"{name}, M {M}", self._device.output(got), other, exact)
 
     def float32(self, precision: str) -> dict[str, int]:

@@ -64,7 +64,7 @@ class Runner:
         activations: Sequence[str | None] | None = None,
         **added: Any,
     ) -> Callable[[], list[Tensor]]:
-        """The same as a function of nothing, planned once; `residual` and `scale` of one layer."""
+        """The same as a function of nothing, planned once; `added`: more options of one layer."""
         n = len(us)
         activations = activations or [None] * n
         fn = "lod_linear" if n == 1 else "lod_linear_grouped"
@@ -78,7 +78,10 @@ class Runner:
             )
         call = Call(fn, (x,), us, vs, biases, ranks, activations)
         if added:
-            call = call._replace(residuals=(added["residual"],), scales=(added["scale"],))
+            residual, scale = added.get("residual"), added.get("scale", 1.0)
+            call = call._replace(residuals=(residual,), scales=(scale,))
+        if "norm" in added:
+            call = call._replace(norms=(added["norm"],), norm_eps=added["norm_eps"])
         plan = self._plan(call)
         wants = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in call.tensors

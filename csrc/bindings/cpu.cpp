@@ -76,8 +76,10 @@ std::vector<Tensor> grouped_cpu(const std::vector<Tensor>& xs, const std::vector
                                 const std::vector<int64_t>& has_bias, const std::vector<int64_t>& ranks,
                                 const std::optional<Tensor>& rank_tensor, const std::vector<int64_t>& activations,
                                 bool save_h, const std::vector<std::optional<Tensor>>& residuals,
-                                const std::vector<double>& scales) {
-  Group group = make_group(xs, us, vs, biases, has_bias, ranks, rank_tensor, activations, save_h, residuals, scales);
+                                const std::vector<double>& scales, const std::vector<std::optional<Tensor>>& norms,
+                                double norm_eps) {
+  Group group = make_group(xs, us, vs, biases, has_bias, ranks, rank_tensor, activations, save_h, residuals, scales,
+                           norms, norm_eps);
   const std::vector<const void*> unpacked(us.size(), nullptr);
   run_cpu(group.layers.data(), unpacked.data(), static_cast<int64_t>(unpacked.size()), dtype_of(View(xs[0])));
   return group.outputs;
@@ -155,7 +157,8 @@ STABLE_TORCH_LIBRARY(maestro_native, m) {
   m.def("library_products(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank) -> Tensor");
   m.def(
       "grouped(Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, int[] has_bias, int[] ranks, "
-      "Tensor? rank_tensor, int[] activations, bool save_h, Tensor?[] residuals, float[] scales) -> Tensor[]");
+      "Tensor? rank_tensor, int[] activations, bool save_h, Tensor?[] residuals, float[] scales, "
+      "Tensor?[] norms, float norm_eps) -> Tensor[]");
   m.def("pack(Tensor[] us, Tensor[] vs, int[] ranks, int[] activations) -> Tensor");
   m.def("packed_linear(Tensor packed, Tensor x, Tensor? bias) -> Tensor");
   m.def("packed_residual(Tensor packed, Tensor x, Tensor? bias, Tensor? residual, float scale) -> Tensor");
@@ -182,7 +185,7 @@ STABLE_TORCH_LIBRARY_IMPL(maestro_native, CPU, m) {
 
 // Goes up with every change of a schema or of a function here: an installation that links to a working tree may meet a
 // library that was built before.
-extern "C" __attribute__((visibility("default"))) int32_t mk_interface() { return 5; }
+extern "C" __attribute__((visibility("default"))) int32_t mk_interface() { return 6; }
 
 extern "C" __attribute__((visibility("default"))) const char* mk_cpu_isa(int32_t dtype) {
   return mk::cpu::isa(static_cast<mk::DType>(dtype));

@@ -141,6 +141,16 @@ inline void take_residual(const View& residual, const View& x, double scale, Lay
   layer.stride_resm = rows.stride;
 }
 
+// The norm of a layer whose R is known; `norm` may be empty.
+inline void take_norm(const View& norm, const View& x, double eps, Layer& layer) {
+  if (!norm) return;
+  MK_REFUSE_UNLESS(norm.dims == 1 && norm.sizes[0] == layer.R && norm.steps(0, 1) && norm.like(x),
+                   "norm: expected (R,) of stride 1, dtype of x");
+  MK_REFUSE_UNLESS(std::isfinite(eps) && eps > 0, "norm_eps: expected a finite number > 0, got ", eps);
+  layer.norm = norm.data;
+  layer.norm_eps = static_cast<float>(eps);
+}
+
 inline Activation activation_of(int64_t code) {
   MK_REFUSE_UNLESS(code >= 0 && code <= static_cast<int64_t>(Activation::silu), "activation: got ", code);
   return static_cast<Activation>(code);
@@ -255,16 +265,18 @@ struct Group {
   std::vector<Tensor> outputs;
 };
 
-// `biases` holds those that exist, in the order of `has_bias`. `residuals` and `scales` may be empty.
+// `biases` holds those that exist, in the order of `has_bias`. `residuals`, `scales` and `norms` may be empty.
 inline Group make_group(const std::vector<Tensor>& xs, const std::vector<Tensor>& us, const std::vector<Tensor>& vs,
                         const std::vector<Tensor>& biases, const std::vector<int64_t>& has_bias,
                         const std::vector<int64_t>& ranks, const std::optional<Tensor>& rank_tensor,
                         const std::vector<int64_t>& activations, bool save_h,
                         const std::vector<std::optional<Tensor>>& residuals = {},
-                        const std::vector<double>& scales = {}) {
+                        const std::vector<double>& scales = {}, const std::vector<std::optional<Tensor>>& norms = {},
+                        double norm_eps = 0) {
   const size_t n = us.size();
-  MK_REFUSE_UNLESS((residuals.empty() || residuals.size() == n) && (scales.empty() || scales.size() == n),
-                   "grouped: residuals, scales: expected one entry per layer, or none");
+  MK_REFUSE_UNLESS((residuals.empty() || residuals.size() == n) && (scales.empty() || scales.size() == n) &&
+                       (norms.empty() || norms.size() == n),
+                   "grouped: residuals, scales, norms: expected one entry per layer, or none");
   MK_REFUSE_UNLESS(n > 0 && vs.size() == n && has_bias.size() == n && ranks.size() == n && activations.size() == n &&
                        (xs.size() == 1 || xs.size() == n),
                    "grouped: expected one entry per layer");
@@ -284,6 +296,8 @@ inline Group make_group(const std::vector<Tensor>& xs, const std::vector<Tensor>
                                     rank_ptr ? rank_ptr + i : nullptr, activations[i]));
     const bool adds = !residuals.empty() && residuals[i].has_value();
     take_residual(adds ? View(*residuals[i]) : View(), views[i], scales.empty() ? 1 : scales[i], group.layers.back());
+    const bool normed = !norms.empty() && norms[i].has_value();
+    take_norm(normed ? View(*norms[i]) : View(), views[i], norm_eps, group.layers.back());
     group.outputs.emplace_back(make_y(views[i], group.layers.back()));
   }
   for (size_t i = 0; save_h && i < n; ++i) group.outputs.emplace_back(make_h(views[i], group.layers[i]));

@@ -113,6 +113,20 @@ Product block_of(const Work& w, int64_t block) {
   return p;
 }
 
+// The rows of a block, by the task that wrote the last of them.
+void normalise(const Call& call, const Work& w, int64_t block) {
+  const Layer& l = w.layer;
+  Normalisation n{};
+  n.rows = block_of(w, block).rows;
+  n.n = w.rank;
+  n.hidden = call.scratch + w.hidden + block * w.block_rows * w.stride_hidden;
+  n.stride_hidden = w.stride_hidden;
+  n.weight = static_cast<const char*>(l.norm);
+  n.eps = l.norm_eps;
+  n.scale = l.scale;
+  call.kernel->normalise(n);
+}
+
 void run_shrink(const Call& call, const Work& w, int64_t task, char* scratch) {
   const Layer& l = w.layer;
   const int64_t part = task % w.parts, group = task / w.parts % w.shrink_groups;
@@ -134,7 +148,7 @@ void run_shrink(const Call& call, const Work& w, int64_t task, char* scratch) {
   p.stride_hidden = w.stride_hidden;
   p.out = l.h ? at(l.h, (row * l.stride_hm + column) * bytes) : nullptr;
   p.stride_out = l.stride_hm * bytes;
-  p.scale = l.scale;
+  p.scale = l.norm ? 1 : l.scale;
   p.target = Target::hidden;
   if (w.parts > 1) {
     float* const first_part = reinterpret_cast<float*>(call.scratch + w.partial) + row * width + column;
@@ -150,7 +164,11 @@ void run_shrink(const Call& call, const Work& w, int64_t task, char* scratch) {
   } else {
     call.kernel->product(p, scratch);
   }
-  call.counters(w.ready)[block].fetch_add(1, std::memory_order_release);
+  Counter& ready = call.counters(w.ready)[block];
+  const int32_t before = ready.fetch_add(1, std::memory_order_acq_rel);
+  if (l.norm == nullptr || before + 1 < w.shrink_groups) return;
+  normalise(call, w, block);
+  ready.fetch_add(1, std::memory_order_release);
 }
 
 void run_expand(const Call& call, const Work& w, int64_t task, char* scratch) {
@@ -158,7 +176,7 @@ void run_expand(const Call& call, const Work& w, int64_t task, char* scratch) {
   const int64_t group = task % w.expand_groups, block = task / w.expand_groups;
   const int64_t row = block * w.block_rows, column = group * w.expand_panels * kPanel;
   const int64_t bytes = element_bytes(call.dtype);
-  const int64_t needed = w.rank ? w.shrink_groups : 0;
+  const int64_t needed = w.rank ? w.shrink_groups + (l.norm != nullptr) : 0;
   while (call.counters(w.ready)[block].load(std::memory_order_acquire) < needed) pause();
   Product p = block_of(w, block);
   p.n = least(w.expand_panels * kPanel, l.N - column);

@@ -314,10 +314,18 @@ void product_amx(const Product& p, char* scratch) {
 
 template <DType D>
 constexpr Kernel make_tile_kernel(const char* isa) {
-  // Whatever the dtype, 16 bits are packed in pairs.
-  return {isa, element_bytes(D),  kTileRows / 2,
-          256,  // half as much reading of weights for the same arithmetic is worth more here than elsewhere
-          220, scratch_bytes_amx, product_amx<D>, reduce<TileFormat<D>>, pack_panel<DType::bf16>};
+  // Whatever the dtype, 16 bits are packed in pairs. Half as much reading of weights for the same arithmetic is worth
+  // more here than elsewhere: blocks of 256 rows.
+  return {isa,
+          element_bytes(D),
+          kTileRows / 2,
+          256,
+          220,
+          scratch_bytes_amx,
+          product_amx<D>,
+          reduce<TileFormat<D>>,
+          normalise<TileFormat<D>>,
+          pack_panel<DType::bf16>};
 }
 
 }  // namespace

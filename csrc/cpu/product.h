@@ -573,10 +573,41 @@ void reduce(const Product& p, int64_t parts, int64_t stride_part) {
   }
 }
 
+// Always the same sum, whoever computes it: a row is added up from its first column to its last.
+template <class F>
+void normalise(const Normalisation& p) {
+  constexpr DType D = F::dtype;
+  constexpr int64_t a_bytes = element_bytes(F::a_dtype);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    char* const row = p.hidden + i * p.stride_hidden;
+    Vec squares = Vec::zero();
+    for (int64_t j = 0; j < p.n; j += Vec::lanes) {
+      const Vec h = load_as<F::a_dtype>(row + j * a_bytes, Vec::lanes);
+      squares = fma(h, h, squares);
+    }
+    const Vec factor = Vec::set(p.scale / __builtin_sqrtf(squares.sum() / static_cast<float>(p.n) + p.eps));
+    for (int64_t j = 0; j < p.n; j += Vec::lanes) {
+      const Vec weight = load_as<D>(p.weight + j * element_bytes(D), p.n - j);
+      const Vec h = load_as<F::a_dtype>(row + j * a_bytes, Vec::lanes);
+      char rounded[Vec::lanes * 4];
+      store_as<D>(rounded, h * factor * weight, Vec::lanes);
+      store_as<F::a_dtype>(row + j * a_bytes, load_as<D>(rounded, Vec::lanes), Vec::lanes);
+    }
+  }
+}
+
 template <class F, int columns, int max_rows>
 constexpr Kernel make_kernel(const char* isa, double macs_per_cycle) {
-  return {isa,       element_bytes(F::a_dtype), 2, 192, macs_per_cycle, scratch_bytes<F>, product<F, columns, max_rows>,
-          reduce<F>, pack_panel<F::dtype>};
+  return {isa,
+          element_bytes(F::a_dtype),
+          2,
+          192,
+          macs_per_cycle,
+          scratch_bytes<F>,
+          product<F, columns, max_rows>,
+          reduce<F>,
+          normalise<F>,
+          pack_panel<F::dtype>};
 }
 
 }  // namespace

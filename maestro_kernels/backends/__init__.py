@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maestro_kernels.call import Call, Grads, Needs
+    from maestro_kernels.call import Call, Grads, InputGrads, Needs
     from maestro_kernels.problem import LoDProblem
 
 # Families that serve some calls faster than torch's matmuls: a new one is a module and a name here.
@@ -30,7 +30,10 @@ class Backend(Protocol):
     def forward(
         self, call: Call, *, save_h: bool, strategy: str
     ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
-        """(ys, hs): y (M, N); H (M, r), or (M, R) zero beyond r for tensor ranks; or Nones."""
+        """(ys, hs): y (M, N); H (M, r), or (M, R) zero beyond r for tensor ranks; or Nones.
+
+        Where a norm follows it, H is what it was before: x @ v[:r].T, not scaled.
+        """
 
     def input_grads(
         self,
@@ -41,11 +44,12 @@ class Backend(Protocol):
         *,
         needs: Needs,
         strategy: str,
-    ) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """(dxs, dzs, hs, dhs), None where `needs` does not ask; a shared x gets one sum.
+    ) -> InputGrads:
+        """(dxs, dnorms, dzs, hs, dhs), None where `needs` does not ask; a shared x gets one sum.
 
         `hs` and `ys` hold what the forward kept, None where it is to be computed again. The last
-        three are for `weight_grads`, of this family or another.
+        three are for `weight_grads`, of this family or another: hs is what u was multiplied with,
+        so normalised where there is a norm. A norm has its gradient whatever `needs` says.
         """
 
     def weight_grads(

@@ -15,7 +15,7 @@ from torch import Tensor
 from maestro_kernels.backends import reference, workspace
 
 if TYPE_CHECKING:
-    from maestro_kernels.call import Call, Grads, Needs
+    from maestro_kernels.call import Call, Grads, InputGrads, Needs
     from maestro_kernels.problem import LoDProblem
 
 
@@ -32,12 +32,12 @@ def unsupported(problem: LoDProblem) -> str | None:
 def forward(
     call: Call, *, save_h: bool, strategy: str
 ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
-    """Ys = act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual), and Hs."""
+    """Ys = act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual), and Hs (before a norm)."""
     if strategy == ONE_SHRINK:
         return _one_shrink(call)
     ys, hs = [], []
     for i in range(call.n):
-        added = call.residual(i), call.scale(i)
+        added = call.residual(i), call.scale(i), call.norm(i), call.norm_eps
         y, h = layer(*call.layer(i), *added, save_h=save_h)
         ys.append(y)
         hs.append(h)
@@ -53,6 +53,8 @@ def layer(
     activation: str | None,
     residual: Tensor | None = None,
     scale: float = 1.0,
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
     *,
     save_h: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -72,19 +74,30 @@ def layer(
     else:
         h = F.linear(x, v[:rank])
         u = u[:, :rank]
-    if residual is None or save_h:
-        h, scale = reference.scaled(h, scale), 1.0
+    g = h
+    if norm is not None:
+        g, scale = _normed(h, norm, norm_eps, rank, scale), 1.0
+    elif residual is None or save_h:
+        g, scale = reference.scaled(h, scale), 1.0
+        h = g
     if residual is None:
-        y = F.linear(h, u, bias)
+        y = F.linear(g, u, bias)
     else:
         # All in the pass over y; a library has a place for one matrix, not for a bias beside it.
-        y = torch.addmm(residual, h, u.mT, alpha=scale)
+        y = torch.addmm(residual, g, u.mT, alpha=scale)
         y = y if bias is None else y + bias
     if activation is not None:
         y = reference.ACTIVATIONS[activation](y)
     if pad and save_h:  # H of a tensor rank is as wide as the factors
         h = F.pad(h, (0, pad - h.shape[-1]))
     return y, h
+
+
+def _normed(h: Tensor, norm: Tensor, eps: float, rank: int | Tensor, scale: float) -> Tensor:
+    """`reference.normed`, by torch's own RMSNorm where the host knows the rank."""
+    if isinstance(rank, Tensor) or not h.shape[-1]:
+        return reference.normed(h, norm, eps, rank, scale)
+    return reference.scaled(F.rms_norm(h, h.shape[-1:], norm[: h.shape[-1]], eps), scale)
 
 
 def input_grads(
@@ -95,8 +108,8 @@ def input_grads(
     *,
     needs: Needs,
     strategy: str,
-) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """(dxs, dzs, Hs, dHs) by library matmuls, all dH as one for the weights of ONE_SHRINK."""
+) -> InputGrads:
+    """(dxs, dnorms, dzs, Hs, dHs) by library matmuls, all dH as one for those of ONE_SHRINK."""
     if strategy == ONE_SHRINK:
         return _one_shrink_input_grads(call, dys, hs, ys, needs)
     call, hs = _on_host(call, hs)
@@ -173,18 +186,18 @@ def _one_shrink_input_grads(
     hs: Sequence[Tensor | None],
     ys: Sequence[Tensor | None],
     needs: Needs,
-) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
+) -> InputGrads:
     """dH_i = dz_i @ u_i[:, :r_i], dx = cat(dH_i) @ cat(v_i[:r_i]); returns (cat(dH_i),) as dHs."""
     needs_x, needs_u, needs_v, needs_bias = needs
-    _, dzs, hs, dhs = reference.input_grads(
+    _, norms, dzs, hs, dhs = reference.input_grads(
         call, dys, hs, ys, needs=(False, needs_u, needs_x or needs_v, needs_bias), strategy=TWO
     )
     if not (needs_x or needs_v):
-        return [None], dzs, hs, [None]
+        return [None], norms, dzs, hs, [None]
     dh = torch.cat([part for part in dhs if part is not None], dim=1)
     ranks: list[Any] = list(call.ranks)
     dx = dh @ _concatenated(call.vs, ranks) if needs_x else None
-    return [dx], dzs, hs, [dh]
+    return [dx], norms, dzs, hs, [dh]
 
 
 def host_rank(rank: int | Tensor, R: int) -> int | Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from maestro_kernels.call import Call, Grads, Needs
+    from maestro_kernels.call import Call, Grads, InputGrads, Needs
     from maestro_kernels.problem import LoDProblem
 
 ACTIVATIONS = {
@@ -41,8 +41,12 @@ def lod_linear_ref(
     activation: str | None = None,
     residual: Tensor | None = None,
     scale: float = 1.0,
+    norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> Tensor:
     """Y = act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual), in the dtype of x.
+
+    With a norm, scale · RMSNorm(x @ v[:r].T) stands for the first product; see `normed`.
 
     Args:
         x: input (..., K).
@@ -54,13 +58,17 @@ def lod_linear_ref(
         activation: a key of ACTIVATIONS.
         residual: (..., N) or None.
         scale: what H is multiplied by.
+        norm: (R,) or None.
+        norm_eps: what is added to the mean of squares.
 
     Returns:
         Tensor (..., N).
     """
     if isinstance(rank, Tensor):  # so that the gradient of x is free of it, too
         v = zero_beyond(v.mT, rank).mT
-    return ACTIVATIONS[activation](expand(shrink(x, v, rank, scale), u, bias, rank, residual))
+    h = shrink(x, v, rank, 1.0 if norm is not None else scale)
+    h = h if norm is None else normed(h, norm, norm_eps, rank, scale)
+    return ACTIVATIONS[activation](expand(h, u, bias, rank, residual))
 
 
 def shrink(x: Tensor, v: Tensor, rank: int | Tensor | None, scale: float = 1.0) -> Tensor:
@@ -73,6 +81,42 @@ def shrink(x: Tensor, v: Tensor, rank: int | Tensor | None, scale: float = 1.0) 
 def scaled(h: Tensor, scale: float) -> Tensor:
     """Scale · h; h itself where that changes nothing."""
     return h if scale == 1 else h * scale
+
+
+def normed(
+    h: Tensor, norm: Tensor, eps: float, rank: int | Tensor | None, scale: float = 1.0
+) -> Tensor:
+    """G = scale · norm[:r] · h / sqrt(mean(h²) + eps), in float32 or better, rounded once.
+
+    Args:
+        h: (..., r), or (..., R) with zeros beyond a tensor rank.
+        norm: (R,).
+        eps: what is added to the mean of squares over the r components.
+        rank: a tensor rank, or r is the width of h.
+        scale: what the norm is multiplied by.
+    """
+    unit, _, weight = _normed_parts(h, norm, eps, rank)
+    return (unit * (weight * scale)).to(h.dtype)
+
+
+def _normed_parts(
+    h: Tensor, norm: Tensor, eps: float, rank: int | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h / rms, 1 / rms (..., 1), norm[:r]), in float32 or better; zero beyond a tensor rank."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    h, norm = h.to(wide), norm.to(wide)
+    count: int | Tensor
+    if isinstance(rank, Tensor):
+        weight, count = zero_beyond(norm, rank), _clamped(rank, norm.shape[0])
+    else:
+        weight, count = norm[: h.shape[-1]], h.shape[-1]
+    inverse = torch.rsqrt(h.square().sum(-1, keepdim=True) / count + eps)
+    return h * inverse, inverse, weight
+
+
+def _clamped(rank: Tensor, R: int) -> Tensor:
+    """The number of components that count, never 0."""
+    return rank.clamp(1, max(R, 1))
 
 
 def expand(
@@ -108,12 +152,14 @@ def activation_backward(dy: Tensor, z: Tensor, activation: str | None) -> Tensor
 def forward(
     call: Call, *, save_h: bool, strategy: str
 ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
-    """The formula, and H."""
+    """The formula, and H (before a norm)."""
     ys, hs = [], []
     for i in range(call.n):
         x, u, v, bias, rank, activation = call.layer(i)
-        h = shrink(x, v, rank, call.scale(i))
-        ys.append(ACTIVATIONS[activation](expand(h, u, bias, rank, call.residual(i))))
+        norm, scale = call.norm(i), call.scale(i)
+        h = shrink(x, v, rank, 1.0 if norm is not None else scale)
+        g = h if norm is None else normed(h, norm, call.norm_eps, rank, scale)
+        ys.append(ACTIVATIONS[activation](expand(g, u, bias, rank, call.residual(i))))
         hs.append(h)
     return ys, hs
 
@@ -126,11 +172,13 @@ def input_grads(
     *,
     needs: Needs,
     strategy: str,
-) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """(dxs, dzs, hs, dhs): the gradients of x, and what `weight_grads` makes the others of.
+) -> InputGrads:
+    """(dxs, dnorms, dzs, hs, dhs): gradients of x and norm, and what `weight_grads` needs.
 
     With dz = dy * act'(z): dH = dz @ u[:, :r] and dx = dH @ v[:r]. An x that the layers share has
-    the sum of its gradients.
+    the sum of its gradients. With a norm, n = h / rms and G = scale · norm · n between the factors:
+    dG = dz @ u[:, :r], dnorm = scale · the sum of dG · n over rows, dn = scale · norm · dG, and
+    dh = (dn - n · mean(dn · n)) / rms; `hs` then are the Gs that u was multiplied with.
 
     Args:
         call: of the forward, each x (M, K).
@@ -141,15 +189,18 @@ def input_grads(
         strategy: not used here; every backend takes it.
     """
     dxs: Grads = [None] * len(call.xs)
+    dnorms: Grads = []
     kept = []
     for i in range(call.n):
-        dx, *rest = _input_grad(call, i, dys[i], hs[i], ys[i], needs)
+        dx, dnorm, *rest = _input_grad(call, i, dys[i], hs[i], ys[i], needs)
+        dnorms.append(dnorm)
         i_x = 0 if len(dxs) == 1 else i
         before = dxs[i_x]
         dxs[i_x] = dx if before is None or dx is None else before + dx
         kept.append(rest)
-    dzs, hs, dhs = zip(*kept, strict=True)
-    return dxs, dzs, hs, dhs
+    dzs: Sequence[Tensor]
+    dzs, hs, dhs = zip(*kept, strict=True)  # type: ignore[assignment]
+    return dxs, dnorms, dzs, hs, dhs
 
 
 def weight_grads(
@@ -203,7 +254,7 @@ def _input_grad(
     y: Tensor | None,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dz, H, dH) of layer i, None for what nothing needs."""
+    """(dx, dnorm, dz, H or G, dH) of layer i, None for what nothing needs."""
     x, u, v, bias, rank, activation = call.layer(i)
     needs_x, needs_u, needs_v, _ = needs
     R = v.shape[0]
@@ -217,21 +268,41 @@ def _input_grad(
         v_r = zero_beyond(v.mT, rank).mT if needs_x or again else v
     else:
         u_r, v_r = (u, v) if width == R else (u[:, :width], v[:width])
-    if h is None and (needs_u or needs_z):
-        h = shrink(x, v_r, rank, call.scale(i))
+    norm, scale = call.norm(i), call.scale(i)
+    if h is None and (needs_u or needs_z or norm is not None):
+        h = shrink(x, v_r, rank, 1.0 if norm is not None else scale)
+    if norm is not None:
+        parts = _normed_parts(_present(h), norm, call.norm_eps, rank)
+        h = (parts[0] * (parts[2] * scale)).to(x.dtype)
     if activation is None:
         dz = dy
     else:
         z = expand(_present(h), u_r, bias, residual=call.residual(i)) if needs_z else y
         dz = activation_backward(dy, _present(z), activation)
-    dh = dx = None
-    if needs_x or needs_v:
-        dh = scaled(dz @ u_r, call.scale(i))
+    dh = dx = dnorm = None
+    if needs_x or needs_v or norm is not None:
+        dh = scaled(dz @ u_r, scale)
         if isinstance(rank, Tensor):
             dh = zero_beyond(dh, rank)
+        if norm is not None:
+            dnorm, dh = _norm_grads(dh, *parts, norm, rank)
         if needs_x:
             dx = dh @ v_r
-    return dx, dz, h, dh
+    return dx, dnorm, dz, h, dh
+
+
+def _norm_grads(
+    dg: Tensor, unit: Tensor, inverse: Tensor, weight: Tensor, norm: Tensor, rank: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dnorm (R,), dh) of what `_normed_parts` returned, dg being the gradient of norm · unit."""
+    wide = dg.to(unit.dtype)
+    R = norm.shape[0]
+    dnorm = (wide * unit).sum(0)
+    dnorm = F.pad(dnorm, (0, R - dnorm.shape[0])).to(norm.dtype)
+    count = _clamped(rank, R) if isinstance(rank, Tensor) else unit.shape[-1]
+    dn = wide * weight
+    dh = inverse * (dn - unit * ((dn * unit).sum(-1, keepdim=True) / count))
+    return dnorm, dh.to(dg.dtype)
 
 
 def _present(tensor: Tensor | None) -> Tensor:

@@ -169,7 +169,7 @@ def _candidates_of_halves(
         ys, hs = matmul.forward(own, save_h=True, strategy="")
         dys = [torch.ones_like(y) for y in ys]
         kept = gradient.kept_outputs(own, ys)
-        _, *made = matmul.input_grads(own, dys, hs, kept, needs=needs, strategy="")
+        _, _, *made = matmul.input_grads(own, dys, hs, kept, needs=needs, strategy="")
 
     def input_grads(name: str) -> object:
         backend, _, strategy = name.partition(": ")

@@ -2,7 +2,8 @@
 
 With dz = dy * act'(z), for each layer: dH = scale · dz @ u[:, :r], dx = dH @ v[:r],
 du[:, :r] = dz.T @ H, dv[:r] = dH.T @ x, dbias = the sum of dz over rows, dresidual = dz. H is what
-the forward kept, or computed again.
+the forward kept, or computed again. What a norm between the factors adds is in
+`reference.input_grads`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from maestro_kernels.backends import reference
 from maestro_kernels.call import Call, Grads, Needs, as_rows
 from maestro_kernels.plans import Plan, backend_module
 from maestro_kernels.problem import check_call, check_storages
+
+_Grads = tuple[Grads, Grads, Grads, Grads, Grads, Grads]
 
 
 def forward(plan: Plan, call: Call, save_h: bool) -> tuple[list[Tensor], Sequence[Tensor | None]]:
@@ -44,8 +47,8 @@ def backward(
     ys: Sequence[Tensor | None],
     needs: Needs,
     layers: Sequence[int] | None = None,
-) -> tuple[Grads, Grads, Grads, Grads, Grads]:
-    """(dxs, dus, dvs, dbiases, dresiduals) of a planned call; the last [] where none has one.
+) -> _Grads:
+    """(dxs, dus, dvs, dbiases, dresiduals, dnorms) of a call; the last two [] where none has one.
 
     Where the gradient itself is to be differentiated (create_graph, functorch), the reference's
     algebra runs instead of a kernel, with H computed again so that it is part of the graph.
@@ -78,7 +81,7 @@ def backward(
     except RuntimeError:  # what was saved may have been freed since
         check_storages(f"{plan.fn} backward", call, layers, **dict(zip(("dy",), dys, strict=False)))
         raise
-    dxs, dresiduals = grads[0], grads[-1]
+    dxs, dresiduals = grads[0], grads[4]
     for i, (dx, x) in enumerate(zip(dxs, call.xs, strict=True)):
         if dx is not None and dx.dim() != x.dim():
             dxs[i] = dx.reshape(x.shape)
@@ -96,17 +99,17 @@ def by_halves(
     ys: Sequence[Tensor | None],
     *,
     needs: Needs,
-) -> tuple[Grads, Grads, Grads, Grads, Grads]:
-    """(dxs, dus, dvs, dbiases, dresiduals): dx and dz by the first (backend, strategy).
+) -> _Grads:
+    """(dxs, dus, dvs, dbiases, dresiduals, dnorms): dx, dz, dnorm by the first (backend, strategy).
 
-    The gradients of weights are the second's; those of residuals are dz, [] where none has one.
+    The gradients of weights are the second's; those of residuals are dz. [] where none has one.
     The other arguments are those of `backends.Backend.input_grads`.
     """
     module, strategy = first
-    dxs, *kept = module.input_grads(call, dys, hs, ys, needs=needs, strategy=strategy)
+    dxs, norms, *kept = module.input_grads(call, dys, hs, ys, needs=needs, strategy=strategy)
     module, strategy = second
     weights = module.weight_grads(call, *kept, needs=needs, strategy=strategy)
-    return dxs, *weights, [*kept[0]] if call.residuals else []
+    return dxs, *weights, [*kept[0]] if call.residuals else [], norms if call.norms else []
 
 
 def kept_outputs(call: Call, ys: Sequence[Tensor]) -> list[Tensor | None]:
@@ -133,27 +136,28 @@ class Gradient(torch.autograd.Function):
         nothing = [None] * len(ys)
         if call.residuals:  # without an activation nothing asks for z
             both = zip(call.residuals, call.activations, strict=True)
-            tensors = (*tensors[: -call.n], *[None if a is None else t for t, a in both])
+            kept = [None if a is None else t for t, a in both]
+            tensors = (*tensors[: len(call.xs) + 3 * call.n], *kept, *call.norms)
         ctx.save_for_backward(
             *tensors,
             *(hs if save_h else nothing),
             *(kept_outputs(call, ys) if "relu" in call.activations else nothing),
             ranks if is_tensor else None,
         )
-        added = len(call.residuals), call.scales
+        added = bool(call.residuals), bool(call.norms), call.scales, call.norm_eps
         ctx.call = plan, len(call.xs), None if is_tensor else ranks, added
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
-        (plan, n_x, ranks, (n_added, scales)), n = ctx.call, len(dys)
+        (plan, n_x, ranks, (adds, norms, scales, norm_eps)), n = ctx.call, len(dys)
         reached = [i for i, dy in enumerate(dys) if dy is not None]
         wanted = ctx.needs_input_grad[3:]
         if not reached:
             return (None,) * (3 + len(wanted))
         saved = _saved(ctx, reached, n_x, n)
         ranks = saved[-1] if ranks is None else ranks
-        n_parts = 7 if n_added else 6
+        n_parts = 6 + adds + norms
         if n == 1:
             parts, needs = [(tensor,) for tensor in saved[:n_parts]], [(want,) for want in wanted]
         else:
@@ -164,16 +168,17 @@ class Gradient(torch.autograd.Function):
             ranks = ranks[reached] if tensor else [ranks[i] for i in reached]
             dys = tuple([dys[i] for i in reached])
             scales = [scales[i] for i in reached] if scales else ()
-        xs, us, vs, biases, *residuals, hs, ys = parts
+        xs, us, vs, biases, *others, hs, ys = parts
         activations = [plan.problems[i].activation for i in reached]
-        added = residuals[0] if residuals else ()
-        call = Call(plan.fn, xs, us, vs, biases, ranks, activations, added, scales)
+        residuals, weights = others[0] if adds else (), others[-1] if norms else ()
+        factors = xs, us, vs, biases, ranks, activations
+        call = Call(plan.fn, *factors, residuals, scales, weights, norm_eps)
         need_x, need_u, need_v, need_b = map(any, needs[:4])
-        grads: Sequence[Sequence[Tensor | None]] = backward(
-            plan, call, dys, hs, ys, (need_x, need_u, need_v, need_b), reached
-        )
+        found = backward(plan, call, dys, hs, ys, (need_x, need_u, need_v, need_b), reached)
+        grads: Sequence[Sequence[Tensor | None]]
+        grads = [*found[:4], *([found[4]] if adds else []), *([found[5]] if norms else [])]
         if len(reached) < n:
-            grads = _among(reached, grads if n_added else grads[:4], n_x, n)
+            grads = _among(reached, grads, n_x, n)
         flat = itertools.chain(*grads)
         return (None, None, None, *[g if w else None for g, w in zip(flat, wanted, strict=True)])
 

@@ -2,11 +2,12 @@
 
 maestro_kernels::lod_linear           ys, for inference; its gradient computes the Hs again
 maestro_kernels::lod_linear_train     (ys, hs), the Hs kept for the gradient
-maestro_kernels::lod_linear_backward  dxs + dus + dvs + dbiases + dresiduals, empty where not asked
+maestro_kernels::lod_linear_backward  dxs + dus + dvs + dbiases + dresiduals + dnorms, empty where
+                                      not asked
 
 A layer is a group of one. `xs` holds one shared input or one per layer; `biases` those that exist
 (torch.library differentiates a Tensor[] but not a Tensor?[]), `has_bias` says whose, and so for
-residuals; "none" is no activation. A schema has no `int | Tensor`:
+residuals and norms; "none" is no activation. A schema has no `int | Tensor`:
 `ranks` or `rank_tensor` holds the ranks, or neither.
 """
 
@@ -29,13 +30,15 @@ from maestro_kernels.ops.flops import flop_formula
 from maestro_kernels.ops.gradient import backward, forward, kept_outputs
 
 library = torch.library.Library("maestro_kernels", "DEF")
-_TENSORS = "Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, Tensor[] residuals"
-_CHOICES = (
-    "bool[] has_bias, bool[] has_residual, SymInt[]? ranks, Tensor? rank_tensor, "
-    "str[] activations, float[] scales, str? backend"
+_TENSORS = (
+    "Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, Tensor[] residuals, Tensor[] norms"
 )
-# Lists of tensors that come first, of those that may want gradients.
-_KINDS = 5
+_CHOICES = (
+    "bool[] has_bias, bool[] has_residual, bool[] has_norm, SymInt[]? ranks, Tensor? rank_tensor, "
+    "str[] activations, float[] scales, float norm_eps, str? backend"
+)
+# Lists of tensors that come first, of those that may want gradients; the choices behind them.
+_KINDS, _NUM_CHOICES = 6, 9
 library.define(f"lod_linear({_TENSORS}, {_CHOICES}) -> Tensor[]")
 library.define(f"lod_linear_train({_TENSORS}, {_CHOICES}) -> (Tensor[], Tensor[])")
 library.define(
@@ -62,10 +65,12 @@ class _Signature(NamedTuple):
     n_x: int
     has_bias: list[bool]
     has_residual: list[bool]
+    has_norm: list[bool]
     ranks: list[int] | None
     has_rank_tensor: bool
     activations: list[str]
     scales: list[float]
+    norm_eps: float
     backend: str | None
 
     @classmethod
@@ -75,6 +80,7 @@ class _Signature(NamedTuple):
             len(call.xs),
             [b is not None for b in call.biases],
             [call.residual(i) is not None for i in range(call.n)],
+            [call.norm(i) is not None for i in range(call.n)],
             None
             if isinstance(ranks, Tensor)
             else [v.shape[0] if r is None else r for r, v in zip(ranks, call.vs, strict=True)],
@@ -82,18 +88,20 @@ class _Signature(NamedTuple):
             [a or "none" for a in call.activations],
             # Never empty: torch.library takes that for a list of tensors.
             list(call.scales) or [1.0] * call.n,
+            call.norm_eps,
             backend,
         )
 
     def tensors(self, call: Call) -> list[Tensor]:
-        """xs, us, vs, the biases and residuals that exist, then the rank tensor if there is one."""
+        """xs, us, vs, the biases, residuals and norms that exist, then the rank tensor if any."""
         ranks = [call.ranks] if isinstance(call.ranks, Tensor) else []
         return [t for t in call.tensors if t is not None] + ranks
 
     def split(self, tensors: Sequence[Any]) -> tuple[list[Any], ...]:
-        """(xs, us, vs, biases, residuals, the rest) of a flat sequence in this order."""
+        """(xs, us, vs, biases, residuals, norms, the rest) of a flat sequence in this order."""
         n = len(self.has_bias)
-        numbers = (self.n_x, n, n, sum(self.has_bias), sum(self.has_residual))
+        some = map(sum, (self.has_bias, self.has_residual, self.has_norm))
+        numbers = (self.n_x, n, n, *some)
         cuts = itertools.accumulate(numbers, initial=0)
         *parts, rest = (list(tensors[a:b]) for a, b in itertools.pairwise((*cuts, len(tensors))))
         return *parts, rest
@@ -102,8 +110,9 @@ class _Signature(NamedTuple):
         """An op's arguments, of flat tensors as `tensors` gives them."""
         *parts, rest = self.split(tensors)
         ranks = rest[0] if self.has_rank_tensor else None
-        has = self.has_bias, self.has_residual
-        return (*parts, *has, self.ranks, ranks, self.activations, self.scales, self.backend)
+        has = self.has_bias, self.has_residual, self.has_norm
+        others = self.activations, self.scales, self.norm_eps, self.backend
+        return (*parts, *has, self.ranks, ranks, *others)
 
 
 def _call_of(
@@ -112,12 +121,15 @@ def _call_of(
     vs: Sequence[Tensor],
     biases: Sequence[Tensor],
     residuals: Sequence[Tensor],
+    norms: Sequence[Tensor],
     has_bias: Sequence[bool],
     has_residual: Sequence[bool],
+    has_norm: Sequence[bool],
     ranks: Sequence[int] | None,
     rank_tensor: Tensor | None,
     activations: Sequence[str],
     scales: Sequence[float],
+    norm_eps: float,
     backend: str | None,
 ) -> Call:
     """The call that an op's arguments stand for."""
@@ -134,6 +146,8 @@ def _call_of(
         [None if a == "none" else a for a in activations],
         _fill(residuals, has_residual) if any(has_residual) else (),
         () if all(type(s) is float and s == 1.0 for s in scales) else scales,
+        _fill(norms, has_norm) if any(has_norm) else (),
+        norm_eps,
     )
 
 
@@ -172,20 +186,22 @@ def _op_backward(
     wanted = (needs[0], needs[1], needs[2], needs[3])
     kept = _fill(ys, [bool(ys) and a == "relu" for a in call.activations])
     with torch.no_grad():
-        *grads, dzs = backward(
+        *grads, dzs, norms = backward(
             plan_call(call, args[-1]), call, dys, hs or [None] * call.n, kept, wanted
         )
         # Without an activation it is dy itself, which an op may not return.
         both = zip(dzs, call.activations, strict=False)
         dzs = [z.clone() if z is not None and a is None else z for z, a in both]
-    flat = [g for part in _present(call, [*grads, dzs]) for g in part]
+    parts = zip(_present(call, [*grads, dzs, norms]), needs, strict=True)
+    flat = [g if need else None for part, need in parts for g in part]
     return [call.xs[0].new_empty(0) if g is None else g.contiguous() for g in flat]
 
 
 def _present(call: Call, grads: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """[dxs, dus, dvs, dbiases, dresiduals], of biases and residuals that exist only."""
-    *parts, dbiases, dresiduals = grads
-    for found, given in ((dbiases, call.biases), (dresiduals, call.residuals)):
+    """[dxs, dus, dvs, dbiases, dresiduals, dnorms], of the last three those that exist only."""
+    *parts, dbiases, dresiduals, dnorms = grads
+    others = (dbiases, call.biases), (dresiduals, call.residuals), (dnorms, call.norms)
+    for found, given in others:
         parts.append([g for g, t in zip(found, given, strict=True) if t is not None])
     return parts
 
@@ -236,7 +252,7 @@ def _keep(
 
 
 def _gradients(ctx: Any, dys: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[list[Any]]:
-    """[dxs, dus, dvs, dbiases, dresiduals] of what exists; None for all of a kind not wanted."""
+    """[dxs, dus, ..., dnorms] of what exists; None for all of a kind not wanted."""
     signature, (a, b) = ctx.signature, ctx.cuts
     saved = ctx.saved_tensors
     tensors, ys, hs = saved[:a], saved[a:b], saved[b:]
@@ -259,7 +275,7 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None], wanted: Sequence[bool]) -
 
 
 def _registered_backward(ctx: Any, dys: Any, dhs: Any = None) -> tuple[Any, ...]:
-    return (*_gradients(ctx, dys, ctx.wanted), *[None] * 7)
+    return (*_gradients(ctx, dys, ctx.wanted), *[None] * _NUM_CHOICES)
 
 
 class _Transformed(torch.autograd.Function):
@@ -304,15 +320,15 @@ def _vmap(op: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        x_dims, *factors, residual_dims = in_dims[:_KINDS]
-        others = (*factors, *in_dims[_KINDS:])
+        x_dims, *factors, residual_dims, norm_dims = in_dims[:_KINDS]
+        others = (*factors, norm_dims, *in_dims[_KINDS:])
         together = None not in (*x_dims, *residual_dims) and not any(map(_is_batched, others))
         if op is _ops.lod_linear and together:
             xs, residuals = (
                 [t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
                 for tensors, dims in ((args[0], x_dims), (args[4], residual_dims))
             )
-            return op(xs, *args[1:4], residuals, *args[_KINDS:]), 0
+            return op(xs, *args[1:4], residuals, *args[5:]), 0
         results = [op(*_of_batch(args, in_dims, i)) for i in range(info.batch_size)]
         return tree_map(lambda *entries: torch.stack(entries), *results), 0
 
@@ -375,8 +391,8 @@ def _sizes(xs: Any, us: Any, vs: Any, ranks: Any) -> Iterator[tuple[int, int, in
 
 @flop_formula(_ops.lod_linear, _ops.lod_linear_train)
 def _forward_flop(
-    xs: Any, us: Any, vs: Any, biases: Any, residuals: Any, has_bias: Any, has_residual: Any,
-    ranks: Any, *_: Any, **__: Any,
+    xs: Any, us: Any, vs: Any, biases: Any, residuals: Any, norms: Any, has_bias: Any,
+    has_residual: Any, has_norm: Any, ranks: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     return sum(cost.forward_flop(*size) for size in _sizes(xs, us, vs, ranks))
 
@@ -384,7 +400,7 @@ def _forward_flop(
 @flop_formula(_ops.lod_linear_backward)
 def _backward_flop(
     dys: Any, hs: Any, ys: Any, needs: Any, xs: Any, us: Any, vs: Any, biases: Any, residuals: Any,
-    has_bias: Any, has_residual: Any, ranks: Any, *_: Any, **__: Any,
+    norms: Any, has_bias: Any, has_residual: Any, has_norm: Any, ranks: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     dx, du, dv, *_ = needs
     return sum(cost.backward_flop(*s, dx=dx, du=du, dv=dv) for s in _sizes(xs, us, vs, ranks))

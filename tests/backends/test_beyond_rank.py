@@ -71,7 +71,7 @@ def run(module, strategy, x, u, v, bias, rank, activation, dy):
     call = Call("lod_linear", [x], [u], [v], [bias], ranks, [activation])
     ys, hs = module.forward(call, save_h=True, strategy=strategy)
     own = module, strategy
-    *grads, _ = by_halves(own, own, call, [dy], hs, ys, needs=(True,) * 4)
+    *grads, _, _ = by_halves(own, own, call, [dy], hs, ys, needs=(True,) * 4)
     return ys[0], hs[0], *(of_layer[0] for of_layer in grads)
 
 

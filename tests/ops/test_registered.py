@@ -22,12 +22,14 @@ def split(ranks):
     return (None, ranks) if isinstance(ranks, torch.Tensor) else (ranks, None)
 
 
-def one(x, u, v, bias, rank=None, activation=None, residual=None, scales=(1.0,)):
+def one(x, u, v, bias, rank=None, activation=None, residual=None, scales=(1.0,), norm=None):
     """The arguments of an op for one layer: a group of one."""
     ranks = rank if rank is None or isinstance(rank, torch.Tensor) else [rank]
-    added = residual is not None
-    lists = [x], [u], [v], [bias], [residual] if added else []
-    return *lists, [True], [added], *split(ranks), [activation or "none"], list(scales), None
+    added = [] if residual is None else [residual]
+    norms = [] if norm is None else [norm]
+    has = [True], [bool(added)], [bool(norms)]
+    rest = [activation or "none"], list(scales), 1e-3, None
+    return [x], [u], [v], [bias], added, norms, *has, *split(ranks), *rest
 
 
 def tensor_rank(value):
@@ -53,16 +55,34 @@ def test_opcheck_with_a_residual(name, activation):
     torch.library.opcheck(getattr(OPS, name).default, args)
 
 
+@pytest.mark.parametrize("rank", [None, 3, torch.tensor(3, dtype=torch.int32)], ids=str)
+@pytest.mark.parametrize("name", ["lod_linear", "lod_linear_train"])
+def test_opcheck_with_a_norm(name, rank):
+    norm = torch.rand(R, dtype=torch.float64, requires_grad=True)
+    args = one(*leaves(), rank, "silu", scales=[0.5], norm=norm)
+    torch.library.opcheck(getattr(OPS, name).default, args)
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=str)
+def test_opcheck_backward_with_a_norm_and_a_residual(wanted):
+    x, u, v, bias = leaves(grad=False)
+    h, norm = torch.randn(6, R, dtype=torch.float64), torch.rand(R, dtype=torch.float64)
+    dy, residual = torch.randn(2, 2, 3, N, dtype=torch.float64)
+    called = one(x, u, v, bias, None, "silu", residual, [0.5], norm)
+    args = ([dy], [h], [], [True] * 4 + [*wanted], *called)
+    torch.library.opcheck(OPS.lod_linear_backward.default, args)
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_opcheck_backward_with_a_residual(activation):
     x, u, v, bias = leaves(grad=False)
     h = torch.randn(6, R, dtype=torch.float64)
     dy, residual = torch.randn(2, 2, 3, N, dtype=torch.float64)
-    args = ([dy], [h], [], [True] * 5, *one(x, u, v, bias, None, activation, residual, [0.5]))
+    args = ([dy], [h], [], [True] * 6, *one(x, u, v, bias, None, activation, residual, [0.5]))
     torch.library.opcheck(OPS.lod_linear_backward.default, args)
 
 
-@pytest.mark.parametrize("needs", [[True] * 5, [True, *[False] * 4], [False, True] * 2 + [False]])
+@pytest.mark.parametrize("needs", [[True] * 6, [True, *[False] * 5], [False, True] * 3])
 def test_opcheck_backward(needs):
     x, u, v, bias = leaves(grad=False)
     h = torch.randn(6, R, dtype=torch.float64)
@@ -83,8 +103,8 @@ def test_opcheck_grouped(name, ranks):
     xs, us, vs, biases, has_bias = group()
     for t in (*xs, *us, *vs, *biases):
         t.requires_grad_()
-    has = [], has_bias, [False] * 2
-    args = (xs, us, vs, biases, *has, *split(ranks), ["silu", "none"], [1.0] * 2, None)
+    has = [], [], has_bias, [False] * 2, [False] * 2
+    args = (xs, us, vs, biases, *has, *split(ranks), ["silu", "none"], [1.0] * 2, 0.0, None)
     torch.library.opcheck(getattr(OPS, name).default, args)
 
 
@@ -135,9 +155,9 @@ def test_double_backward_of_a_group():
         return tuple(ys)
 
     def opaque(x, u0, u1, v0, v1, bias):
-        has = [], [True, False], [False, False]
+        has = [], [], [True, False], [False, False], [False, False]
         args = ([x], [u0, u1], [v0, v1], [bias], *has, [2, 5], None, ["silu", "none"], [1.0, 1.0])
-        return tuple(OPS.lod_linear_train(*args, None)[0])
+        return tuple(OPS.lod_linear_train(*args, 0.0, None)[0])
 
     for fn in (eager, opaque):
         torch.autograd.gradcheck(fn, inputs)

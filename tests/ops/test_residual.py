@@ -244,7 +244,8 @@ def test_what_runs_says_so_and_counts_the_residual():
         p.__class__(**{**vars(p), "device": torch.device("cuda")}) for p in added.plan.problems
     ]
     if LIBRARY:
-        assert native.unsupported(on_gpu[0]) == "the CUDA kernels take no residual and no scale"
+        why = "the CUDA kernels take no residual, no scale and no norm"
+        assert native.unsupported(on_gpu[0]) == why
 
 
 def test_a_layer_takes_a_residual_alone_grouped_and_packed():

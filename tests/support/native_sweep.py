@@ -51,9 +51,10 @@ def plain(x, u, v, bias, r, activation):
 
 # What H is multiplied by where something is added: a power of two rounds nothing.
 SCALE = -0.25
+EPS = 0.5
 
 
-def run(x, u, v, bias, rank, activation, *, packed, save_h, residual=None):
+def run(x, u, v, bias, rank, activation, *, packed, save_h, residual=None, norm=None):
     code = native.ACTIVATION_CODES[activation]
     is_tensor = isinstance(rank, torch.Tensor)
     spoil((*x.shape[:-1], u.shape[0]), dtype=x.dtype)
@@ -65,6 +66,8 @@ def run(x, u, v, bias, rank, activation, *, packed, save_h, residual=None):
     if residual is not None:
         ranks = rank if is_tensor else [rank]
         call = Call("lod_linear", [x], [u], [v], [bias], ranks, [activation], [residual], [SCALE])
+        if norm is not None:
+            call = call._replace(norms=[norm], norm_eps=EPS)
         (y,), (h,) = native.forward(call, save_h=save_h, strategy="fused")
         return y, h
     op = native.ops().linear_h if save_h else native.ops().linear
@@ -87,8 +90,9 @@ def check(
     tensor_rank=False,
     save_h=False,
     added=False,
+    normed=False,
 ):
-    """Text of what is wrong, or None."""
+    """Text of what is wrong, or None; only what is added to may be normed."""
     M, N, K, R = shape
     x, u, v, b = make_inputs(M, N, K, R, dtype=dtype, bias=bias, seed=M + N)
     # Rows that lie apart: a stride is not a size.
@@ -97,28 +101,40 @@ def check(
     # What lies beyond the rank must never matter.
     u[:, rank:] = float("nan")
     v[rank:] = float("nan")
+    norm = torch.rand(R).to(dtype) if normed else None
+    if normed:
+        norm[rank:] = float("nan")
     r = torch.tensor(rank, dtype=torch.int32) if tensor_rank else rank
-    options = {"packed": packed, "save_h": save_h, "residual": residual}
+    options = {"packed": packed, "save_h": save_h, "residual": residual, "norm": norm}
     y, h = run(x, u, v, b, r, activation, **options)
     again, _ = run(x, u, v, b, r, activation, **options)
     if not torch.equal(y, again):
         return "two calls differ"
     doubled = [None if t is None else t.double() for t in (x, u, v, b)]
     wide = None if residual is None else residual.double()
-    exact = lod_linear_ref(*doubled, rank=rank, activation=activation, residual=wide, scale=scale)
-    rounding = rounding_errors(x, u, v * scale, rank=rank, activation=activation)
+    beside = {"residual": wide, "scale": scale}
+    if normed:
+        beside |= {"norm": norm.double(), "norm_eps": EPS}
+    exact = lod_linear_ref(*doubled, rank=rank, activation=activation, **beside)
+    # H is what it was before the norm.
+    scale_h = 1 if normed else scale
+    rounding = rounding_errors(x, u, v * scale_h, rank=rank, activation=activation)
     if residual is None:
         pair = F.linear(F.linear(x, v[:rank]), u[:, :rank], b)
     else:
-        pair = torch.addmm(residual, scale * F.linear(x, v[:rank]), u[:, :rank].T)
+        g = F.linear(x, v[:rank])
+        g = F.rms_norm(g, (rank,), norm[:rank], EPS) if normed and rank else g
+        pair = torch.addmm(residual, scale * g, u[:, :rank].T)
         pair = pair if b is None else pair + b
-    problem = accuracy_error(y, ACTIVATIONS[activation](pair), exact, rounding["y"])
+    # What rounding leaves before a norm says nothing of what it leaves behind.
+    error = None if normed else rounding["y"]
+    problem = accuracy_error(y, ACTIVATIONS[activation](pair), exact, error)
     if problem is None and save_h:
         width = R if tensor_rank else rank
         exact_h = torch.zeros(M, width, dtype=torch.float64)
-        exact_h[:, :rank] = scale * doubled[0] @ doubled[2][:rank].T
+        exact_h[:, :rank] = scale_h * doubled[0] @ doubled[2][:rank].T
         pair_h = torch.zeros(M, width, dtype=dtype)
-        pair_h[:, :rank] = scale * F.linear(x, v[:rank])
+        pair_h[:, :rank] = scale_h * F.linear(x, v[:rank])
         h_rounding = F.pad(rounding["h"], (0, width - rank))
         problem = accuracy_error(h, pair_h, exact_h, h_rounding)
         if problem is None and tensor_rank and h[:, rank:].abs().sum() != 0:
@@ -207,8 +223,10 @@ def sweep(threads):
                 "tensor_rank": not packed and i % 3 == 1,
                 "save_h": not packed and i % 2 == 1,
             }
-            for added in (False, True):
-                options["added"] = added
+            for added, normed in ((False, False), (True, False), (True, True)):
+                if normed and (packed or not rank):
+                    continue
+                options |= {"added": added, "normed": normed}
                 problem = check(shape, dtype, rank, activation, packed, **options)
                 if problem:
                     failures.append(

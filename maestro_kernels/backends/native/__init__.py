@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 STRATEGIES = {"cpu": ("fused",), "cuda": cuda.STRATEGIES[1:]}
 # What mk_interface() in csrc/bindings/cpu.cpp returns.
-INTERFACE = 5
+INTERFACE = 6
 # In every error of the library's ops.
 LIBRARY_NAME = "maestro_native"
 LIBRARY = Path(__file__).resolve().parents[2] / "_native.so"
@@ -171,7 +171,7 @@ def unsupported(problem: LoDProblem) -> str | None:
     if reason is not None:
         return reason
     if problem.device.type == "cuda" and not problem.is_plain:
-        return "the CUDA kernels take no residual and no scale"
+        return "the CUDA kernels take no residual, no scale and no norm"
     if problem.device.type not in ("cpu", "cuda"):
         return f"the library has no kernel for tensors on {problem.device}"
     if problem.dtype not in _DTYPES:
@@ -246,10 +246,10 @@ def forward(
 ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
     """Ys = act((scale · x @ v[:r].T) @ u[:, :r].T + bias + residual), Hs: one region or launch.
 
-    H is (M, r), or (M, R) for tensor ranks.
+    H is (M, r), or (M, R) for tensor ranks. A norm comes between the products, H is from before it.
     """
     n, on_gpu = call.n, not call.xs[0].is_cpu
-    if n == 1 and not on_gpu and (call.is_plain or not save_h):
+    if n == 1 and not on_gpu and not call.norms and (call.is_plain or not save_h):
         x, u, v, bias, rank, activation = call.layer(0)
         is_tensor = isinstance(rank, Tensor)
         one = (
@@ -287,8 +287,9 @@ def forward(
         outputs = cuda.grouped(arguments, sum(call.x(i).shape[0] for i in range(n)), strategy)
     else:
         residuals = [t if t is None else _rows(t) for t in call.residuals]
-        scales = list(call.scales)
-        outputs = torch.ops.maestro_native.grouped.default(*arguments, residuals, scales)
+        norms = [t if t is None else t.contiguous() for t in call.norms]
+        others = residuals, list(call.scales), norms, float(call.norm_eps)
+        outputs = torch.ops.maestro_native.grouped.default(*arguments, *others)
     return outputs[:n], outputs[n:] if save_h else [None] * n
 
 

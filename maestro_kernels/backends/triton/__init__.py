@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from maestro_kernels import hardware
-from maestro_kernels.backends import reference
+from maestro_kernels.backends import matmul, reference
 from maestro_kernels.backends.triton import choose, expand_config, row_config
 from maestro_kernels.backends.triton.launch import input_precision
 
 if TYPE_CHECKING:
-    from maestro_kernels.call import Call, Grads, Needs
+    from maestro_kernels.call import Call, Grads, InputGrads, Needs
     from maestro_kernels.problem import LoDProblem
 
 Ranks = Sequence[int] | Tensor
@@ -151,17 +151,20 @@ def forward(
 ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
     """Ys = act(H @ u[:, :r].T + bias + residual) and Hs = scale · x @ v[:r].T in one launch.
 
-    H has the width r, or R with zeros beyond r for tensor ranks; its rows may be further apart.
+    H has the width r, or R with zeros beyond r for tensor ranks; its rows may be further apart. A
+    norm comes between the products, H is from before it.
     """
     from maestro_kernels.backends.triton.row import row
     from maestro_kernels.backends.triton.two_phase import two_phase_grouped
 
     biases = [None if b is None else b.contiguous() for b in call.biases]
     residuals = [None if t is None else _readable(t) for t in call.residuals]
+    norms = [None if t is None else t.contiguous() for t in call.norms]
     if strategy == "row":
         x, u, v, _, rank, activation = call.layer(0)
         y, h = row(
             x, v, u, biases[0], rank, activation, *residuals or [None], call.scale(0),
+            *norms or [None], call.norm_eps,
             save_h=save_h, input_precision=input_precision(x.dtype),
         )  # fmt: skip
         return [y], [h]
@@ -173,7 +176,7 @@ def forward(
         return [y], [h if save_h else None]
     ys, hs = two_phase_grouped(
         call.xs, call.vs, call.us, biases, _ranks(call), call.activations,
-        residuals, call.scales,
+        residuals, call.scales, norms, call.norm_eps,
         save_h=save_h, input_precision=input_precision(call.xs[0].dtype),
     )  # fmt: skip
     return ys, hs if hs is not None else [None] * call.n
@@ -187,11 +190,14 @@ def input_grads(
     *,
     needs: Needs,
     strategy: str,
-) -> tuple[Grads, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """(dxs, dzs, Hs, dHs): dx and dH by the kernel of the forward, in one launch.
+) -> InputGrads:
+    """(dxs, dnorms, dzs, Hs, dHs): dx and dH by the kernel of the forward, in one launch.
 
-    A shared x gets the sum over the layers, formed on chip.
+    A shared x gets the sum over the layers, formed on chip. With a norm between them the two
+    products of dx are not one launch: library matmuls compute it then.
     """
+    if call.norms:
+        return matmul.input_grads(call, dys, hs, ys, needs=needs, strategy=matmul.TWO)
     from maestro_kernels.backends.triton.row import row_dx
     from maestro_kernels.backends.triton.two_phase import two_phase_dx_grouped
 
@@ -223,7 +229,7 @@ def input_grads(
         )  # fmt: skip
         if needs_x:
             dxs = list(found)
-    return dxs, dzs, saved_hs, dhs
+    return dxs, [None] * n, dzs, saved_hs, dhs
 
 
 def _ranks(call: Call) -> Ranks:

@@ -57,6 +57,8 @@ def row(
     activation: str | None,
     residual: Tensor | None = None,
     scale: float = 1.0,
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
     *,
     save_h: bool,
     config: RowConfig | None = None,
@@ -75,6 +77,8 @@ def row(
         activation: None, "relu", "gelu", "gelu_tanh" or "silu".
         residual: (M, N), last stride 1, or None.
         scale: what H is multiplied by.
+        norm: weight (R,) of an RMSNorm between the products, or None; contiguous.
+        norm_eps: what is added to the mean of squares.
         save_h: return H.
         config: tiles; None chooses.
         plan: programs for each block of rows; None chooses.
@@ -82,9 +86,10 @@ def row(
 
     Returns:
         y (M, N), and H: (M, r), or for a tensor rank (M, R) with zeros beyond r; None unless asked.
+        It is from before a norm.
     """
     return _launch(
-        x, v, u, bias, rank, activation, residual, scale,
+        x, v, u, bias, rank, activation, residual, scale, norm, norm_eps,
         save_h=save_h, transposed=False, config=config, plan=plan, input_precision=input_precision,
     )  # fmt: skip
 
@@ -116,7 +121,7 @@ def row_dx(
         dx (M, K), and dH shaped like H in row.
     """
     dx, dh = _launch(
-        dy, u.t(), v.t(), None, rank, None, None, scale,
+        dy, u.t(), v.t(), None, rank, None, None, scale, None, 0.0,
         save_h=True, transposed=True, config=config, plan=plan, input_precision=input_precision,
     )  # fmt: skip
     assert dh is not None
@@ -157,6 +162,8 @@ def _launch(
     activation: str | None,
     residual: Tensor | None,
     scale: float,
+    norm: Tensor | None,
+    norm_eps: float,
     *,
     save_h: bool,
     transposed: bool,
@@ -169,12 +176,13 @@ def _launch(
     how = (
         None if is_tensor else rank, activation, save_h, transposed, config, plan, input_precision
     )  # fmt: skip
-    key = (x.device, how, layouts((x, s, e, bias, residual)), scale == 1)
+    key = (x.device, how, layouts((x, s, e, bias, residual, norm)), scale == 1)
     found = _launches.get(key)
     if found is None:
         found = keep(_launches, key, _planned(x, s, e, bias, residual, *how))
     factor = None if scale == 1 else float(scale)
-    return _run(found, x, s, e, bias, rank if is_tensor else None, residual, factor)
+    given = rank if isinstance(rank, Tensor) else None
+    return _run(found, x, s, e, bias, given, residual, factor, norm, norm_eps)
 
 
 def again(
@@ -183,7 +191,7 @@ def again(
     """Y of `row` for x (..., K), None where no tensors that lie like these went through it."""
     how = rank, activation, False, False, None, None, input_precision(x.dtype)
     rows = x if x.ndim == 2 else as_rows(x)
-    found = _launches.get((x.device, how, layouts((rows, v, u, bias, None)), True))
+    found = _launches.get((x.device, how, layouts((rows, v, u, bias, None, None)), True))
     if found is None:
         return None
     y, _ = _run(found, rows, v, u, bias, None, None, None)
@@ -199,12 +207,14 @@ def _run(
     rank: Tensor | None,
     residual: Tensor | None,
     scale: float | None,
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch with these tensors."""
     launcher, M, N, width, describe, known_rank, numbers = launch
     if is_elsewhere(x):
         with torch.cuda.device(x.device):
-            return _run(launch, x, s, e, bias, rank, residual, scale)
+            return _run(launch, x, s, e, bias, rank, residual, scale, norm, norm_eps)
     y = x.new_empty(M, N)
     h = empty_h(x, width) if width else None
     operands = (x, s, e) if describe is None else describe(x, s, e)
@@ -219,6 +229,8 @@ def _run(
         *numbers,
         residual,
         scale,
+        norm,
+        None if norm is None else float(norm_eps),
     )
     return y, h
 
@@ -320,13 +332,13 @@ def _descriptor(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
 def aot_spec(config: RowConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
     """What tools/triton_report.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
-    forward: bias, gelu, H saved; residual: the same with residual and scale, which exact float32
+    forward: bias, gelu, H saved; residual, norm: the same with one and a scale, which exact float32
     does not take; dx: with a rank on the device; odd: nothing is divisible by 8.
     """
     if (dtype == "fp32") == (config.precision == "half"):
         return
     odd = () if config.descriptors else ("forward odd", "dx odd")
-    added = () if config.precision == "ieee" else ("residual",)
+    added = () if config.precision == "ieee" else ("residual", "norm")
     for form in ("forward", *added, "dx", *odd):
         yield {
             "kernel": row_kernel,
@@ -370,7 +382,9 @@ def _signature(config: RowConfig, dtype: str, form: str) -> dict[str, Any]:
             "stride_hm": "i32:16",
             "stride_resm": size if form == "residual" else None,
             "p_residual": pointer if form == "residual" else None,
-            "scale": "fp32" if form == "residual" else None,
+            "scale": "fp32" if form in ("residual", "norm") else None,
+            "p_norm": pointer if form == "norm" else None,
+            "norm_eps": "fp32" if form == "norm" else None,
             "HAS_BIAS": not transposed,
             "ACTIVATION": "none" if transposed else "gelu",
             "SAVE_H": True,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from maestro_kernels.backends.triton.epilogue import apply_activation
+from maestro_kernels.backends.triton.norm import inverse_root, weighted
 
 __all__ = ["row_kernel"]
 
@@ -89,7 +90,7 @@ def _expand_rows(
 def row_kernel(
     x, s, e, p_bias, p_y, p_h, rank, M, N, K, R, num_whole, num_splits,
     stride_xm, stride_sr, stride_sk, stride_en, stride_er, stride_ym, stride_hm, stride_resm,
-    p_residual, scale,
+    p_residual, scale, p_norm, norm_eps,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE_H: tl.constexpr,
     TENSOR_RANK: tl.constexpr, ROUND_RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -99,6 +100,7 @@ def row_kernel(
 
     Reads x (M, K), S (R, K), E (N, R), bias (N,), residual (M, N); writes y (M, N) and H, (M, r) or
     (M, R). Without a residual p_residual and stride_resm are None, scale is where it is 1.
+    With a norm, p_norm not None, rows of x · S[:r]ᵀ are normalised before scale; H is from before.
     S, E = v, u is the forward; S, E = uᵀ, vᵀ turns dy into dx, and H is then dH.
 
     The first num_whole blocks of rows have a program each, every other one has num_splits of them.
@@ -125,7 +127,7 @@ def row_kernel(
         x, s, M, K, rank_read, stride_xm, stride_sr, stride_sk, i_m,
         TRANSPOSED, DESCRIPTORS, BLOCK_M, BLOCK_K, BLOCK_R, INPUT_PRECISION,
     )  # fmt: skip
-    if scale is not None:
+    if scale is not None and p_norm is None:
         b_h *= scale
     # The same rounding as between two matmuls; the tile becomes the A operand of the next product.
     b_h = tl.where((o_r < rank)[None, :], b_h, 0.0).to(p_y.dtype.element_ty)
@@ -135,6 +137,12 @@ def row_kernel(
         # The first of those who share a block stores H.
         width = tl.where(i_split == 0, width, 0)
         tl.store(p_h, b_h, mask=(o_m < M)[:, None] & (o_r < width)[None, :])
+    if p_norm is not None:
+        b_f, b_squares = weighted(b_h, p_norm, o_r, rank, True)
+        b_factor = inverse_root(b_squares, rank, norm_eps)
+        if scale is not None:
+            b_factor *= scale
+        b_h = (b_f * b_factor[:, None]).to(p_y.dtype.element_ty)
     p_y += o_m[:, None].to(tl.int64) * stride_ym
     if p_residual is not None:
         p_residual += o_m[:, None].to(tl.int64) * stride_resm

@@ -63,6 +63,8 @@ def two_phase(
     activation: str | None,
     residual: Tensor | None = None,
     scale: float = 1.0,
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
     *,
     save_h: bool,
     config: TwoPhaseConfig | None = None,
@@ -80,7 +82,9 @@ def two_phase(
         activation: None, "relu", "gelu", "gelu_tanh" or "silu".
         residual: (M, N), last stride 1, or None.
         scale: what H is multiplied by.
-        save_h: return H.
+        norm: weight (R,) of an RMSNorm between the products, or None; contiguous.
+        norm_eps: what is added to the mean of squares.
+        save_h: return H, from before a norm.
         config: tiles; None chooses.
         num_programs: programs of the grid; None plans.
         input_precision: "ieee" or "tf32"; says how float32 is multiplied.
@@ -89,7 +93,7 @@ def two_phase(
         y (M, N), and H: (M, r), or for a tensor rank (M, R) with zeros beyond r; None unless asked.
     """
     ys, hs = two_phase_grouped(
-        [x], [v], [u], [bias], _as_ranks(rank), [activation], [residual], [scale],
+        [x], [v], [u], [bias], _as_ranks(rank), [activation], [residual], [scale], [norm], norm_eps,
         save_h=save_h, config=config, num_programs=num_programs, input_precision=input_precision,
     )  # fmt: skip
     return ys[0], hs[0] if hs is not None else None
@@ -104,6 +108,8 @@ def two_phase_grouped(
     activations: Sequence[str | None],
     residuals: Sequence[Tensor | None] = (),
     scales: Sequence[float] = (),
+    norms: Sequence[Tensor | None] = (),
+    norm_eps: float = 0.0,
     *,
     save_h: bool,
     config: TwoPhaseConfig | None = None,
@@ -121,7 +127,9 @@ def two_phase_grouped(
         activations: one for each layer.
         residuals: (M_i, N_i) or None for each; () where none has one.
         scales: one for each layer; () where all are 1.
-        save_h: return H.
+        norms: (R_i,) or None for each; () where none has one.
+        norm_eps: what is added to the mean of squares.
+        save_h: return H, from before a norm.
         config: tiles; None chooses.
         num_programs: programs of the grid; None plans.
         input_precision: as in two_phase.
@@ -135,8 +143,9 @@ def two_phase_grouped(
     for part in layer_runs(xs):
         h = _launch(
             xs[part], vs[part], us[part], biases[part], ranks[part], activations[part],
-            residuals[part], scales[part], ys[part], save_h=save_h, sum_layers=False, config=config,
-            num_programs=num_programs, input_precision=input_precision,
+            residuals[part], scales[part], norms[part], norm_eps, ys[part], save_h=save_h,
+            sum_layers=False, config=config, num_programs=num_programs,
+            input_precision=input_precision,
         )  # fmt: skip
         if hs is not None:
             hs += h
@@ -215,7 +224,7 @@ def two_phase_dx_grouped(
         count = len(dys[part])
         dhs += _launch(
             dys[part], ss[part], es[part], [None] * count, ranks[part], [None] * count, (),
-            scales[part], outs, save_h=True, sum_layers=shared_x, config=config,
+            scales[part], (), 0.0, outs, save_h=True, sum_layers=shared_x, config=config,
             num_programs=num_programs, input_precision=input_precision,
         )  # fmt: skip
         if shared_x and dxs:
@@ -271,6 +280,8 @@ def _launch(
     activations: Sequence[str | None],
     residuals: Sequence[Tensor | None],
     scales: Sequence[float],
+    norms: Sequence[Tensor | None],
+    norm_eps: float,
     ys: Sequence[Tensor],
     *,
     save_h: bool,
@@ -288,19 +299,24 @@ def _launch(
     )  # fmt: skip
     if not any(t is not None for t in residuals):
         residuals = ()
+    if not any(t is not None for t in norms):
+        norms = ()
     factors = None if all(s == 1 for s in scales) else tuple(map(float, scales))
-    key = (xs[0].device, how, layouts((*xs, *ss, *es, *biases, *residuals)), factors is None)
+    lists = (*xs, *ss, *es, *biases, *residuals, *norms)
+    key = (xs[0].device, how, layouts(lists), len(residuals), len(norms), factors is None)
     found = _launches.get(key)
     if found is None:
-        found = keep(_launches, key, _planned(xs, ss, es, biases, residuals, ys, *how))
+        found = keep(_launches, key, _planned(xs, ss, es, biases, residuals, norms, ys, *how))
     pointer = ranks.contiguous() if isinstance(ranks, Tensor) else None
     # Any pointer of the type serves where there is no bias: it is never read.
     given = [e if b is None else b for b, e in zip(biases, es, strict=True)]
-    added = None
+    added = weights = None
     if residuals:
         added = tuple([e if t is None else t for t, e in zip(residuals, es, strict=True)])
+    if norms:
+        weights = tuple([e if t is None else t for t, e in zip(norms, es, strict=True)])
     outs = [*ys] * len(xs) if sum_layers else ys
-    hs = _run(found, xs, ss, es, given, pointer, outs, added, factors)
+    hs = _run(found, xs, ss, es, given, pointer, outs, added, factors, weights, norm_eps)
     return [h[:, :width] for h, width in zip(hs, found.widths, strict=True)] if save_h else []
 
 
@@ -310,7 +326,7 @@ def again(
     """Y of two_phase for x (..., K), None where no tensors that lie like these went through it."""
     how = (rank,), (activation,), False, False, None, None, input_precision(x.dtype)
     rows = x if x.ndim == 2 else as_rows(x)
-    found = _launches.get((x.device, how, layouts((rows, v, u, bias)), True))
+    found = _launches.get((x.device, how, layouts((rows, v, u, bias)), 0, 0, True))
     if found is None:
         return None
     y = x.new_empty(found.M, u.shape[0])
@@ -328,6 +344,8 @@ def _run(
     ys: Sequence[Tensor],
     residuals: tuple[Tensor, ...] | None = None,
     scales: tuple[float, ...] | None = None,
+    norms: tuple[Tensor, ...] | None = None,
+    norm_eps: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Launch with these tensors; returns every H with all its stride_h columns."""
     (
@@ -337,7 +355,7 @@ def _run(
     x = xs[0]
     if is_elsewhere(x):
         with torch.cuda.device(x.device):
-            return _run(launch, xs, ss, es, biases, ranks, ys, residuals, scales)
+            return _run(launch, xs, ss, es, biases, ranks, ys, residuals, scales, norms, norm_eps)
     hs = tuple(map(x.new_empty, repeat(M), strides_h))
     launcher(
         x,
@@ -353,6 +371,8 @@ def _run(
         residuals,
         strides_res,
         scales,
+        norms,
+        None if norms is None else float(norm_eps),
         torch.empty(partials, dtype=torch.float32, device=x.device),
         workspace.counters(x.device, counters),
         M,
@@ -367,6 +387,7 @@ def _planned(
     es: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     residuals: Sequence[Tensor | None],
+    norms: Sequence[Tensor | None],
     ys: Sequence[Tensor],
     ranks: tuple[int, ...] | None,
     activations: tuple[str | None, ...],
@@ -401,6 +422,7 @@ def _planned(
         {
             "BIAS_BITS": sum(1 << i for i, b in enumerate(biases) if b is not None),
             "RESIDUAL_BITS": sum(1 << i for i, t in enumerate(residuals) if t is not None),
+            "NORM_BITS": sum(1 << i for i, t in enumerate(norms) if t is not None),
             "ACTIVATIONS": tuple(names[:1] if len(set(names)) == 1 else names),
             "TENSOR_RANK": tensor_rank,
             "SUM_LAYERS": sum_layers,

@@ -16,14 +16,14 @@ from maestro_kernels.backends.triton.two_phase_kernel import two_phase_kernel
 
 __all__ = ["aot_spec"]
 
-_FORMS = ("single", "residual", "grouped", "dx", "dx_sum")
+_FORMS = ("single", "residual", "norm", "grouped", "dx", "dx_sum")
 _UNALIGNED_FORMS = ("odd", "dx_odd")
 
 
 def aot_spec(config: TwoPhaseConfig, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
     """What tools/triton_report.py compiles for a configuration and "bf16", "fp16" or "fp32".
 
-    single: int rank, bias and gelu; residual: the same with a residual and a scale; grouped: three
+    single: int rank, bias and gelu; residual, norm: the same with one and a scale; grouped: three
     layers, tensor ranks, H saved, silu beside none; dx: one layer; dx_sum: three layers that share
     x, tensor ranks; odd, dx_odd: one layer whose sizes have no common divisor.
     """
@@ -78,8 +78,11 @@ def _signature(
             "split_target": "i32",
             "residuals": each(f"*{dtype}:16") if form == "residual" else None,
             "strides_resm": each(size) if form == "residual" else None,
-            "scales": each("fp32") if form == "residual" else None,
+            "scales": each("fp32") if form in ("residual", "norm") else None,
+            "norms": each(f"*{dtype}:16") if form == "norm" else None,
+            "norm_eps": "fp32" if form == "norm" else None,
             "RESIDUAL_BITS": int(form == "residual"),
+            "NORM_BITS": int(form == "norm"),
             "BIAS_BITS": 0 if backward else 5 if group else 1,
             "ACTIVATIONS": activations,
             "TENSOR_RANK": group,

@@ -30,6 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from maestro_kernels.backends.triton import two_phase_config
 from maestro_kernels.backends.triton.epilogue import apply_activation
 from maestro_kernels.backends.triton.layers import RANK_BITS, element, pick, vector
+from maestro_kernels.backends.triton.norm import inverse_root, weighted
 
 __all__ = ["expand_sum", "two_phase_kernel"]
 
@@ -107,9 +108,15 @@ def _shrink_sum(
 def expand_sum(
     b_y, p_h, p_e, M, N, rank, stride_hm, stride_en, stride_er, i_m, i_n, EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TAIL_R: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, p_norm=None, norm_eps=0.0, norm_scale=1.0, is_normed=True,
 ):  # fmt: skip
-    """b_y + H · Eᵀ of one tile. EIGHTS: E is contiguous along r, and read 8 ranks at a time."""
+    """b_y + H · Eᵀ of one tile. EIGHTS: E is contiguous along r, and read 8 ranks at a time.
+
+    p_norm not None: b_y is zero, and H is normalised, then multiplied by norm_scale. The norm's
+    weight meets H on the way to the product; the sums of squares are complete when that ends, and
+    divide it.
+    """
+    b_squares = tl.zeros((BLOCK_M,), tl.float32)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = tl.arange(0, BLOCK_R)
@@ -129,6 +136,10 @@ def expand_sum(
         m_e = (o_r0 + o_r < rank_as_read)[:, None]
         b_h = tl.load(p_hr, mask=(o_m < M)[:, None] & m_h, other=0.0)
         b_e = tl.load(p_er, mask=m_e & (o_n < N)[None, :], other=0.0)
+        if p_norm is not None:
+            b_f, b_part = weighted(b_h, p_norm, o_r0 + o_r, rank, is_normed)
+            b_h = b_f.to(b_h.dtype)
+            b_squares += b_part
         b_y = tl.dot(b_h, b_e, b_y, input_precision=INPUT_PRECISION)
         p_hr += BLOCK_R
         p_er += BLOCK_R * stride_er
@@ -140,7 +151,14 @@ def expand_sum(
             p_et = p_e + o_t[:, None].to(tl.int64) * stride_er
             b_e = tl.load(p_et, mask=m_t[:, None] & (o_n < N)[None, :], other=0.0)
             b_e = tl.where((o_t < rank)[:, None], b_e, 0.0)
+            if p_norm is not None:
+                b_f, b_part = weighted(b_h, p_norm, o_t, rank, is_normed)
+                b_h = b_f.to(b_h.dtype)
+                b_squares += b_part
             b_y = tl.dot(b_h, b_e, b_y, input_precision=INPUT_PRECISION)
+    if p_norm is not None:
+        b_factor = inverse_root(b_squares, rank, norm_eps) * norm_scale
+        b_y *= tl.where(is_normed, b_factor, 1.0)[:, None]
     return b_y
 
 
@@ -216,8 +234,9 @@ def _leave(p_ticket, p_ready, num_ready):
 def two_phase_kernel(
     xs, ss, es, biases, ys, hs, Ns, Ks, Rs, ranks,
     strides_xm, strides_sr, strides_sk, strides_en, strides_er, strides_ym, strides_hm,
-    residuals, strides_resm, scales, partials, counters, M, split_target,
-    BIAS_BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, ACTIVATIONS: tl.constexpr,
+    residuals, strides_resm, scales, norms, norm_eps, partials, counters, M, split_target,
+    BIAS_BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, NORM_BITS: tl.constexpr,
+    ACTIVATIONS: tl.constexpr,
     TENSOR_RANK: tl.constexpr, SUM_LAYERS: tl.constexpr, ZERO_TAIL: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -226,19 +245,21 @@ def two_phase_kernel(
 ):  # fmt: skip
     """y_i = act_i(H_i · E_i[:, :r_i]ᵀ + bias_i + residual_i), or y = the sum of those (SUM_LAYERS).
 
-    H_i = scale_i · x_i · S_i[:r_i]ᵀ. Reads, per layer, x (M, K), S (R, K), E (N, R), bias (N,) and
-    residual (M, N); writes y (M, N) and H (M, r), whose row stride is a multiple of 16. Plural
-    arguments are tuples with one entry per layer.
+    H_i = scale_i · x_i · S_i[:r_i]ᵀ; where layer i has a norm, H_i stays unscaled and is normalised
+    and scaled on its way into the second product. Reads, per layer, x (M, K), S (R, K), E (N, R),
+    bias (N,) and residual (M, N); writes y (M, N) and H (M, r), whose row stride is a multiple of
+    16. Plural arguments are tuples with one entry per layer.
     S, E = v, u is the forward; S, E = uᵀ, vᵀ turns dy into dx, and H is then dH.
 
     Arguments that need a word:
         ranks: encode_rank of each rank, or a pointer to int32 (TENSOR_RANK); clamped to 0..R.
         residuals, strides_resm: None where no layer has one.
         scales: None where all are 1.
+        norms, norm_eps: weights (R,) of the norms; None where no layer has one.
         partials: float32 slots for split_target tiles of H.
         counters: zeros; ticket, leaving programs, arrivals (split_target), ready (layers, num_m).
         split_target: K is split as long as phase 1 has no more tiles than this.
-        BIAS_BITS, RESIDUAL_BITS: bit i says that layer i has a bias, a residual.
+        BIAS_BITS, RESIDUAL_BITS, NORM_BITS: bit i says that layer i has a bias, a residual, a norm.
         ACTIVATIONS: one name for all layers, or one each.
         ZERO_TAIL: H is (M, R) and its columns beyond r are set to zero.
         LAYOUT: "rows" or "columns": S and E have stride 1 along these, and all sizes and other
@@ -316,7 +337,8 @@ def two_phase_kernel(
             )  # fmt: skip
         if is_last:
             if scales is not None:
-                b_h *= pick(scales, i_layer, NUM_LAYERS)
+                is_normed = (NORM_BITS >> i_layer) & 1 == 1
+                b_h *= tl.where(is_normed, 1.0, pick(scales, i_layer, NUM_LAYERS))
             width = tl.cdiv(R if ZERO_TAIL else rank, 8) * 8
             _store_h(
                 b_h, pick(hs, i_layer, NUM_LAYERS), M, rank, width,
@@ -373,11 +395,17 @@ def two_phase_kernel(
                 rank, BLOCK_R
             ):
                 pass
+            p_norm, norm_scale = None, 1.0
+            if NORM_BITS:
+                p_norm = pick(norms, i, NUM_LAYERS)
+                if scales is not None:
+                    norm_scale = pick(scales, i, NUM_LAYERS)
             b_y = expand_sum(
                 b_y, pick(hs, i, NUM_LAYERS), pick(es, i, NUM_LAYERS), M, N, rank,
                 pick(strides_hm, i, NUM_LAYERS), _eights(pick(strides_en, i, NUM_LAYERS), ROWS),
                 _eights(pick(strides_er, i, NUM_LAYERS), COLUMNS), i_m, i_n, ROWS, BLOCK_M,
                 BLOCK_N, STEP_R, STEP_R if STEP_R < BLOCK_R else BLOCK_R, INPUT_PRECISION,
+                p_norm, norm_eps, norm_scale, (NORM_BITS >> i) & 1 == 1,
             )  # fmt: skip
         p_residual, stride_resm = None, 0
         if RESIDUAL_BITS:

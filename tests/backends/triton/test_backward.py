@@ -356,7 +356,7 @@ class TestBackward:
         ys, hs = backend.forward(call, save_h=True, strategy=strategy)
         none = [None]
         own = backend, strategy
-        *found, _ = by_halves(
+        *found, _, _ = by_halves(
             own, own, call, [dy], hs if saved else none, ys if saved else none, needs=needs
         )
         compare(found, [x], [u], [v], [bias], [rank], [activation], [dy], needs)
@@ -426,7 +426,7 @@ class TestBackward:
         ys, hs = backend.forward(call, save_h=True, strategy="two_phase")
         none = [None] * 3
         own = backend, "two_phase"
-        *found, _ = by_halves(
+        *found, _, _ = by_halves(
             own, own, call, dys, hs if saved else none, ys if saved else none, needs=needs
         )
         compare(found, xs, us, vs, biases, ranks, activations, dys, needs)
@@ -440,7 +440,7 @@ class TestBackward:
         needs, ranks, none = (True, True, True, True), [0, 3, 8], [None] * 3
         call = Call("lod_linear_grouped", xs, us, vs, [*biases[:2], None], ranks, none)
         own = backend, "two_phase"
-        *found, _ = by_halves(own, own, call, dys, none, none, needs=needs)
+        *found, _, _ = by_halves(own, own, call, dys, none, none, needs=needs)
         assert found[3].pop() is None
         two = expected(xs, us, vs, biases, ranks, none, dys)
         for column, other in zip(found, two, strict=True):
@@ -454,7 +454,7 @@ class TestBackward:
         def once():
             call = Call("lod_linear", [x], [u], [v], [bias], [20], ["gelu"])
             none, own = [None], (backend, "two_phase")
-            *found, _ = by_halves(own, own, call, [dy], none, none, needs=ALL)
+            *found, _, _ = by_halves(own, own, call, [dy], none, none, needs=ALL)
             return [of_layer[0] for of_layer in found]
 
         assert all(map(torch.equal, once(), once()))

@@ -65,7 +65,7 @@ def test_one_layer(strategy, shape, dtype, kind, activation):
     for hs in ([h], [None]):
         needs = (True, True, True, b is not None)
         options = {"needs": needs, "strategy": strategy}
-        (dx,), (dz,), *kept = backend.input_grads(call, [dy], hs, ys, **options)
+        (dx,), _, (dz,), *kept = backend.input_grads(call, [dy], hs, ys, **options)
         (du,), (dv,), _ = backend.weight_grads(call, [dz], *kept, **options)
         library_leaves = [t.detach().clone().requires_grad_() for t in leaves]
         ours = library_leaves if b is not None else [*library_leaves[:3], None, library_leaves[3]]
@@ -100,7 +100,7 @@ def test_a_group_of_which_some_have_a_residual(kind, shared):
     dys = [torch.randn_like(y) for y in ys]
     needs = (True, True, True, True)
     kept = [None, None, ys[2]]
-    dxs, dzs, *rest = backend.input_grads(call, dys, hs, kept, needs=needs, strategy="two_phase")
+    dxs, _, dzs, *rest = backend.input_grads(call, dys, hs, kept, needs=needs, strategy="two_phase")
     dus, dvs, _ = backend.weight_grads(call, dzs, *rest, needs=needs, strategy="two_phase")
     wide = [t.double().requires_grad_() for t in (*xs, *us, *vs)]
     n = len(xs)
