@@ -244,7 +244,7 @@ def quick_plan(
     activation: Any,
     backend: str | None,
     training: bool,
-    added: tuple[Any, Any] | None = None,
+    added: tuple[Any, Any, Any, Any] | None = None,
 ) -> Plan | None:
     """The plan of one layer's call that ran before by what checks the rest of it itself, or None.
 
@@ -269,10 +269,15 @@ def quick_plan(
     return None
 
 
-def _of_added(residual: Tensor | None, scale: Any) -> Any:
-    """What a plan of one layer depends on of its residual and scale."""
-    kind = _kind_of_scale(scale)
-    return kind if residual is None else (residual.shape, residual.device, residual.layout, kind)
+def _of_added(residual: Tensor | None, scale: Any, norm: Tensor | None, norm_eps: Any) -> Any:
+    """What a plan of one layer depends on of what a plain call does not have."""
+    found = _kind_of_scale(scale)
+    if residual is not None:
+        found = residual.shape, residual.device, residual.layout, found
+    if norm is not None:
+        of_norm = norm.shape, norm.dtype, norm.device, norm.layout
+        found = *of_norm, type(norm_eps), norm_eps, found
+    return found
 
 
 def _given(backend: str | None, training: bool) -> tuple[Any, ...]:
@@ -334,7 +339,8 @@ def plan(call: Call, backend: str | None, training: bool = False, again: bool = 
             x, u, v, bias, rank, activation = call.layer(0)
             given = _given(backend, training)
             if not call.is_plain:
-                given = given, _of_added(call.residual(0), call.scale(0))
+                added = call.residual(0), call.scale(0), call.norm(0), call.norm_eps
+                given = given, _of_added(*added)
             short = (x.shape, u.shape, x.dtype, rank, activation, given)
             if found.strategy != "fused":
                 short = _matmul_key(x, u, v, bias, rank, activation, given)

@@ -11,7 +11,7 @@ from torch import Tensor
 from maestro_kernels import dispatch as _dispatch
 from maestro_kernels.call import Call
 from maestro_kernels.dispatch import QUICK
-from maestro_kernels.ops.run import quick, quick_with_residual, run
+from maestro_kernels.ops.run import quick, quick_with_more, run
 from maestro_kernels.plans import Explanation
 from maestro_kernels.problem import check_storages
 
@@ -83,22 +83,20 @@ def lod_linear(
         Horvath et al., Maestro: Uncovering Low-Rank Structures via Trainable Decomposition,
         ICML 2024 (arXiv 2308.14929).
     """
-    is_plain = residual is None and type(scale) is float and scale == 1.0
-    if backend in QUICK and norm is None:
+    is_plain = residual is None is norm and type(scale) is float and scale == 1.0
+    if backend in QUICK:
         y = (
             quick(x, u, v, bias, rank, activation, backend, save_h)
             if is_plain
-            else quick_with_residual(
-                x, u, v, bias, rank, activation, residual, scale, backend, save_h
+            else quick_with_more(
+                x, u, v, bias, rank, activation, residual, scale, norm, norm_eps, backend, save_h
             )
         )
         if y is not None:
             return y
     call = _single(x, u, v, bias, rank, activation)
     if not is_plain:
-        call = call._replace(residuals=(residual,), scales=(scale,))
-    if norm is not None:
-        call = call._replace(norms=(norm,), norm_eps=norm_eps)
+        call = _with_more(call, residual, scale, norm, norm_eps)
     return run(call, backend, save_h)[0]
 
 
@@ -191,10 +189,7 @@ def explain(
     if several:
         call = _with_added(call, residual, scale, norm, norm_eps)
     else:
-        if residual is not None or type(scale) is not float or scale != 1.0:
-            call = call._replace(residuals=(residual,), scales=(scale,))  # type: ignore[arg-type]
-        if norm is not None:
-            call = call._replace(norms=(norm,), norm_eps=norm_eps)  # type: ignore[arg-type]
+        call = _with_more(call, residual, scale, norm, norm_eps)
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and getattr(t, "requires_grad", False) for t in call.tensors
     )
@@ -207,6 +202,13 @@ def _single(x: Any, u: Any, v: Any, bias: Any, rank: Any, activation: Any) -> Ca
     """The call of one layer."""
     ranks = rank if isinstance(rank, Tensor) else (rank,)
     return Call("lod_linear", (x,), (u,), (v,), (bias,), ranks, (activation,))
+
+
+def _with_more(call: Call, residual: Any, scale: Any, norm: Any, norm_eps: float) -> Call:
+    """The call of one layer with what a plain one does not have."""
+    if residual is not None or type(scale) is not float or scale != 1.0:
+        call = call._replace(residuals=(residual,), scales=(scale,))
+    return call if norm is None else call._replace(norms=(norm,), norm_eps=norm_eps)
 
 
 def _spread(x: Any, us: Any, vs: Any, biases: Any, ranks: Any, activation: Any) -> Call:

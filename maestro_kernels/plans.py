@@ -69,11 +69,10 @@ class Plan:
         """Whether what runs it refuses every call of one layer that the validator would refuse.
 
         That is so of the native library's CPU op, of library matmuls on tensors with strides, and
-        of kernels on a GPU, which serve what is laid out as a validated call was (`again`). A norm
-        goes the long way: it is no layer of its own, but a pair with something in between.
+        of kernels on a GPU, which serve what is laid out as a validated call was (`again`).
         """
         problem = self.problems[0]
-        if problem.rank is None or problem.has_norm:
+        if problem.rank is None:
             return False
         on_gpu = self.backend in KERNELS and problem.device.type != "cpu"
         again = on_gpu and problem.is_plain and not self.mode.training

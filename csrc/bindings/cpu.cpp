@@ -21,17 +21,20 @@ void run_cpu(const Layer* layers, const void* const* packed, int64_t n, DType dt
   MK_REFUSE_UNLESS(!refused, refused);
 }
 
-// linear and linear_h: (x, u, v, bias?, rank, rank_tensor?, activation) -> y, or (y, H); linear_residual also takes
-// (residual?, scale).
+// linear and linear_h: (x, u, v, bias?, rank, rank_tensor?, activation) -> y, or (y, H); linear_more also takes
+// (residual?, scale, norm?, norm_eps).
 template <bool save_h, bool adds = false>
 void linear_cpu(StableIValue* stack, uint64_t, uint64_t) {
   const Argument x(stack[0]), u(stack[1]), v(stack[2]), bias(stack[3], true), rank_tensor(stack[5], true);
-  const Argument residual(adds ? stack[7] : 0, true);
+  const Argument residual(adds ? stack[7] : 0, true), norm(adds ? stack[9] : 0, true);
   const auto rank = static_cast<int64_t>(stack[4]), activation = static_cast<int64_t>(stack[6]);
   const View x_view = x.view();
   Layer layer =
       describe(x_view, u.view(), v.view(), bias.view(), rank, rank_pointer(rank_tensor.view(), x_view, 1), activation);
-  if (adds) take_residual(residual.view(), x_view, torch::stable::detail::to<double>(stack[8]), layer);
+  if (adds) {
+    take_residual(residual.view(), x_view, torch::stable::detail::to<double>(stack[8]), layer);
+    take_norm(norm.view(), x_view, torch::stable::detail::to<double>(stack[10]), layer);
+  }
   Argument y(reinterpret_cast<StableIValue>(make_y(x_view, layer)));
   Argument h(save_h ? reinterpret_cast<StableIValue>(make_h(x_view, layer)) : 0);
   const void* const unpacked = nullptr;
@@ -69,6 +72,22 @@ void library_products_cpu(StableIValue* stack, uint64_t, uint64_t) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.handle(), h.handle(), u_t.handle()));
   }
   stack[0] = y.release();
+}
+
+// rms_norm: (h, weight, eps, scale) -> g (..., n): scale weight[:n] h / sqrt(mean(h^2) + eps) for h (..., n).
+void rms_norm_cpu(StableIValue* stack, uint64_t, uint64_t) {
+  const Argument h(stack[0]), weight(stack[1]);
+  const View view = h.view(), weight_view = weight.view();
+  const DType dtype = dtype_of(view);
+  const Rows rows(view, "h");
+  MK_REFUSE_UNLESS(weight_view.dims == 1 && weight_view.sizes[0] >= rows.columns && weight_view.steps(0, 1) &&
+                       weight_view.like(view),
+                   "norm: expected at least as many elements as h has columns, of stride 1, dtype of h");
+  Argument g(reinterpret_cast<StableIValue>(empty(view, view.sizes, view.dims)));
+  cpu::normalise({rows.n, rows.columns, view.data, rows.stride}, g.view().data, weight_view.data,
+                 static_cast<float>(torch::stable::detail::to<double>(stack[2])),
+                 static_cast<float>(torch::stable::detail::to<double>(stack[3])), dtype, pool());
+  stack[0] = g.release();
 }
 
 std::vector<Tensor> grouped_cpu(const std::vector<Tensor>& xs, const std::vector<Tensor>& us,
@@ -152,8 +171,9 @@ STABLE_TORCH_LIBRARY(maestro_native, m) {
       "linear_h(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank, Tensor? rank_tensor, int activation) "
       "-> (Tensor, Tensor)");
   m.def(
-      "linear_residual(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank, Tensor? rank_tensor, int activation, "
-      "Tensor? residual, float scale) -> Tensor");
+      "linear_more(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank, Tensor? rank_tensor, int activation, "
+      "Tensor? residual, float scale, Tensor? norm, float norm_eps) -> Tensor");
+  m.def("rms_norm(Tensor h, Tensor weight, float eps, float scale) -> Tensor");
   m.def("library_products(Tensor x, Tensor u, Tensor v, Tensor? bias, int rank) -> Tensor");
   m.def(
       "grouped(Tensor[] xs, Tensor[] us, Tensor[] vs, Tensor[] biases, int[] has_bias, int[] ranks, "
@@ -172,7 +192,8 @@ STABLE_TORCH_LIBRARY(maestro_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(maestro_native, CPU, m) {
   m.impl("linear", &mk::bindings::linear_cpu<false>);
   m.impl("linear_h", &mk::bindings::linear_cpu<true>);
-  m.impl("linear_residual", &mk::bindings::linear_cpu<false, true>);
+  m.impl("linear_more", &mk::bindings::linear_cpu<false, true>);
+  m.impl("rms_norm", &mk::bindings::rms_norm_cpu);
   m.impl("library_products", &mk::bindings::library_products_cpu);
   m.impl("grouped", TORCH_BOX(&mk::bindings::grouped_cpu));
   m.impl("pack", TORCH_BOX(&mk::bindings::pack_cpu));

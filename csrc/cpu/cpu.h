@@ -32,6 +32,16 @@ size_t packed_bytes(int64_t N, int64_t K, int64_t R, DType dtype);
 // that rank R is exact; lower ones need u to be finite up to the next multiple of 32.
 void pack(const Layer& layer, DType dtype, void* packed, const Pool& pool);
 
+// A matrix (M, N), rows of stride 1, `stride` elements apart.
+struct Rows {
+  int64_t M, N;
+  const void* data;
+  int64_t stride;
+};
+
+// out (M, N) = scale weight h / sqrt(mean(h^2) + eps) of every row h.
+void normalise(const Rows& h, void* out, const void* weight, float eps, float scale, DType dtype, const Pool& pool);
+
 // Run n layers in one parallel region. packed[i] is null (factors as they are) or what pack() wrote.
 // Returns null, or a literal that says why the call cannot be served; then nothing was written.
 const char* forward(const Layer* layers, const void* const* packed, int64_t n, DType dtype, const Pool& pool);

@@ -20,7 +20,8 @@ namespace mk::cpu {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kChunkRows = 2048;  // rows of one region: bounds the scratch that holds H
+constexpr int64_t kElementsPerThread = 32 << 10;  // of a normalisation: fewer are not worth another thread
+constexpr int64_t kChunkRows = 2048;              // rows of one region: bounds the scratch that holds H
 
 template <class T>
 T least(T a, T b) {
@@ -119,12 +120,12 @@ void normalise(const Call& call, const Work& w, int64_t block) {
   Normalisation n{};
   n.rows = block_of(w, block).rows;
   n.n = w.rank;
-  n.hidden = call.scratch + w.hidden + block * w.block_rows * w.stride_hidden;
-  n.stride_hidden = w.stride_hidden;
+  n.from = n.to = call.scratch + w.hidden + block * w.block_rows * w.stride_hidden;
+  n.stride_from = n.stride_to = w.stride_hidden;
   n.weight = static_cast<const char*>(l.norm);
   n.eps = l.norm_eps;
   n.scale = l.scale;
-  call.kernel->normalise(n);
+  call.kernel->normalise_prepared(n);
 }
 
 void run_shrink(const Call& call, const Work& w, int64_t task, char* scratch) {
@@ -337,6 +338,30 @@ void pack(const Layer& layer, DType dtype, void* packed, const Pool& pool) {
                              is_v ? l.K : l.R, target);
   };
   pool.run(ceil_div(layer.R, kPanel) + ceil_div(layer.N, kPanel), one, &context);
+}
+
+void normalise(const Rows& h, void* out, const void* weight, float eps, float scale, DType dtype, const Pool& pool) {
+  struct Context {
+    Normalisation all;
+    int64_t rows;
+    DType dtype;
+  } context{{h.M, h.N, static_cast<const char*>(h.data), h.stride * element_bytes(dtype), static_cast<char*>(out),
+             h.N * element_bytes(dtype), static_cast<const char*>(weight), eps, scale},
+            0,
+            dtype};
+  const int64_t parts = least(pool.threads, ceil_div(h.M * h.N, kElementsPerThread));
+  context.rows = ceil_div(h.M, parts);
+  const auto one = [](void* opaque, int64_t part) {
+    const Context& c = *static_cast<const Context*>(opaque);
+    Normalisation n = c.all;
+    const int64_t first = part * c.rows;
+    n.rows = least(c.rows, c.all.rows - first);
+    n.from += first * n.stride_from;
+    n.to += first * n.stride_to;
+    if (n.rows > 0) kernel_for(c.dtype).normalise(n);
+  };
+  if (parts == 1) return one(&context, 0);
+  pool.run(parts, one, &context);
 }
 
 const char* forward(const Layer* layers, const void* const* packed, int64_t n, DType dtype, const Pool& pool) {

@@ -59,12 +59,14 @@ struct Product {
   Activation activation;
 };
 
-// Rows of a prepared A, which a product with target hidden wrote, divided by the root of their mean square.
+// Rows h that become scale weight h / sqrt(mean(h^2) + eps).
 struct Normalisation {
-  int64_t rows, n;  // n: columns; zeros follow up to a multiple of 32
-  char* hidden;
-  int64_t stride_hidden;  // bytes
-  const char* weight;     // (n,) elements of the dtype
+  int64_t rows, n;
+  const char* from;
+  int64_t stride_from;  // bytes
+  char* to;             // may be `from`
+  int64_t stride_to;
+  const char* weight;  // (n,) elements of the dtype
   float eps, scale;
 };
 
@@ -80,7 +82,8 @@ struct Kernel {
   void (*product)(const Product& product, char* scratch);
   // Sum `parts` partial results, `stride_part` floats apart, and finish them as target hidden.
   void (*reduce)(const Product& product, int64_t parts, int64_t stride_part);
-  // Rows h become scale weight h / sqrt(mean(h^2) + eps), rounded to the dtype.
+  // Rows of a prepared A, which a product with target hidden wrote, and rows of the dtype; rounded to the dtype.
+  void (*normalise_prepared)(const Normalisation& normalisation);
   void (*normalise)(const Normalisation& normalisation);
   // Write W's rows [0, n), n <= 32, k long, as one panel.
   void (*pack)(const char* w, int64_t stride_w, int64_t n, int64_t k, char* panel);

@@ -324,7 +324,8 @@ constexpr Kernel make_tile_kernel(const char* isa) {
           scratch_bytes_amx,
           product_amx<D>,
           reduce<TileFormat<D>>,
-          normalise<TileFormat<D>>,
+          normalise<D, D>,
+          normalise<D, D>,
           pack_panel<DType::bf16>};
 }
 

@@ -573,25 +573,27 @@ void reduce(const Product& p, int64_t parts, int64_t stride_part) {
   }
 }
 
-// Always the same sum, whoever computes it: a row is added up from its first column to its last.
-template <class F>
+// Rows of elements `stored` with values of the dtype D. Always the same sum, whoever computes it: a row is added up
+// from its first column to its last.
+template <DType D, DType stored>
 void normalise(const Normalisation& p) {
-  constexpr DType D = F::dtype;
-  constexpr int64_t a_bytes = element_bytes(F::a_dtype);
+  constexpr int64_t bytes = element_bytes(stored);
   for (int64_t i = 0; i < p.rows; ++i) {
-    char* const row = p.hidden + i * p.stride_hidden;
+    const char* const from = p.from + i * p.stride_from;
+    char* const to = p.to + i * p.stride_to;
     Vec squares = Vec::zero();
     for (int64_t j = 0; j < p.n; j += Vec::lanes) {
-      const Vec h = load_as<F::a_dtype>(row + j * a_bytes, Vec::lanes);
+      const Vec h = load_as<stored>(from + j * bytes, p.n - j);
       squares = fma(h, h, squares);
     }
     const Vec factor = Vec::set(p.scale / __builtin_sqrtf(squares.sum() / static_cast<float>(p.n) + p.eps));
     for (int64_t j = 0; j < p.n; j += Vec::lanes) {
-      const Vec weight = load_as<D>(p.weight + j * element_bytes(D), p.n - j);
-      const Vec h = load_as<F::a_dtype>(row + j * a_bytes, Vec::lanes);
-      char rounded[Vec::lanes * 4];
-      store_as<D>(rounded, h * factor * weight, Vec::lanes);
-      store_as<F::a_dtype>(row + j * a_bytes, load_as<D>(rounded, Vec::lanes), Vec::lanes);
+      const int64_t n = p.n - j;
+      const Vec weight = load_as<D>(p.weight + j * element_bytes(D), n);
+      const Vec g = load_as<stored>(from + j * bytes, n) * factor * weight;
+      char rounded[Vec::lanes * 4] = {};
+      store_as<D>(rounded, g, Vec::lanes);
+      store_as<stored>(to + j * bytes, load_as<D>(rounded, Vec::lanes), n);
     }
   }
 }
@@ -606,7 +608,8 @@ constexpr Kernel make_kernel(const char* isa, double macs_per_cycle) {
           scratch_bytes<F>,
           product<F, columns, max_rows>,
           reduce<F>,
-          normalise<F>,
+          normalise<F::dtype, F::a_dtype>,
+          normalise<F::dtype, F::dtype>,
           pack_panel<F::dtype>};
 }
 

@@ -5,6 +5,8 @@ No factor is copied for a rank. The gradient is the reference's: it is already l
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -93,10 +95,21 @@ def layer(
     return y, h
 
 
+@functools.cache
+def _native_for(dtype: torch.dtype) -> Any:
+    """The module of the compiled library, None where it has nothing for tensors of a dtype."""
+    native = importlib.import_module("maestro_kernels.backends.native")  # which imports this one
+    return native if native.serves(dtype) else None
+
+
 def _normed(h: Tensor, norm: Tensor, eps: float, rank: int | Tensor, scale: float) -> Tensor:
     """`reference.normed`, by torch's own RMSNorm where the host knows the rank."""
     if isinstance(rank, Tensor) or not h.shape[-1]:
         return reference.normed(h, norm, eps, rank, scale)
+    if h.is_cpu and not (torch.is_grad_enabled() and (h.requires_grad or norm.requires_grad)):
+        native = _native_for(h.dtype)
+        if native is not None:
+            return native.rms_norm(h, norm, eps, scale)
     return reference.scaled(F.rms_norm(h, h.shape[-1:], norm[: h.shape[-1]], eps), scale)
 
 

@@ -224,18 +224,18 @@ def _inference(plan: Plan, call: Call) -> Callable[[], object]:
     if not (plan.is_quick and call.n == 1):
         return partial(gradient.forward, plan, call, False)
     x, u, v, bias, rank, activation = call.layer(0)
-    residual, scale = call.residual(0), call.scale(0)
+    added = call.residual(0), call.scale(0), call.norm(0), call.norm_eps
     r = v.shape[0] if rank is None else rank
     if plan.strategy == "fused":
         code = ACTIVATION_CODES[activation]
-        added = () if call.is_plain else (residual, scale)
-        return partial(plan.raw, x, u, v, bias, -1 if rank is None else rank, None, code, *added)
-    if residual is not None and x.dim() != 2:
+        more = () if call.is_plain else added
+        return partial(plan.raw, x, u, v, bias, -1 if rank is None else rank, None, code, *more)
+    if not call.is_plain and x.dim() != 2:
         return partial(gradient.forward, plan, call, False)
     if plan.backend == "matmul" and plan.products is not None and activation is None:
         return partial(plan.products, x, u, v, bias, r)
     if plan.backend == "matmul":
-        return partial(matmul.layer, x, u, v, bias, r, activation, residual, scale)
+        return partial(matmul.layer, x, u, v, bias, r, activation, *added)
 
     def again() -> None:
         if plan.again(x, u, v, bias, r, activation) is None:

@@ -69,7 +69,7 @@ def quick(
         return None
 
 
-def quick_with_residual(
+def quick_with_more(
     x: Tensor,
     u: Tensor,
     v: Tensor,
@@ -78,11 +78,13 @@ def quick_with_residual(
     activation: str | None,
     residual: Tensor | None,
     scale: float,
+    norm: Tensor | None,
+    norm_eps: float,
     backend: str | None,
     save_h: bool,
 ) -> Tensor | None:
-    """`quick` of a call that adds a residual, or scales."""
-    if eager.any_autocast() or not eager.is_plain(x, u, v, bias, residual):
+    """`quick` of a call that adds a residual, scales or normalises."""
+    if eager.any_autocast() or not eager.is_plain(x, u, v, bias, residual, norm):
         return None
     try:
         wants_grad = torch.is_grad_enabled() and (
@@ -91,10 +93,11 @@ def quick_with_residual(
             or v.requires_grad
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
+            or (norm is not None and norm.requires_grad)
         )
     except AttributeError:
         return None
-    added = residual, scale
+    added = residual, scale, norm, norm_eps
     plan = dispatch.quick_plan(x, u, v, bias, rank, activation, backend, wants_grad, added)
     if plan is None or v is None:
         return None
@@ -104,11 +107,11 @@ def quick_with_residual(
         if plan.backend == "native":
             code = ACTIVATION_CODES[activation]
             r = -1 if rank is None else rank
-            return plan.raw(x, u, v, bias, r, None, code, residual, scale)
+            return plan.raw(x, u, v, bias, r, None, code, *added)
         if x.dim() != 2 or not x.layout is u.layout is v.layout is torch.strided:
             return None
         r = u.shape[1] if rank is None else rank
-        return matmul.layer(x, u, v, bias, r, activation, residual, scale)[0]  # type: ignore[arg-type]
+        return matmul.layer(x, u, v, bias, r, activation, *added)[0]  # type: ignore[arg-type]
     except RuntimeError as refusal:
         if plan.backend == "native" and LIBRARY_NAME not in str(refusal):
             raise

@@ -134,14 +134,24 @@ def raw(name: str) -> Callable[..., Any]:
 
 
 def raw_linear(*, is_plain: bool) -> Callable[..., Tensor]:
-    """The op behind `forward`; with a residual and a scale behind its arguments unless plain."""
-    return raw("linear" if is_plain else "linear_residual")
+    """The op behind `forward`; unless plain with residual, scale, norm and its eps at the end."""
+    return raw("linear" if is_plain else "linear_more")
+
+
+def rms_norm(h: Tensor, norm: Tensor, eps: float, scale: float) -> Tensor:
+    """`reference.normed` of (..., r) in one pass, without a gradient: torch takes six on a CPU."""
+    g: Tensor = torch.ops.maestro_native.rms_norm.default(_rows(h), norm.contiguous(), eps, scale)
+    return g
 
 
 def library_products(problem: LoDProblem) -> Callable[..., Tensor] | None:
     """(x, u, v, bias, rank) -> y by two products of torch's library; None without the op for it."""
-    serves = load_error() is None and problem.dtype in _DTYPES
-    return raw("library_products") if serves else None
+    return raw("library_products") if serves(problem.dtype) else None
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether the library is here and takes CPU tensors of a dtype."""
+    return load_error() is None and dtype in _DTYPES
 
 
 def pack(
@@ -249,7 +259,7 @@ def forward(
     H is (M, r), or (M, R) for tensor ranks. A norm comes between the products, H is from before it.
     """
     n, on_gpu = call.n, not call.xs[0].is_cpu
-    if n == 1 and not on_gpu and not call.norms and (call.is_plain or not save_h):
+    if n == 1 and not on_gpu and (call.is_plain or not save_h):
         x, u, v, bias, rank, activation = call.layer(0)
         is_tensor = isinstance(rank, Tensor)
         one = (
@@ -262,9 +272,10 @@ def forward(
             ACTIVATION_CODES[activation],
         )
         if not call.is_plain:
-            residual = call.residual(0)
-            added = None if residual is None else _rows(residual), call.scale(0)
-            return [torch.ops.maestro_native.linear_residual.default(*one, *added)], [None]
+            residual, norm = call.residual(0), call.norm(0)
+            of_norm = None if norm is None else norm.contiguous(), call.norm_eps
+            added = None if residual is None else _rows(residual), call.scale(0), *of_norm
+            return [torch.ops.maestro_native.linear_more.default(*one, *added)], [None]
         if save_h:
             y, h = torch.ops.maestro_native.linear_h.default(*one)
             return [y], [h]

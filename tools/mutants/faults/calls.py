@@ -71,12 +71,12 @@ FAULTS = (
         "what lies before a norm trains as if the root mean square were a constant",
     ),
     Fault(
-        "plan-of-a-normed-call-serves-a-plain-one",
-        f"{PACKAGE}/plans.py",
-        "if problem.rank is None or problem.has_norm:",
-        "if problem.rank is None:",
-        "tests/ops/test_norm.py::test_what_runs_says_so_and_no_plan_of_a_plain_call_serves_it",
-        "after a call with a norm a plain one is served by its plan",
+        "plan-of-a-normed-call-serves-another",
+        f"{PACKAGE}/dispatch.py",
+        "found = *of_norm, type(norm_eps), norm_eps, found",
+        "pass",
+        "tests/ops/test_norm.py::test_wrong_input_is_named",
+        "a norm that does not fit is read by the plan of one that does",
     ),
     Fault(
         "scaled-before-the-norm",
