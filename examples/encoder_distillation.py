@@ -132,14 +132,29 @@ def calibration(data: Data, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     return data.encoder.tokens(texts), data.encoder.embed(texts)
 
 
-def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str]) -> None:
-    """Cut the fine-tuned student and the plain SVD to every budget; judge both on held-out text."""
+def smaller(
+    data: Data, model: nn.Module, seed: int, forms: Sequence[str]
+) -> training.ExtractionPath:
+    """The ways to cut a student to any budget, searched by embeddings of calibration sentences."""
     tokens, wanted = calibration(data, seed)
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return (
-            1 - (library.pooled(model(**batch)[0], batch["attention_mask"]) * wanted).sum(1).mean()
-        )
+        found = library.pooled(model(**batch)[0], batch["attention_mask"])
+        return 1 - (found * wanted).sum(1).mean()
+
+    return training.ExtractionPath(
+        model,
+        batches=[tokens],
+        loss_fn=loss,
+        errors="additive",
+        levels=LEVELS,
+        min_rank=MIN_RANK,
+        forms=forms,
+    )
+
+
+def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str]) -> None:
+    """Cut the fine-tuned student and the plain SVD to every budget; judge both on held-out text."""
 
     def judge(method: str, budget: float, model: nn.Module) -> None:
         judged = judging.fidelity(data.encoder.embed(data.held_out, model), data.original)
@@ -156,15 +171,7 @@ def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str])
             continue
         model = student(data, folder)
         model.load_state_dict(torch.load(path))
-        ways = training.ExtractionPath(
-            model,
-            batches=[tokens],
-            loss_fn=loss,
-            errors="additive",
-            levels=LEVELS,
-            min_rank=MIN_RANK,
-            forms=forms,
-        )
+        ways = smaller(data, model, seed, forms)
         for budget in BUDGETS:
             small = ways.extract(search.Params(budget))
             judge(method, budget, small)

