@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -28,6 +29,8 @@ from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.problem import DTYPES
 
 _FN = "import_factors"
+# Buffers that transformers once saved, and SVD-LLM still does.
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|attn\.(masked_)?bias)$")
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def _into(model: nn.Module, found: Source, make: Maker, whole: bool) -> nn.Modul
     used: set[str] = set()
     for name, candidate in candidates.items():
         if candidate.kind in ("linear", "hf_conv1d"):
-            pair = _pair(found, naming.of_layer(name), candidate, used)
+            pair = _pair(found, naming, name, candidate, used)
             if pair is not None:
                 pairs[name] = pair
     if not pairs:
@@ -154,8 +157,12 @@ def _into(model: nn.Module, found: Source, make: Maker, whole: bool) -> nn.Modul
     return model
 
 
-def _pair(found: Source, place: Place, candidate: Candidate, used: set[str]) -> Pair | None:
+def _pair(
+    found: Source, naming: Naming, name: str, candidate: Candidate, used: set[str]
+) -> Pair | None:
     """The factors of one layer; None where the source has a dense one, or none."""
+    place = naming.of_layer(name)
+    bias = naming.bias(place)
     keys = {part: _key(found, name) for part, name in (("u", place.u), ("v", place.v))}
     u, v = keys["u"], keys["v"]
     if v is None and (u is None or place.u == place.layer):
@@ -171,17 +178,10 @@ def _pair(found: Source, place: Place, candidate: Candidate, used: set[str]) -> 
             f"{_FN}: dense_model: expected a layer {place.layer!r} that can be factorised, but "
             f"{candidate.reason}"
         )
-    biases = {}
-    for part, name in (("first", place.v), ("second", place.u)):
-        key = f"{name}.bias"
-        if key not in found.tensors and part == "second" and u == place.u:
-            # Of factors that are tensors, not modules, the bias is the layer's.
-            key = f"{place.layer}.bias"
-        biases[part] = found.tensors.get(key)
-        used.add(key if biases[part] is not None else u)
-    used |= {u, v}
+    first, second = (found.tensors.get(key) for key in (f"{place.v}.bias", bias))
+    used |= {u, v, f"{place.v}.bias", bias} & found.tensors.keys()
     return _checked(
-        Pair(place.layer, found.tensors[u], found.tensors[v], biases["first"], biases["second"]),
+        Pair(place.layer, found.tensors[u], found.tensors[v], first, second),
         (candidate.N, candidate.K),
     )
 
@@ -234,13 +234,18 @@ def _checked(pair: Pair, shape: tuple[int, int] | None) -> Pair:
 
 
 def _check_rest(
-    model: nn.Module, rest: Mapping[str, Tensor], pairs: Mapping[str, Pair], whole: bool
+    model: nn.Module, rest: dict[str, Tensor], pairs: Mapping[str, Pair], whole: bool
 ) -> None:
-    """Raise ValueError unless the model has a place for all else and, if `whole`, lacks nothing."""
+    """Raise ValueError unless the model has a place for all else and, if `whole`, lacks nothing.
+
+    What models compute by themselves is dropped from `rest`.
+    """
     state = model.state_dict(keep_vars=True)
     for name in pairs:
         for part in ("weight", "bias"):
             state.pop(f"{name}.{part}" if name else part, None)
+    for key in [key for key in rest if key not in state and _COMPUTED.search(key)]:
+        del rest[key]
     unknown = [key for key in rest if key not in state]
     if unknown:
         raise ValueError(

@@ -61,6 +61,10 @@ class Naming:
         """Where the factors are whose second one this module is, None where it is none."""
         raise NotImplementedError
 
+    def bias(self, place: Place) -> str:
+        """The name of what is added at the end."""
+        return f"{place.u}.bias"
+
     def is_factor(self, key: str) -> bool:
         """Whether a tensor is a factor by its name alone, under whatever other name it was used."""
         return False
@@ -145,6 +149,9 @@ class Pattern(Naming):
 
     def of_second(self, name: str) -> Place | None:  # noqa: D102
         return None
+
+    def bias(self, place: Place) -> str:  # noqa: D102
+        return _inside(place.layer, "bias")
 
 
 FORMATS: dict[str, type[Naming]] = {

@@ -106,6 +106,13 @@ def test_pairs_in_files(tmp_path, name, kind):
     assert_round_trip(model, tmp_path / "ours", batch)
 
 
+def test_buffers_that_models_compute_by_themselves_are_passed_over():
+    dense, other, batch = llama()
+    state = renamed(other.state_dict(), svd_llm)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    assert_same_function(mk.import_factors(state, dense, format="svd_llm"), other, batch)
+
+
 def test_a_pattern_of_names(tmp_path):
     dense, other, batch = llama()
     state = renamed(other.state_dict(), plain_ab)
@@ -271,6 +278,25 @@ def test_shared_bases(tmp_path, kind):
     again = mk.load_pretrained(tmp_path / "ours")
     assert torch.equal(logits(again, batch), logits(model, batch))
     assert again.model.layers[0].mlp.up_proj.v is again.model.layers[1].mlp.up_proj.v
+
+
+def test_shared_bases_of_gpt2():
+    """Its dense weights are transposed, those of coefficients are not."""
+    dense, batch = small("gpt2")
+    exact, state = copy.deepcopy(dense).double(), dict(dense.state_dict())
+    torch.manual_seed(1)
+    for kind, leaf, K, N in (("attn", "attn.c_attn", 64, 192), ("down", "mlp.c_proj", 256, 64)):
+        basis = torch.randn(7, K) * 0.1
+        for layer in (0, 1):
+            name = f"transformer.h.{layer}.{leaf}"
+            state[f"{name}.weight"] = torch.randn(N, 7)
+            state[f"transformer.{kind}_basis.{layer}.weight"] = basis
+            product = state[f"{name}.weight"].double() @ basis.double()
+            exact.get_submodule(name).weight.data.copy_(product.T)
+    model = mk.import_factors(state, dense, format="basis_sharing")
+    assert len(mk.nn.lod_layers(model)) == 4
+    theirs = copy.deepcopy(exact).float()
+    assert_accurate("logits", logits(model, batch), logits(theirs, batch), logits(exact, batch))
 
 
 class Block(nn.Module):
