@@ -63,6 +63,7 @@ def recover(
         steps=steps,
         held_out=order[:VALIDATION],
         lr=lr,
+        patience=steps,
         seed=seed,
     )
     seconds = time.process_time() - start

@@ -24,5 +24,10 @@ class Adapted(nn.Module):
         """Y (..., N) for x (..., K)."""
         return self.factors(x, residual=self.base(x), scale=self.scale)
 
+    @property
+    def weight(self) -> Tensor:
+        """That of the layer as it was: models ask it for its dtype and device."""
+        return self.base.weight  # type: ignore[return-value]
+
     def extra_repr(self) -> str:  # noqa: D102
         return f"scale={self.scale}"

@@ -27,6 +27,9 @@ class Descent:
 
     def __init__(self, trained: Mapping[str, nn.Parameter], lr: float, steps: int) -> None:
         self.trained = trained
+        for p in trained.values():
+            # A gradient of somebody else's would be part of the first step.
+            p.grad = None
         self.masters = {
             name: p.detach().float() if p.dtype in _HALF else p for name, p in trained.items()
         }

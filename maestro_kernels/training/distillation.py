@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_int, check_model
 from maestro_kernels.measure.progress import Advance, progress_bar
-from maestro_kernels.nn.moments import check_batches
+from maestro_kernels.nn.moments import check_batches, evaluating
 from maestro_kernels.training.descent import Descent
 from maestro_kernels.training.distances import DISTANCES, Distance
 from maestro_kernels.training.loop import check_loss
@@ -54,7 +54,7 @@ def distil(
     held_out: Iterable[Any] | None = None,
     lr: float = 4e-4,
     loss: str | Distance = "hidden",
-    patience: int = 3,
+    patience: int = 5,
     evaluate_every: int | None = None,
     sampler: Any = None,
     embeddings: bool = False,
@@ -89,7 +89,9 @@ def distil(
             cosine of the mean-pooled last ones (transformers models; for encoders). "logits":
             KL(teacher || student) of the predicted distributions (causal, seq2seq, classifiers;
             also a plain model's output). Or a function (student, teacher, batch) -> scalar.
-        patience: evaluations in a row without a lower held-out loss, after which to stop.
+        patience: evaluations in a row, after which to stop, whose held-out loss is no lower than
+            the lowest since training began. The first steps mostly lead away from the state that
+            the student came with; that one does not count here.
         evaluate_every: steps; None means a tenth of `steps`.
         sampler: draws the student's ranks before every step (`step()`, `reset()`, as those of this
             package do), so that it learns to work at many; None leaves the ranks alone.
@@ -124,9 +126,10 @@ def distil(
     trained = _trained(student, teacher, embeddings)
     state = Descent(trained, lr, steps)
     with ExitStack() as stack:
-        stack.enter_context(_frozen(teacher))
-        stack.enter_context(_evaluating(student))
-        stack.enter_context(_evaluating(teacher))
+        stack.enter_context(_frozen(teacher.parameters()))
+        stack.enter_context(_frozen(_others(student, trained)))
+        stack.enter_context(evaluating(student))
+        stack.enter_context(evaluating(teacher))
         advance = stack.enter_context(progress_bar(progress, "distillation"))
         if sampler is not None:
             stack.callback(sampler.reset)
@@ -206,7 +209,7 @@ def _run(
                     best_step = number
                 text += f", held-out {found[-1][1]:.4g}"
             loop.advance(text, number, steps)
-            if sum(at > best_step for at, _ in found) >= patience and number < steps:
+            if _since_lowest(found[1:]) >= patience and number < steps:
                 stopped = "patience"
                 break
         if judged is None:
@@ -215,6 +218,11 @@ def _run(
     finally:
         loop.state.restore()
     return Distillation(len(losses), best_step, tuple(losses), tuple(found), stopped)
+
+
+def _since_lowest(found: Sequence[tuple[int, float]]) -> int:
+    values = [value for _, value in found]
+    return len(values) - 1 - values.index(min(values)) if values else 0
 
 
 def _distance(loss: str | Distance) -> Distance:
@@ -312,9 +320,15 @@ def _trained(student: nn.Module, teacher: nn.Module, embeddings: bool) -> dict[s
     return found
 
 
+def _others(student: nn.Module, trained: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+    known = {id(p) for p in trained.values()}
+    return [p for p in student.parameters() if id(p) not in known]
+
+
 @contextmanager
-def _frozen(teacher: nn.Module) -> Iterator[None]:
-    wanted = [p for p in teacher.parameters() if p.requires_grad]
+def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Without gradients of these; otherwise they would pile up in tensors that nobody trains."""
+    wanted = [p for p in parameters if p.requires_grad]
     for p in wanted:
         p.requires_grad_(False)
     try:
@@ -322,15 +336,3 @@ def _frozen(teacher: nn.Module) -> Iterator[None]:
     finally:
         for p in wanted:
             p.requires_grad_(True)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -138,6 +138,8 @@ def test_embedding_tables_and_tied_heads_stay_unless_asked_for():
     before = table.detach().clone()
     training.distil(student, teacher, batches, steps=2, loss="logits")
     assert torch.equal(table, before)
+    assert table.requires_grad
+    assert table.grad is None
     training.distil(student, teacher, batches, steps=2, loss="logits", embeddings=True)
     assert not torch.equal(table, before)
 
@@ -183,9 +185,26 @@ def test_the_best_state_is_kept_and_patience_ends_the_run():
         student, teacher, batches, steps=50, held_out=batches[:1], loss=squared, lr=0.1,
         evaluate_every=2, patience=2,
     )  # fmt: skip
-    assert (done.steps, done.best_step, done.stopped) == (4, 0, "patience")
+    assert (done.best_step, done.stopped) == (0, "patience")
+    lowest = min(done.held_out[1:], key=lambda pair: pair[1])
+    assert done.steps == done.held_out[-1][0] == lowest[0] + 4 < 50
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_the_state_that_the_student_came_with_takes_no_patience():
+    student, teacher, batches = plain()
+    losses = iter([1.0, 1.9, 1.8, 1.7, 1.6, 0.9, 2.0, 2.0, 2.0])
+
+    def loss(student, teacher, batch):
+        value = squared(student, teacher, batch)
+        return value if torch.is_grad_enabled() else value * 0 + next(losses)
+
+    done = training.distil(
+        student, teacher, batches, steps=20, held_out=batches[:1], loss=loss, evaluate_every=1,
+        patience=2,
+    )  # fmt: skip
+    assert (done.best_step, done.steps, done.stopped) == (5, 7, "patience")
 
 
 def test_the_state_kept_is_that_of_the_best_step():
@@ -261,6 +280,18 @@ def test_ctrl_c_without_held_out_batches_leaves_the_student_as_it_was():
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name])
     assert student.training
+
+
+def test_gradients_that_were_there_before_are_no_part_of_it():
+    ends = []
+    for mark in (None, 1e3):
+        student, teacher, batches = plain()
+        if mark is not None:
+            for p in student.parameters():
+                p.grad = torch.full_like(p, mark)
+        training.distil(student, teacher, batches, steps=3, loss="logits")
+        ends.append(student[0].u.detach().clone())
+    assert torch.equal(*ends)
 
 
 def test_the_seed_says_which_batches_come_when():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maestro_kernels.nn.adapted import Adapted
+from maestro_kernels.nn.candidates import Candidate, find_candidates
 from maestro_kernels.nn.conversion import swap_layers
 from maestro_kernels.nn.importing.sources import Source, read
 from maestro_kernels.nn.linear import LoDLinear, trainable
@@ -48,7 +49,10 @@ def add(fn: str, source: Any, model: nn.Module | None, adapter: str) -> nn.Modul
     found = read(fn, source, CONFIG)
     adapters = _adapters(fn, found, model)
     if adapter == "merge":
-        layers = {a.name: _mergeable(fn, a, model.get_submodule(a.name)) for a in adapters}
+        known = find_candidates(fn, model)
+        layers = {
+            a.name: _mergeable(fn, known[a.name], model.get_submodule(a.name)) for a in adapters
+        }
         made: dict[nn.Module, nn.Module] = {}
         for a in adapters:
             layer = layers[a.name]
@@ -140,17 +144,20 @@ def _shape(layer: nn.Module) -> tuple[int, int] | None:
     return tuple(layer.weight.shape) if isinstance(layer, nn.Linear) else None  # type: ignore[return-value]
 
 
-def _mergeable(fn: str, adapter: _Adapter, layer: nn.Module) -> nn.Module:
+def _mergeable(fn: str, candidate: Candidate, layer: nn.Module) -> nn.Module:
     """The layer.
 
     Raises:
-        ValueError: its values are elsewhere, or adding to it would not be adding to its output.
+        ValueError: its weight cannot be changed, or not without changing another layer.
     """
-    weight = layer.v if isinstance(layer, LoDLinear) else layer._parameters.get("weight")
-    if weight is None or weight.is_meta or not weight.is_floating_point():
+    reason = None if isinstance(layer, LoDLinear) else candidate.reason
+    weight: Any = layer.v if isinstance(layer, LoDLinear) else layer.weight
+    if reason is None and weight.is_meta:
+        reason = "its weight is on the meta device"
+    if reason is not None:
         raise ValueError(
-            f"{fn}: dense_model: expected a plain weight of values in {adapter.name!r}, got "
-            f"{'one that is computed' if weight is None else f'{weight.dtype} on {weight.device}'}"
+            f"{fn}: dense_model: expected a layer {candidate.name!r} to merge an adapter into, but "
+            f"{reason}; use adapter='beside'"
         )
     return layer
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from maestro_kernels.nn.candidates import Candidate, find_candidates
-from maestro_kernels.nn.conversion import in_place_of, swap_layers
-from maestro_kernels.nn.factorize import merge
+from maestro_kernels.nn.conversion import swap_layers
 from maestro_kernels.nn.importing import adapters
 from maestro_kernels.nn.importing.architecture import built
 from maestro_kernels.nn.importing.naming import (
@@ -24,39 +21,12 @@ from maestro_kernels.nn.importing.naming import (
     check_container,
     maker,
 )
+from maestro_kernels.nn.importing.pairs import FN as _FN
+from maestro_kernels.nn.importing.pairs import Pair, address, checked, layers
 from maestro_kernels.nn.importing.sources import Source, read
-from maestro_kernels.nn.linear import LoDLinear
-from maestro_kernels.problem import DTYPES
 
-_FN = "import_factors"
 # Buffers that transformers once saved, and SVD-LLM still does.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|attn\.(masked_)?bias)$")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The factors of one layer as they were found.
-
-    Attributes:
-        name: of the layer.
-        u: (N, R).
-        v: (R, K).
-        first_bias: (R,), added between the two, or None.
-        bias: (N,), added at the end, or None.
-    """
-
-    name: str
-    u: Tensor
-    v: Tensor
-    first_bias: Tensor | None
-    bias: Tensor | None
-
-    def folded_bias(self) -> Tensor | None:
-        """The bias of both in one, u · first_bias + bias, rounded once."""
-        if self.first_bias is None:
-            return self.bias
-        total = self.u.double() @ self.first_bias.double()
-        return (total if self.bias is None else total + self.bias.double()).to(self.u.dtype)
 
 
 def import_factors(
@@ -143,15 +113,15 @@ def _into(model: nn.Module, found: Source, make: Maker, whole: bool) -> nn.Modul
             f"{_FN}: source: expected factors such as {place.u!r} and {place.v!r}, got none, but "
             f"{_some(found.tensors)}"
         )
-    addresses = {_address(found.tensors[key]) for key in used}
+    addresses = {address(found.tensors[key]) for key in used}
     rest = {
         key: value
         for key, value in found.tensors.items()
-        if key not in used and _address(value) not in addresses and not naming.is_factor(key)
+        if key not in used and address(value) not in addresses and not naming.is_factor(key)
     }
     _check_rest(model, rest, pairs, whole)
     modules = dict(model.named_modules())
-    made = _layers({name: (pair, modules[name]) for name, pair in pairs.items()})
+    made = layers({name: (pair, modules[name]) for name, pair in pairs.items()})
     model = swap_layers(model, made, inplace=True)
     model.load_state_dict(rest, strict=False)
     return model
@@ -180,7 +150,7 @@ def _pair(
         )
     first, second = (found.tensors.get(key) for key in (f"{place.v}.bias", bias))
     used |= {u, v, f"{place.v}.bias", bias} & found.tensors.keys()
-    return _checked(
+    return checked(
         Pair(place.layer, found.tensors[u], found.tensors[v], first, second),
         (candidate.N, candidate.K),
     )
@@ -193,44 +163,13 @@ def _key(found: Source, name: str) -> str | None:
 def _between(found: Source, place: Place) -> str:
     """A word on other numbers in a Sequential: what is between the layers has no tensors."""
     prefix = f"{place.layer}."
-    others = {k.removeprefix(prefix).partition(".")[0] for k in found.tensors if prefix in k}
+    others = {
+        k.removeprefix(prefix).partition(".")[0] for k in found.tensors if k.startswith(prefix)
+    }
     if place.u.endswith(".1") and any(o.isdigit() and int(o) > 1 for o in others):
         numbers = ", ".join(sorted(others))
         return f", but modules {numbers}: an activation or the like lies between them"
     return ""
-
-
-def _checked(pair: Pair, shape: tuple[int, int] | None) -> Pair:
-    """The pair.
-
-    Raises:
-        ValueError: its sizes or dtypes do not fit together or to the layer.
-    """
-    u, v = pair.u, pair.v
-    shapes = f"u {tuple(u.shape)} and v {tuple(v.shape)}"
-    if u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0]:
-        raise ValueError(
-            f"{_FN}: source: expected factors u (N, R) and v (R, K) of {pair.name!r}, got {shapes}"
-        )
-    if shape is not None and (u.shape[0], v.shape[1]) != shape:
-        raise ValueError(
-            f"{_FN}: source: expected factors of {pair.name!r} for a weight {shape}, got {shapes}"
-        )
-    if u.dtype not in DTYPES or v.dtype != u.dtype:
-        raise ValueError(
-            f"{_FN}: source: expected factors of {pair.name!r} in one floating dtype, "
-            f"got {u.dtype} and {v.dtype}"
-        )
-    for what, bias, size in (
-        ("between the factors", pair.first_bias, v.shape[0]),
-        ("at the end", pair.bias, u.shape[0]),
-    ):
-        if bias is not None and bias.shape != (size,):
-            raise ValueError(
-                f"{_FN}: source: expected a bias ({size},) {what} of {pair.name!r}, "
-                f"got {tuple(bias.shape)}"
-            )
-    return pair
 
 
 def _check_rest(
@@ -293,13 +232,13 @@ def _inside(model: nn.Module, make: Maker) -> nn.Module:
         else:
             check_container(_FN, place, modules[place.layer])
         pair = Pair(place.layer, second.weight, first.weight, first.bias, second.bias)
-        found[place.layer] = (_checked(pair, None), modules[place.layer])
+        found[place.layer] = (checked(pair, None), modules[place.layer])
     if not found:
         seen = [f"{n or 'the model'}: {_kinds(m)}" for n, m in modules.items() if any(m.children())]
         raise ValueError(
             f"{_FN}: source: expected linear layers in pairs, got none in {'; '.join(seen[:4])}"
         )
-    return swap_layers(model, {**_layers(found), **gone}, inplace=True)
+    return swap_layers(model, {**layers(found), **gone}, inplace=True)
 
 
 def _is_other_sequence(naming: Naming, modules: Mapping[str, nn.Module], place: Place) -> bool:
@@ -313,50 +252,6 @@ def _is_other_sequence(naming: Naming, modules: Mapping[str, nn.Module], place: 
 
 def _kinds(module: nn.Module) -> str:
     return ", ".join(type(m).__name__ for m in module.children())
-
-
-# --- layers ----------------------------------------------------------------------------------
-
-
-def _layers(found: Mapping[str, tuple[Pair, nn.Module]]) -> dict[nn.Module, nn.Module]:
-    """A layer for each pair, in the place of a module whose device, dtype and mode it takes."""
-    made: dict[nn.Module, nn.Module] = {}
-    shared: dict[tuple[Any, ...], nn.Parameter] = {}
-
-    def own(value: Tensor, like: Tensor) -> nn.Parameter:
-        moved = value.detach().to(like.device, like.dtype)
-        # A view of a file or of a larger tensor would keep all of that alive.
-        moved = moved.clone(memory_format=torch.contiguous_format)
-        return nn.Parameter(moved, requires_grad=like.requires_grad)
-
-    for pair, old in found.values():
-        weight = getattr(old, "weight", None)
-        like = weight if isinstance(weight, Tensor) else pair.u
-        if like.is_meta:
-            raise ValueError(
-                f"{_FN}: dense_model: expected values, got {pair.name!r} on the meta device"
-            )
-        bias = pair.folded_bias()
-        new: LoDLinear | nn.Linear
-        if pair.u.shape[1] > min(pair.u.shape[0], pair.v.shape[1]):
-            new = nn.Linear(pair.v.shape[1], pair.u.shape[0], device="meta")
-            new.weight = own(merge(pair.u.detach(), pair.v.detach()), like)
-        else:
-            key = (_address(pair.v), like.device, like.dtype)
-            shared.setdefault(key, own(pair.v, like))
-            new = LoDLinear.from_factors(own(pair.u, like), shared[key])
-        if hasattr(old, "bias"):
-            in_place_of(old, new, share=True)
-        new.train(old.training)
-        new.register_parameter("bias", None if bias is None else own(bias, like))
-        made[old] = new
-    return made
-
-
-def _address(value: Tensor) -> tuple[Any, ...]:
-    """Equal for two names of one tensor; empty ones have no address."""
-    place = value.data_ptr() if value.numel() else id(value)
-    return place, tuple(value.shape), value.stride()
 
 
 def _some(names: Any) -> str:

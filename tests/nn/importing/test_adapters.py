@@ -165,5 +165,10 @@ def test_what_does_not_fit_is_named(tmp_path):
     assert load_file(file).keys() == tensors.keys()
     full = mk.convert(nn.Sequential(nn.Linear(24, 20)), rank=None, allow_larger=True)
     fails("at most 20 components in '0', got 20 and 3 of the adapter; use 'beside'", into=full)
+    tied = nn.Sequential(nn.Embedding(20, 24), nn.Linear(24, 20))
+    tied[1].weight = tied[0].weight
+    write(tmp_path, ["1"], 24, 20)
+    fails("'1' to merge an adapter into, but its weight is tied to 0.weight; use", into=tied)
+    write(tmp_path, ["0"], 24, 20)
     active = nn.Sequential(mk.LoDLinear(24, 20, 4, activation="relu"))
     fails("expected 'beside' for '0', whose activation 'relu' comes before", into=active)
