@@ -20,7 +20,16 @@ from maestro_kernels.nn.structure import is_conv1d
 
 CONFIG = "adapter_config.json"
 # What an adapter may be beside B A: each needs more than factors.
-_REFUSED = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "modules_to_save")
+_REFUSED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "modules_to_save",
+)
+# Starts that take the first components out of the base, which then is not the one given here.
+_CHANGED_BASE = re.compile("pissa|olora|corda|loftq")
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,12 @@ def _adapters(fn: str, found: Source, model: nn.Module) -> list[_Adapter]:
                 f"{fn}: source: expected a plain LoRA adapter, got one with {option}; merge it "
                 "with PEFT and convert the result"
             )
+    start = str(config.get("init_lora_weights"))
+    if _CHANGED_BASE.match(start):
+        raise NotImplementedError(
+            f"{fn}: source: expected an adapter that leaves the base as it was, got one with "
+            f"init_lora_weights {start!r}; merge it with PEFT and convert the result"
+        )
     modules = dict(model.named_modules())
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in found.tensors.items():

@@ -144,6 +144,8 @@ def test_what_does_not_fit_is_named(tmp_path):
     fails("peft_type 'LORA', got 'LOHA'")
     write(tmp_path, ["0"], 24, 20, use_dora=True)
     fails("got one with use_dora", NotImplementedError)
+    write(tmp_path, ["0"], 24, 20, init_lora_weights="pissa_niter_4")
+    fails("leaves the base as it was, got .* 'pissa_niter_4'", NotImplementedError)
     write(tmp_path, ["0"], 24, 20, r=8)
     fails("the rank 8 of adapter_config.json in '0', got 3")
     write(tmp_path, ["2"], 24, 20)
