@@ -42,45 +42,33 @@ BATCH = 16
 LEVELS, MIN_RANK, SHORT = 6, 8, 32
 # Forms are free, or without [I; U]; seeds other than 0 need not repeat the latter.
 SEARCHED = ("LoD", "SVD", "LoD, factors")
-CHECKPOINT_STEPS = 50
 
 
 @dataclass
 class Data:
-    """The teacher, training batches with its answers, and what both are judged by.
+    """The teacher, training batches, and what both are judged by.
 
     Attributes:
         encoder: the teacher.
         batches: tokens of sentences of similar length.
-        hidden: per batch, the teacher's state after every block, (blocks, B, L, D).
-        embeddings: per batch, the teacher's unit vectors (B, D).
         held_out: sentences that take no part in training, initialisation or search.
         original: the teacher's embeddings of these.
     """
 
     encoder: Encoder
     batches: list[dict[str, Tensor]]
-    hidden: list[Tensor]
-    embeddings: list[Tensor]
     held_out: list[str]
     original: Tensor
 
 
-def prepare(encoder: Encoder, texts: Sequence[str], held_out: int, *, answers: bool) -> Data:
-    """Split the text; run the teacher once over all of it and keep its answers if asked to."""
+def prepare(encoder: Encoder, texts: Sequence[str], held_out: int) -> Data:
+    """Split the text into batches to train on and sentences to judge by."""
     # Mean-pooled embeddings never read the pooler: it would be a layer that costs nothing to cut.
     encoder.model.pooler = None
     train, test = judging.split(texts, len(texts) - held_out, held_out)
     for part in (train, test):
         part.sort(key=lambda text: len(encoder.tokenizer(text)["input_ids"]))
-    batches = list(encoder.batches(train, BATCH)) if answers else []
-    hidden, embeddings = [], []
-    with torch.no_grad():
-        for tokens in batches:
-            states = encoder.model(**tokens, output_hidden_states=True).hidden_states[1:]
-            hidden.append(torch.stack(states))
-            embeddings.append(library.pooled(states[-1], tokens["attention_mask"]))
-    return Data(encoder, batches, hidden, embeddings, test, encoder.embed(test))
+    return Data(encoder, list(encoder.batches(train, BATCH)), test, encoder.embed(test))
 
 
 class ShareSampler(training.RankSampler):
@@ -115,61 +103,23 @@ def save(state: Any, path: Path) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def distance(
-    states: Tensor, wanted: Tensor, embedding: Tensor, tokens: Mapping[str, Tensor]
-) -> Tensor:
-    """Relative squared error of the hidden states, mean over blocks, plus 1 - cosine."""
-    mask = tokens["attention_mask"]
-    kept = mask[None, :, :, None].to(states.dtype)
-    error = ((states - wanted).square() * kept).sum((1, 2, 3))
-    energy = (wanted.square() * kept).sum((1, 2, 3))
-    cosine = (library.pooled(states[-1], mask) * embedding).sum(-1).mean()
-    return (error / energy).mean() + 1 - cosine
-
-
 def train(data: Data, folder: Path, steps: int, lr: float, seed: int) -> nn.Module:
-    """LoD fine-tuning of the student: AdamW, one cycle, ranks drawn anew in every step.
-
-    Embedding tables stay as they are. Goes on from the last checkpoint; the batch of a step is a
-    function of (seed, step), as are the ranks.
-    """
+    """LoD fine-tuning of the student: self-distillation at ranks that are drawn anew every step."""
     model = student(data, folder)
-    done, partial = folder / f"seed{seed}.pt", folder / f"seed{seed}.partial.pt"
+    done = folder / f"seed{seed}.pt"
     if done.is_file():
         model.load_state_dict(torch.load(done))
         return model
-    model.embeddings.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    sampler = ShareSampler(model, seed=seed)
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    parts = {"model": model, "optimizer": optimizer, "cycle": cycle, "sampler": sampler}
-    first = 0
-    if partial.is_file():
-        saved = torch.load(partial)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        first = saved["step"]
-    for step in range(first, steps):
-        epoch, i = divmod(step, len(data.batches))
-        i = random.Random(f"{seed}:{epoch}").sample(range(len(data.batches)), len(data.batches))[i]
-        sampler.step()
-        states = model(**data.batches[i], output_hidden_states=True).hidden_states[1:]
-        loss = distance(torch.stack(states), data.hidden[i], data.embeddings[i], data.batches[i])
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"train: step {step}: expected a finite loss, got {loss.item()}")
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        cycle.step()
-        if (step + 1) % CHECKPOINT_STEPS == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            save({**state, "step": step + 1}, partial)
-            print(f"seed {seed}: step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
-    sampler.reset()
+    training.distil(
+        model,
+        data.encoder.model,
+        data.batches,
+        steps=steps,
+        lr=lr,
+        sampler=ShareSampler(model, seed=seed),
+        seed=seed,
+    )
     save(model.state_dict(), done)
-    partial.unlink(missing_ok=True)
     return model
 
 
@@ -182,14 +132,29 @@ def calibration(data: Data, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     return data.encoder.tokens(texts), data.encoder.embed(texts)
 
 
-def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str]) -> None:
-    """Cut the fine-tuned student and the plain SVD to every budget; judge both on held-out text."""
+def smaller(
+    data: Data, model: nn.Module, seed: int, forms: Sequence[str]
+) -> training.ExtractionPath:
+    """The ways to cut a student to any budget, searched by embeddings of calibration sentences."""
     tokens, wanted = calibration(data, seed)
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return (
-            1 - (library.pooled(model(**batch)[0], batch["attention_mask"]) * wanted).sum(1).mean()
-        )
+        found = library.pooled(model(**batch)[0], batch["attention_mask"])
+        return 1 - (found * wanted).sum(1).mean()
+
+    return training.ExtractionPath(
+        model,
+        batches=[tokens],
+        loss_fn=loss,
+        errors="additive",
+        levels=LEVELS,
+        min_rank=MIN_RANK,
+        forms=forms,
+    )
+
+
+def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str]) -> None:
+    """Cut the fine-tuned student and the plain SVD to every budget; judge both on held-out text."""
 
     def judge(method: str, budget: float, model: nn.Module) -> None:
         judged = judging.fidelity(data.encoder.embed(data.held_out, model), data.original)
@@ -206,15 +171,7 @@ def cut(data: Data, folder: Path, seed: int, rows: Rows, methods: Sequence[str])
             continue
         model = student(data, folder)
         model.load_state_dict(torch.load(path))
-        ways = training.ExtractionPath(
-            model,
-            batches=[tokens],
-            loss_fn=loss,
-            errors="additive",
-            levels=LEVELS,
-            min_rank=MIN_RANK,
-            forms=forms,
-        )
+        ways = smaller(data, model, seed, forms)
         for budget in BUDGETS:
             small = ways.extract(search.Params(budget))
             judge(method, budget, small)
@@ -264,8 +221,7 @@ def main() -> int:
     rows = Rows(args.rows or args.out / "rows.jsonl", stamp())
     if args.only != "report":
         teacher = library.load_encoder(library.BUNDLED)
-        training_too = args.only in (None, "train")
-        data = prepare(teacher, judging.sentences(), HELD_OUT, answers=training_too)
+        data = prepare(teacher, judging.sentences(), HELD_OUT)
     for seed in args.seeds:
         if args.only in (None, "train"):
             train(data, args.out, args.steps, args.lr, seed)

@@ -6,6 +6,7 @@ from maestro_kernels.nn.conv import LoDConv2d
 from maestro_kernels.nn.conversion import ConversionReport, conversion_report, convert, to_dense
 from maestro_kernels.nn.freshness import refresh
 from maestro_kernels.nn.grouping import group, groups, ungroup
+from maestro_kernels.nn.importing.factors import import_factors
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.model_summary import LayerSummary, ModelSummary, summary
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "group",
     "groups",
+    "import_factors",
     "load_pretrained",
     "lod_layers",
     "prepack",

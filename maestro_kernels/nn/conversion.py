@@ -331,9 +331,11 @@ _HOOKS = (
 def in_place_of(old: nn.Module, new: nn.Module, *, share: bool) -> nn.Module:
     """Give `new` the mode, bias and call hooks of `old`; hooks on state dicts know other keys."""
     new.train(old.training)
-    if old.bias is not None:
-        assert isinstance(old.bias, nn.Parameter)
-        new.bias = old.bias if share else copied(old.bias)
+    # A container of two layers has none.
+    bias = getattr(old, "bias", None)
+    if bias is not None:
+        assert isinstance(bias, nn.Parameter)
+        new.bias = bias if share else copied(bias)
     for name in _HOOKS:
         hooks = vars(old)[name]
         # The dict itself: a handle's remove() looks into it.

@@ -157,15 +157,21 @@ def _padded(conv: nn.Conv2d | LoDConv2d, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode comes back, also after an error."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; every module's own mode comes back, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         model.train(was_training)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; see `evaluating`."""
+    with evaluating(model), torch.no_grad():
+        yield

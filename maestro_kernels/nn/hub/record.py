@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from maestro_kernels.nn.adapted import Adapted
 from maestro_kernels.nn.grouping import groups
 from maestro_kernels.nn.structure import HUB_VERSION, Structure, describe, linears, parse, slots
 
@@ -48,6 +49,13 @@ def record_of(fn: str, model: nn.Module, dtype: str, stored: dict[str, str]) -> 
     Raises:
         ValueError: a layer that cannot be built again from its factors.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            raise ValueError(
+                f"{fn}: model: expected layers that the architecture has, got {name!r} with an "
+                "adapter beside it; save the model without it and the adapter with PEFT, or "
+                "import it with adapter='merge'"
+            )
     layers = describe(fn, model)
     ties, grouped = _ties(model, layers), bool(groups(model))
     structure = Structure(layers, ties, [], grouped, HUB_VERSION, linears(model))

@@ -96,6 +96,32 @@ FAULTS = (
         "tests/nn/test_packing_choices.py::test_forms_are_chosen_per_bucket_of_rows",
         "a form chosen for one row runs batches, too",
     ),
+    # --- factors of others ------------------------------------------------------------------
+    Fault(
+        "bias-between-factors-dropped",
+        f"{PACKAGE}/nn/importing/pairs.py",
+        "total = self.u.double() @ self.first_bias.double()",
+        "total = 0 * self.u.double() @ self.first_bias.double()",
+        "tests/nn/importing/test_factors.py::"
+        "test_biases_between_the_factors_are_folded_and_weights_are_cast",
+        "an imported model answers a little differently from the one that was trained",
+    ),
+    Fault(
+        "adapter-scale-ignored",
+        f"{PACKAGE}/nn/importing/adapters.py",
+        'alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)',
+        "alpha / rank",
+        "tests/nn/importing/test_adapters.py::test_an_adapter_of_llama[rslora-merge]",
+        "an adapter counts a fraction of what it was trained for",
+    ),
+    Fault(
+        "shared-bases-copied",
+        f"{PACKAGE}/nn/importing/pairs.py",
+        "LoDLinear.from_factors(own(pair.u, like), shared[key])",
+        "LoDLinear.from_factors(own(pair.u, like), own(pair.v, like))",
+        "tests/nn/importing/test_factors.py::test_shared_bases[one name]",
+        "a model whose layers share a basis takes the memory of one that does not",
+    ),
     # --- files ------------------------------------------------------------------------------
     Fault(
         "tied-weights-stored-twice",

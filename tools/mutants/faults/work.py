@@ -104,6 +104,33 @@ FAULTS = (
         "test_rows_after_the_checkpoint_are_cut_and_fewer_than_it_counted_refused",
         "metrics of a resumed run have some steps twice",
     ),
+    # --- distillation -----------------------------------------------------------------------
+    Fault(
+        "best-state-not-put-back",
+        f"{PACKAGE}/training/distillation.py",
+        "loop.state.restore()",
+        "pass",
+        "tests/training/test_distillation.py::test_the_state_kept_is_that_of_the_best_step",
+        "a model that got worse is what the user saves",
+    ),
+    Fault(
+        "half-precision-without-copies",
+        f"{PACKAGE}/training/descent.py",
+        "p.detach().float() if p.dtype in _HALF else p",
+        "p",
+        "tests/training/test_distillation.py::"
+        "test_half_precision_is_trained_through_float32_copies",
+        "small updates of a bfloat16 model round to nothing",
+    ),
+    Fault(
+        "padding-is-learnt",
+        f"{PACKAGE}/training/distances.py",
+        "kept = 1.0 if mask is None else mask[..., None].to(s)",
+        "kept = 1.0",
+        "tests/training/test_distillation.py::"
+        "test_the_hidden_distance_is_its_formula_and_ignores_padding",
+        "the student spends its weights on repeating what padding gives",
+    ),
     # --- the command line -------------------------------------------------------------------
     Fault(
         "misspelled-keys-ignored",
