@@ -46,8 +46,8 @@ written, said to fail, and the exit status is 1.
 A killed run goes on where it was when the same command is given again.
 
 examples:
-  maestro-kernels compress minilm --params 0.6 --init data --data sentences.txt --out small
-  maestro-kernels compress ./llama --memory 0.7 --data text.txt --init data --recover 500 --out small
+  maestro-kernels compress minilm --params 0.6 --data sentences.txt --out small
+  maestro-kernels compress ./llama --memory 0.7 --data text.txt --recover 500 --out small
 """
 
 

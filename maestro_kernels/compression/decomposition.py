@@ -1,7 +1,7 @@
 """Every layer of a model as two factors, a layer at a time, each on disk before the next is made.
 
-A prefix of a layer's factors is its best approximation at that rank, so they are made once, up to the
-largest rank that pays, and cut when ranks are chosen.
+A prefix of a layer's factors is its best approximation at that rank, so they are made once, up to
+the largest rank that pays, and cut when ranks are chosen.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def factors(
         found = work.read(_file(name, layers), _key(key, name))
         if found is None:
             raise ValueError(
-                f"{_FN}: --out: expected the factors of {name!r} in {str(work.folder)!r}, got none; "
-                "run the command again"
+                f"{_FN}: --out: expected the factors of {name!r} in {str(work.folder)!r}, got "
+                "none; run the command again"
             )
         tensors, _ = found
         pairs = tuple((tensors[f"u{g}"], tensors[f"v{g}"]) for g in range(layer.groups))

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -372,7 +371,7 @@ class _Run:
 
     def assembled(self, ranks: Mapping[str, int | str]) -> nn.Module:
         """The factorised model, from weights that are read anew."""
-        every: dict[str, int | str] = {name: "dense" for name in self.factorised}
+        every: dict[str, int | str] = dict.fromkeys(self.factorised, "dense")
         return decomposition.assemble(
             self.architecture.load(),
             self.factorised,

@@ -1,6 +1,6 @@
-"""The folder beside the result where a compression keeps what it has finished, to go on after a kill.
+"""The folder beside the result where a compression keeps what it has finished, in case of a kill.
 
-Every file of a stage says what it was made of and from, as one key; a file with another key counts as
+Every file of a stage has a key that stands for all it depends on; a file with another key counts as
 none. Nothing that another program put there is removed.
 """
 
