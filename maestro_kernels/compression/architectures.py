@@ -56,8 +56,18 @@ _BESIDE = (
     "tokenizer*",
     "video_preprocessor_config.json",
     "vocab*",
-    "*.bpe.model",
+    "*.model",
     "[0-9]_[A-Z]*/*",
+)
+# One of these is there where a tokenizer is.
+_TOKENIZERS = (
+    "tokenizer*",
+    "vocab*",
+    "spiece*",
+    "sentencepiece*",
+    "*.tiktoken",
+    "tekken.json",
+    "*.model",
 )
 
 
@@ -124,6 +134,9 @@ class Architecture:
             "sound": (transformers.AutoFeatureExtractor, "a feature extractor"),
         }[self.takes]
         try:
+            # For some models transformers makes an empty tokenizer where there is none.
+            if self.takes == "text" and not any(self._holds(name) for name in _TOKENIZERS):
+                raise FileNotFoundError("no file of one")
             return loader.from_pretrained(str(self.folder), local_files_only=True)
         except Exception as error:  # of many kinds, one for each thing that may be missing
             why = first_line(error, type(error).__name__)
@@ -131,6 +144,9 @@ class Architecture:
                 f"{_FN}: MODEL: expected {what} for --data in {str(self.folder)!r}, got {why}; "
                 "without --data none is needed"
             ) from error
+
+    def _holds(self, pattern: str) -> bool:
+        return any(self.folder.glob(pattern))
 
     def beside(self) -> list[Path]:
         """Files to copy, relative to the folder."""

@@ -276,12 +276,13 @@ def _images(
     files = _files(path, "--data", _PICTURES, "images")
     others = None if held_out is None else _files(held_out, "--held-out", _PICTURES, "images")
     processor = architecture.processor()
+    channels = getattr(model.config, "num_channels", 3)
     train, judge = _split(files, others, most)
 
     def open_(file: Path) -> Any:
         try:
             with PIL.Image.open(file) as image:
-                return image.convert("L" if model.config.num_channels == 1 else "RGB")
+                return image.convert("L" if channels == 1 else "RGB")
         except OSError as error:
             raise ValueError(
                 f"{_FN}: --data: expected images, got {str(file)!r}: {first_line(error)}"
