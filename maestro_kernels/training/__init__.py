@@ -6,6 +6,7 @@ Source: Horvath et al., Maestro, ICML 2024 (arXiv 2308.14929).
 
 from maestro_kernels.training.batchnorm import recalibrate_batchnorm
 from maestro_kernels.training.checkpoint import load_checkpoint, save_checkpoint
+from maestro_kernels.training.distillation import Distillation, distil
 from maestro_kernels.training.extraction import Extraction, extraction_report
 from maestro_kernels.training.extractor import ExtractionPath, extract
 from maestro_kernels.training.freezing import SequentialFreezing, below_cliff, quantize_ranks
@@ -29,6 +30,7 @@ from maestro_kernels.training.samplers import (
 from maestro_kernels.training.shrinking import shrink
 
 __all__ = [
+    "Distillation",
     "Extraction",
     "ExtractionPath",
     "FixedSampler",
@@ -42,6 +44,7 @@ __all__ = [
     "Task",
     "below_cliff",
     "check_loss",
+    "distil",
     "extract",
     "extraction_report",
     "funnel",
