@@ -111,6 +111,9 @@ def register(commands: Any) -> None:
         help="what passes: the least cosine or agreement, or the dense model's perplexity over the "
         "result's; 0 accepts any",
     )
+    command.add_argument(
+        "--max-shard-size", type=_size, metavar="SIZE", help="of the files written, such as 5GB"
+    )
     command.add_argument("--group", action="store_true", help="run q/k/v and gate/up grouped")
     command.add_argument("--json", action="store_true", help="print all figures as JSON")
     command.set_defaults(run=run)
@@ -151,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
         args.recover,
         args.group,
         args.require,
+        args.max_shard_size,
     )
     check(asked)
     say("compress", f"reading {args.model}")
@@ -215,6 +219,12 @@ def _verdict(done: Compression, args: argparse.Namespace) -> list[str]:
         f"{share:.1%} of the weights of its linear layers are left; the model has {after:.1f} MB, "
         f"{after / before:.1%} of {before:.1f} MB."
     ]
+    trained = done.record["recovered"]
+    if trained is not None:
+        lines.append(
+            f"It was distilled for {count(trained['steps'], 'step')}; its best state was that of "
+            f"step {trained['best_step']}."
+        )
     found = done.evaluation
     if found is None:
         return [*lines, "It was not judged: that takes --data."]
@@ -266,6 +276,12 @@ def _memory(text: str) -> tuple[float, bool]:
     if found[2] is None and value <= 1:
         return value, True
     return value * _UNITS[found[2]], False
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+(KB|MB|GB|KiB|MiB|GiB)", text):
+        raise argparse.ArgumentTypeError(f"expected a size like 500MB or 5GB, got {text!r}")
+    return text
 
 
 def _passes(text: str) -> int:

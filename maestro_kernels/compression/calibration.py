@@ -6,8 +6,8 @@ A batch is a dict of tensors that a model is called with.
 from __future__ import annotations
 
 import wave
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +49,7 @@ class Data:
         noun: what one input is.
         inputs: how many there are in `batches`.
         judged: how many there are in `held_out`.
+        training: to distil with; may hold more than `batches`.
         labels: the class of each input in `held_out`, where folders name them.
     """
 
@@ -57,6 +58,7 @@ class Data:
     noun: str
     inputs: int
     judged: int
+    training: list[Batch]
     labels: Tensor | None = None
 
 
@@ -66,6 +68,7 @@ def read(
     path: Path,
     held_out: Path | None,
     samples: int | None,
+    steps: int = 0,
 ) -> Data:
     """Batches of a text file, a folder of images or a folder of sound.
 
@@ -76,6 +79,7 @@ def read(
         held_out: to judge with; None keeps a fifth of `path` for it: of a language model the end
             of the text, else every fifth input.
         samples: most inputs; None for the default of the architecture.
+        steps: of a distillation, which takes what it needs of a longer text.
 
     Raises:
         ValueError: nothing fit to read is there, or too little of it.
@@ -88,22 +92,15 @@ def read(
             f"language, sequence, vision or speech model that is known here, got {str(path)!r}"
         )
     most = samples or SAMPLES[kind]
-    make: Callable[..., Data] = {
-        "language": _language,
-        "text": _texts,
-        "images": _images,
-        "sound": _sound,
-    }[kind]
-    data = make(architecture, model, path, held_out, most)
+    if kind == "language":
+        data = _language(architecture, model, path, held_out, most, steps)
+    else:
+        make = {"text": _texts, "images": _images, "sound": _sound}[kind]
+        data = make(architecture, model, path, held_out, most)
     _try(architecture, model, data.batches[0])
     if architecture.task == "speech":
-        return Data(
-            _with_words(model, data.batches),
-            _with_words(model, data.held_out),
-            data.noun,
-            data.inputs,
-            data.judged,
-        )
+        train, judge = (_with_words(model, part) for part in (data.batches, data.held_out))
+        return replace(data, batches=train, held_out=judge, training=train)
     return data
 
 
@@ -169,19 +166,25 @@ def lines(path: Path, option: str) -> list[str]:
 
 
 def _language(
-    architecture: Architecture, model: nn.Module, path: Path, held_out: Path | None, most: int
+    architecture: Architecture,
+    model: nn.Module,
+    path: Path,
+    held_out: Path | None,
+    most: int,
+    steps: int,
 ) -> Data:
     """Sequences of one length, cut from the whole text."""
-    texts = lines(path, "--data")
-    others = None if held_out is None else lines(held_out, "--held-out")
+    text = "\n".join(lines(path, "--data"))
+    if held_out is None:
+        end = len(text) - len(text) // _KEPT
+        text, other, option = text[:end], text[end:], "--data"
+    else:
+        other, option = "\n".join(lines(held_out, "--held-out")), "--held-out"
     tokenizer = architecture.processor()
     length = min(_LONG, _positions(model.config))
-    cap = most * length * _CHARACTERS
-    if others is None:
-        end = max(len(texts) - max(len(texts) // _KEPT, 1), 1)
-        texts, others = texts[:end], texts[end:]
-    parts = ("--data", texts), ("--held-out", others)
-    ids = [_ids(tokenizer, "\n".join(part)[:cap]) for _, part in parts]
+    each = length * _CHARACTERS
+    parts = ("--data", text), (option, other)
+    ids = [_ids(tokenizer, part[: most * each]) for _, part in parts]
     # Of a short text several short sequences say more than a single one.
     length = min(length, max(min(len(i) for i in ids) // 2, 8))
     found = []
@@ -192,9 +195,14 @@ def _language(
                 f"{_FN}: {option}: expected at least 20 tokens to calibrate with and 8 to judge "
                 f"with, got {len(one)}"
             )
-        found.append(_spread(list(rows), most))
-    train, judge = ([{"input_ids": part} for part in _stacked(rows)] for rows in found)
-    return Data(train, judge, "sequence", len(found[0]), len(found[1]))
+        found.append(list(rows))
+    sequences, judged = (_spread(rows, most) for rows in found)
+    training, wanted = sequences, steps * _SIZES["language"]
+    if wanted > most:
+        one = _ids(tokenizer, text[: wanted * each])
+        training = _spread(list(one[: len(one) // length * length].reshape(-1, length)), wanted)
+    batches = [_stacked(rows) for rows in (sequences, judged, training)]
+    return Data(*batches[:2], "sequence", len(sequences), len(judged), batches[2])
 
 
 def _ids(tokenizer: Any, text: str) -> Tensor:
@@ -224,7 +232,7 @@ def _texts(
         ]
         for part in (train, judge)
     )
-    return Data(batches, judged, "text", len(train), len(judge))
+    return Data(batches, judged, "text", len(train), len(judge), batches)
 
 
 def _singles(model: nn.Module, tokenizer: Any, texts: Sequence[str], length: int) -> Batch:
@@ -299,7 +307,7 @@ def _images(
         ]
         for part in (train, judge)
     )
-    return Data(batches, judged, "image", len(train), len(judge), _labels(model, judge))
+    return Data(batches, judged, "image", len(train), len(judge), batches, _labels(model, judge))
 
 
 def _labels(model: nn.Module, files: Sequence[Path]) -> Tensor | None:
@@ -337,7 +345,7 @@ def _sound(
         ]
         for part in (train, judge)
     )
-    return Data(batches, judged, "recording", len(train), len(judge))
+    return Data(batches, judged, "recording", len(train), len(judge), batches)
 
 
 def _wave(file: Path, rate: int) -> np.ndarray[Any, Any]:
@@ -411,9 +419,10 @@ def _spread(items: Sequence[Item], most: int) -> list[Item]:
     return [items[i * len(items) // most] for i in range(most)]
 
 
-def _stacked(rows: Sequence[Tensor]) -> list[Tensor]:
+def _stacked(rows: Sequence[Tensor]) -> list[Batch]:
     size = _SIZES["language"]
-    return [torch.stack(list(rows[at : at + size])) for at in range(0, len(rows), size)]
+    parts = [list(rows[at : at + size]) for at in range(0, len(rows), size)]
+    return [{"input_ids": torch.stack(part)} for part in parts]
 
 
 def _positions(config: Any) -> int:

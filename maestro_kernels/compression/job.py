@@ -39,6 +39,8 @@ _MULTIPLE = 8
 _REFINED = 300e6
 # Inputs that losses of the whole model are measured on.
 _MEASURED = 32
+# One in so many batches chooses the best state of a distillation.
+_CHOOSING = 10
 _OPTIONS = {
     search.Params: "--params",
     search.MACs: "--macs",
@@ -66,6 +68,7 @@ class Options:
         recover: steps of distillation.
         group: whether q/k/v and gate/up run together.
         require: the least quality; None is the default of the measure.
+        max_shard_size: of the files written, as `save_pretrained` takes it.
     """
 
     model: str
@@ -80,6 +83,7 @@ class Options:
     recover: int = 0
     group: bool = False
     require: float | None = None
+    max_shard_size: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,12 @@ def compress(
     data = None
     if options.data is not None:
         data = calibration.read(
-            architecture, dense, options.data, options.held_out, options.samples
+            architecture,
+            dense,
+            options.data,
+            options.held_out,
+            options.samples,
+            options.recover,
         )
     budget = _budget(options, dense)
     choose = _Chooser(architecture, dense, layers, budget, options)
@@ -158,7 +167,12 @@ def compress(
             group(model)
         judged = run.compared(before, model)
         done = _done(run, model, bytes_before, judged, found)
-        save_pretrained(model, options.out, processor=run.beside(done.record))
+        save_pretrained(
+            model,
+            options.out,
+            max_shard_size=options.max_shard_size,
+            processor=run.beside(done.record),
+        )
         place.clear()
     return done
 
@@ -392,13 +406,15 @@ class _Run:
             return values
         from maestro_kernels.training.distillation import distil
 
-        *train, judge = self.data.batches if len(self.data.batches) > 1 else [None]
+        # What judges the result has no part in choosing it.
+        batches = self.data.training
+        judge = batches[-max(len(batches) // _CHOOSING, 1) :] if len(batches) > 1 else []
         result = distil(
             model,
             self.architecture.load(),
-            train or self.data.batches,
+            batches[: len(batches) - len(judge)],
             steps=self.options.recover,
-            held_out=[judge] if train else None,
+            held_out=judge or None,
             loss="hidden" if self.architecture.task == "embedding" else "logits",
             progress=self.advance,
         )
