@@ -201,8 +201,9 @@ def _language(
     if wanted > most:
         one = _ids(tokenizer, text[: wanted * each])
         training = _spread(list(one[: len(one) // length * length].reshape(-1, length)), wanted)
-    batches = [_stacked(rows) for rows in (sequences, judged, training)]
-    return Data(*batches[:2], "sequence", len(sequences), len(judged), batches[2])
+    batches, held_out_batches = _stacked(sequences), _stacked(judged)
+    inputs = len(sequences), len(judged)
+    return Data(batches, held_out_batches, "sequence", *inputs, _stacked(training))
 
 
 def _ids(tokenizer: Any, text: str) -> Tensor:

@@ -22,7 +22,7 @@ def test_the_end_of_a_text_judges_a_language_model(opened, language):
     assert (data.inputs, data.judged) == (len(train), len(judge)) == (7, 7)
     assert {len(row) for row in train + judge} == {64}
     assert not set(train) & set(judge)
-    text = (language / "text.txt").read_text()
+    text = "\n".join(calibration.lines(language / "text.txt", "--data"))
     words = opened[0].processor()
     end = words(text[-(len(text) // 5) :])["input_ids"]
     assert judge[0] == tuple(end[:64])

@@ -66,6 +66,16 @@ def test_inputs_weigh_the_errors_where_there_is_data(language, tmp_path, capsys)
     assert data["evaluation"]["after"] < svd["evaluation"]["after"]
 
 
+def test_distillation_wins_back_some_of_what_was_lost(language, tmp_path, capsys):
+    words = (language, "--budget", 0.2, "--data", language / "text.txt", "--require", 0)
+    lost = compress(capsys, *words, "--out", tmp_path / "a")
+    found = compress(capsys, *words, "--recover", 60, "--out", tmp_path / "b")
+    assert found["recovered"]["best_step"] > 0
+    won = lost["evaluation"]["after"] - found["evaluation"]["after"]
+    assert won > 0.2 * (lost["evaluation"]["after"] - lost["evaluation"]["before"])
+    assert load_pretrained(tmp_path / "b").dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("kind", ["language", "vision"])
 def test_a_model_of_rank_1_fails(kind, request, tmp_path, capsys):
     folder = request.getfixturevalue(kind)
