@@ -111,6 +111,8 @@ class Job:
         self.batches = {1: [ordered[len(ordered) // 2]], LARGE: large}
         text = "\n".join(self.calibration) + "\n"
         (args.out / "calibration.txt").write_text(text, encoding="utf-8")
+        text = "\n".join(self.held_out) + "\n"
+        (args.out / "held-out.txt").write_text(text, encoding="utf-8")
 
     def bfloat16(self) -> bool:
         """Whether forms in bfloat16 are worth measuring here."""
@@ -230,7 +232,8 @@ class Job:
         """Save with `maestro-kernels compress`, reload into a fresh model, compare embeddings."""
         budget, folder = max(self.args.budgets), self.args.out / "compressed"
         command = ["compress", library.BUNDLED, "--budget", str(budget), "--init", "data"]
-        command += ["--data", str(self.args.out / "calibration.txt")]
+        command += ["--data", str(self.args.out / "calibration.txt"), "--require", "0"]
+        command += ["--held-out", str(self.args.out / "held-out.txt")]
         command += ["--out", str(folder), "--group"]
         self.console.print("$ maestro-kernels " + shlex.join(command))
         with contextlib.redirect_stdout(io.StringIO()) as summary_of_layers:

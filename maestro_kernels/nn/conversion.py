@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -298,9 +298,6 @@ def _factorised(
     module: nn.Module, candidate: Candidate, rank: int, init: str, moment: Tensor | None
 ) -> LoDLayer:
     """The factorised form of one dense layer, around the layer's own bias."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, nn.Parameter)
     c = candidate
     matrices = matrices_of(module, c.kind, c.groups, c.N, c.K)
     pairs = [
@@ -309,6 +306,14 @@ def _factorised(
         else factorize(matrix, rank, None if moment is None else moment[g])
         for g, matrix in enumerate(matrices)
     ]
+    return layer_from_pairs(module, pairs)
+
+
+def layer_from_pairs(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> LoDLayer:
+    """The factorised form of one dense layer from (u, v) of each group, around its own bias."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, nn.Parameter)
     if isinstance(module, nn.Conv2d):
         u, v = conv_factors(pairs, weight.shape)
         return LoDConv2d.from_factors(module, trainable(u, weight), trainable(v, weight), bias)

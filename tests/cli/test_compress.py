@@ -68,10 +68,10 @@ def test_compress_prints_a_summary(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "nowhere"}, "source: expected 'minilm' or a folder with config.json"),
+        ({"model": "nowhere"}, "MODEL: expected 'minilm' or a folder with config.json"),
         ({"--budget": "0"}, "--budget: expected 0 < FRACTION <= 1, got 0.0"),
         ({"--budget": "1.2"}, "--budget: expected 0 < FRACTION <= 1, got 1.2"),
-        ({"--init": "data"}, "--data: expected a text file for --init data, got none"),
+        ({"--init": "data"}, "--data: expected a file or folder for --init data, got none"),
         (
             {"--init": "data", "--data": "missing.txt"},
             "--data: expected a file, got no file 'missing.txt'",

@@ -68,8 +68,8 @@ TABLE = [
     (["profile", "mine:make"], "profile: target: 'mine:make' raised ZeroDivisionError("),
     (["profile", "bad_import:x"], "profile: target: 'bad_import:x' raised RuntimeError('half"),
     (["profile", "damaged"], "profile: target: expected a Hugging Face configuration, got"),
-    (["compress", "damaged", "--budget", "0.5", "--out", "o"], "compress: load_encoder: source:"),
-    (["compress", "minilm", "--out", "o"], "compress: the following arguments are required: --bu"),
+    (["compress", "damaged", "--budget", "0.5", "--out", "o"], "compress: MODEL:"),
+    (["compress", "minilm", "--out", "o"], "compress: one of the arguments --params --macs"),
     (["compress", "x", "--budget", "2", "--out", "o"], "compress: --budget: expected 0 < FRACTION"),
     (
         ["compress", "x", "--budget", "1", "--out", "o", "--init", "data", "--data", "latin.txt"],
@@ -185,7 +185,7 @@ def test_plans_come_before_the_work(monkeypatch, capsys, tmp_path):
         raise ValueError("enough")
 
     monkeypatch.setattr("maestro_kernels.benchmark.encoder.quiet_transformers", work)
-    monkeypatch.setattr("maestro_kernels.benchmark.encoder.load_encoder", work)
+    monkeypatch.setattr("maestro_kernels.compression.job.find", work)
     monkeypatch.setattr("maestro_kernels.benchmark.run.run", work)
     monkeypatch.setattr("maestro_kernels.search.tuning.tune", work)
     monkeypatch.setattr("maestro_kernels.search.layer_profile.profile", work, raising=False)
@@ -220,9 +220,9 @@ def test_durations_are_said_as_people_say_them(seconds, words):
 
 
 def test_estimates_grow_with_the_work(monkeypatch):
-    layers = [torch.nn.Linear(64, 64)]
-    assert 0 < compress._seconds(layers, 0) < compress._seconds(layers, 100)
-    assert compress._seconds(layers, 0) < compress._seconds(layers * 2, 0)
+    sizes = [(64, 64)]
+    assert 0 < compress._seconds(sizes, 0) < compress._seconds(sizes, 100)
+    assert compress._seconds(sizes, 0) < compress._seconds(sizes * 2, 0)
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
