@@ -8,12 +8,14 @@ from maestro_kernels.nn.freshness import refresh
 from maestro_kernels.nn.grouping import group, groups, ungroup
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.lowering import AtenLinear, lower
 from maestro_kernels.nn.model_summary import LayerSummary, ModelSummary, summary
 from maestro_kernels.nn.packing import prepack, unpack
 from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.nn.serialization import load_pretrained, save_pretrained
 
 __all__ = [
+    "AtenLinear",
     "Candidate",
     "ConversionReport",
     "LayerSummary",
@@ -29,6 +31,7 @@ __all__ = [
     "groups",
     "load_pretrained",
     "lod_layers",
+    "lower",
     "prepack",
     "ranks",
     "refresh",
