@@ -16,6 +16,7 @@ from maestro_kernels.functional import explain, lod_linear, lod_linear_grouped
 from maestro_kernels.nn import (
     LoDConv2d,
     LoDLinear,
+    adapters,
     convert,
     group,
     load_pretrained,
@@ -65,6 +66,7 @@ __all__ = [
 ]
 
 registration.install()
+adapters.install()
 
 
 def __getattr__(name: str) -> ModuleType:

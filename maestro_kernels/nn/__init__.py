@@ -1,6 +1,7 @@
 """Factorised layers and what turns models into them and back. No kernel is known here."""
 
 from maestro_kernels.nn.active_ranks import lod_layers, ranks, set_ranks, truncate
+from maestro_kernels.nn.adapters import merge_adapters
 from maestro_kernels.nn.candidates import Candidate, classify
 from maestro_kernels.nn.conv import LoDConv2d
 from maestro_kernels.nn.conversion import ConversionReport, conversion_report, convert, to_dense
@@ -32,6 +33,7 @@ __all__ = [
     "load_pretrained",
     "lod_layers",
     "lower",
+    "merge_adapters",
     "prepack",
     "ranks",
     "refresh",
