@@ -18,6 +18,7 @@ from maestro_kernels.nn import (
     LoDLinear,
     adapters,
     convert,
+    foreign,
     group,
     load_pretrained,
     prepack,
@@ -67,6 +68,7 @@ __all__ = [
 
 registration.install()
 adapters.install()
+foreign.install()
 
 
 def __getattr__(name: str) -> ModuleType:

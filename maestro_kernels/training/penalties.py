@@ -194,7 +194,7 @@ def _places(widths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _scaled(factor: Tensor, slope: Tensor) -> Tensor:
-    """factor * slope, spread over the processes as the factor is; all of them know the slope."""
+    """The product, spread over the processes as the factor is; all of them know the slope."""
     if not hasattr(factor, "device_mesh"):
         return factor * slope
     from torch.distributed.tensor import DTensor, Replicate
