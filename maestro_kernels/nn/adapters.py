@@ -77,5 +77,5 @@ def merge_adapters(model: nn.Module, *, method: str = "columns") -> nn.Module:
         for layer in layers:
             layer.merge_method = "columns"
         raise
-    merged: nn.Module = model.merge_and_unload()
+    merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
     return merged

@@ -35,7 +35,7 @@ class LoraLoDLinear(LoraLinear):
     merge_method = "columns"
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        base = base_layer
+        base: Any = base_layer
         while hasattr(base, "base_layer"):
             base = base.base_layer
         if getattr(base, "activation", None) is not None:

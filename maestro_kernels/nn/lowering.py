@@ -16,6 +16,7 @@ from maestro_kernels.nn.conversion import forget_report, swap_layers, with_hooks
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear, copied, trainable
 from maestro_kernels.nn.pivoted import PivotedLinear
+from maestro_kernels.nn.weight import MergedWeight
 
 _FORMS = ("linear", "aten")
 _MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -86,6 +87,10 @@ class AtenLinear(nn.Module):
         activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu", applied last.
     """
 
+    u: nn.Parameter
+    v: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         u: nn.Parameter,
@@ -101,8 +106,13 @@ class AtenLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix u @ v, (N, K)."""
-        return self.u @ self.v
+        """The matrix u @ v, (N, K), computed when its values are used; see LoDLayer.weight."""
+        u, v = self.u, self.v
+        if torch.compiler.is_compiling():
+            return u @ v
+        requires_grad = torch.is_grad_enabled() and (u.requires_grad or v.requires_grad)
+        shape = self.out_features, self.in_features
+        return MergedWeight.of(lambda: u @ v, shape, u, requires_grad)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """Y (..., N) for x (..., K)."""
@@ -172,7 +182,7 @@ class _Lowering:
             layer.dilation,
             groups,
             False,
-            layer.padding_mode,
+            layer.padding_mode,  # type: ignore[arg-type]
             "meta",
             dtype,
         )
