@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,38 @@ def _register() -> None:
         return create(lora_config, *args, **kwargs)
 
     lora_model._create_new_module = staticmethod(create_new_module)
+    tuners = sys.modules["peft.tuners.tuners_utils"]
+    find = getattr(tuners, "_maybe_include_all_linear_layers", None)
+    if find is not None:
+        tuners._maybe_include_all_linear_layers = _with_ours(find)  # type: ignore[attr-defined]
+
+
+def _with_ours(find: Callable[..., Any]) -> Callable[..., Any]:
+    """What PEFT takes "all-linear" for, with the factorised layers."""
+
+    @functools.wraps(find)
+    def find_all(peft_config: Any, model: nn.Module) -> Any:
+        asked = getattr(peft_config, "target_modules", None)
+        found = find(peft_config, model)
+        # Other methods would refuse ours.
+        if asked != "all-linear" or str(getattr(peft_config.peft_type, "value", "")) != "LORA":
+            return found
+        # PEFT leaves heads out.
+        outputs = getattr(model, "get_output_embeddings", lambda: None)()
+        heads = ("score", "classifier") if peft_config.task_type == "SEQ_CLS" else ()
+        ours = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, LoDLinear)
+            and module is not outputs
+            and module.activation is None
+            and name.partition(".")[0] not in heads
+            and not name.endswith("base_layer")
+        }
+        found.target_modules = {*found.target_modules, *ours}
+        return found
+
+    return find_all
 
 
 def merge_adapters(model: nn.Module, *, method: str = "columns") -> nn.Module:

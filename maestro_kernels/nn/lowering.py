@@ -19,6 +19,7 @@ from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.nn.weight import MergedWeight
 
 _FORMS = ("linear", "aten")
+_MARK = "_maestro_lowered"
 _MODULES: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -33,7 +34,8 @@ def lower(model: nn.Module, *, form: str = "linear", inplace: bool = True) -> nn
     For `torch.onnx.export`, `torch.jit.trace`, quantisers and runtimes that know nothing of this
     package. The model computes what it did, with two matmuls per layer instead of one call, packed
     copies and groups; ranks are fixed from here on. Mode, call hooks, requires_grad and tied
-    factors are kept. It is the last step: save the factorised model, and lower what was loaded.
+    factors are kept. It is the last step: save the factorised model, and lower what was loaded; a
+    lowered model of transformers refuses to save itself, since nothing could load it.
 
     Args:
         model: any module; a single layer comes back as a new layer.
@@ -75,7 +77,16 @@ def lower(model: nn.Module, *, form: str = "linear", inplace: bool = True) -> nn
             continue
         new = lowering.layer(name, module)
         layers[module] = with_hooks_of(module, new, share=inplace)
-    return forget_report(swap_layers(model, layers, inplace=inplace))
+    lowered = forget_report(swap_layers(model, layers, inplace=inplace))
+    for module in lowered.modules() if layers else ():
+        if hasattr(module, "save_pretrained"):
+            vars(module)[_MARK] = True
+    return lowered
+
+
+def is_lowered(model: nn.Module) -> bool:
+    """Whether a model that saves itself has other layers than its configuration says."""
+    return _MARK in vars(model)
 
 
 class AtenLinear(nn.Module):

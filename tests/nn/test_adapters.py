@@ -180,6 +180,18 @@ def test_a_converted_conv1d_is_a_linear_layer():
     assert_close(output(model.merge_and_unload(), ids), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_all_linear_means_ours_too():
+    model, _ = tiny("llama")
+    mk.convert(model, 0.5, exclude="*.q_proj")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    found = {name for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    kinds = {name.rpartition(".")[2] for name in found}
+    projections = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    # The head is left out, as PEFT does, factorised or not.
+    assert kinds == projections
+    assert len(found) == 2 * 7
+
+
 def test_adapters_are_saved_and_loaded(tmp_path):
     model, ids = tiny("llama")
     mk.convert(model, 0.5)

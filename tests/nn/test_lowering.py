@@ -178,6 +178,19 @@ def test_the_report_of_a_conversion_goes():
     assert kinds(model) == ["Sequential"]
 
 
+def test_a_lowered_model_of_transformers_refuses_to_save_itself(tmp_path):
+    model, _ = deployed("bert")
+    lowered = lower(Logits(model), inplace=False).model
+    for save in (lowered.save_pretrained, lambda folder: mk.save_pretrained(lowered, folder)):
+        with pytest.raises(NotImplementedError, match=r"save_pretrained: model: .*a lowered model"):
+            save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    mk.save_pretrained(model, tmp_path)
+    assert mk.ranks(mk.load_pretrained(tmp_path)) == mk.ranks(model)
+    # What had nothing to lower saves as before.
+    lower(tiny("bert")[0]).save_pretrained(tmp_path / "dense")
+
+
 class Other(LoDLayer):
     pass
 
