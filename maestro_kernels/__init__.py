@@ -16,7 +16,9 @@ from maestro_kernels.functional import explain, lod_linear, lod_linear_grouped
 from maestro_kernels.nn import (
     LoDConv2d,
     LoDLinear,
+    adapters,
     convert,
+    foreign,
     group,
     import_factors,
     load_pretrained,
@@ -67,6 +69,8 @@ __all__ = [
 ]
 
 registration.install()
+adapters.install()
+foreign.install()
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,6 +1,7 @@
 """Factorised layers and what turns models into them and back. No kernel is known here."""
 
 from maestro_kernels.nn.active_ranks import lod_layers, ranks, set_ranks, truncate
+from maestro_kernels.nn.adapters import merge_adapters
 from maestro_kernels.nn.candidates import Candidate, classify
 from maestro_kernels.nn.conv import LoDConv2d
 from maestro_kernels.nn.conversion import ConversionReport, conversion_report, convert, to_dense
@@ -9,12 +10,14 @@ from maestro_kernels.nn.grouping import group, groups, ungroup
 from maestro_kernels.nn.importing.factors import import_factors
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.lowering import AtenLinear, lower
 from maestro_kernels.nn.model_summary import LayerSummary, ModelSummary, summary
 from maestro_kernels.nn.packing import prepack, unpack
 from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.nn.serialization import load_pretrained, save_pretrained
 
 __all__ = [
+    "AtenLinear",
     "Candidate",
     "ConversionReport",
     "LayerSummary",
@@ -31,6 +34,8 @@ __all__ = [
     "import_factors",
     "load_pretrained",
     "lod_layers",
+    "lower",
+    "merge_adapters",
     "prepack",
     "ranks",
     "refresh",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_model
 from maestro_kernels.measure import cost
+from maestro_kernels.nn.foreign import adapter_weights, quantiser_of, sizes_of
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.pivoted import PivotedLinear
@@ -94,6 +95,8 @@ def find_candidates(
         if not _owns_matrix(module):
             continue
         candidate = _describe(name, module, context)
+        if module in context.adapters:
+            candidate = replace(candidate, reason=context.adapters[module])
         if candidate.reason is None:
             if excluded(name, module):
                 candidate = replace(candidate, reason="excluded")
@@ -127,6 +130,7 @@ class _Context:
     owners: dict[tuple[str, int], set[str]]
     attention_outputs: frozenset[int]
     names: dict[int, str]
+    adapters: dict[nn.Module, str]
 
     @staticmethod
     def of(model: nn.Module) -> _Context:
@@ -140,7 +144,8 @@ class _Context:
             for key, parameter in module._parameters.items():
                 for identity in _identities(parameter):
                     owners[identity].add(f"{name}.{key}" if name else key)
-        return _Context(find_slots(model), owners, frozenset(attention), names)
+        adapters = dict(adapter_weights(model))
+        return _Context(find_slots(model), owners, frozenset(attention), names, adapters)
 
     def others(self, name: str, parameter: Tensor) -> list[str]:
         own = f"{name}.weight" if name else "weight"
@@ -161,7 +166,7 @@ def _identities(parameter: Tensor | None) -> list[tuple[str, int]]:
 def _owns_matrix(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | nn.Conv2d | LoDLayer) or _hf_conv1d(module) is not None:
         return True
-    return _largest(module) is not None
+    return _largest(module) is not None or quantiser_of(module) is not None
 
 
 def _largest(module: nn.Module) -> tuple[str, Tensor] | None:
@@ -191,6 +196,10 @@ def _describe(name: str, module: nn.Module, context: _Context) -> Candidate:
     if isinstance(module, PivotedLinear):
         reason = f"already factorised, pivoted at rank {module.rank}"
         return Candidate(name, "pivoted_linear", *module.matrix_shape, 1, reason)
+    quantiser = quantiser_of(module)
+    if quantiser is not None:
+        reason = f"quantised by {quantiser}: dequantise it first"
+        return Candidate(name, type(module).__name__, *sizes_of(module), 1, reason)
     hf_conv1d = _hf_conv1d(module)
     base: type | None = hf_conv1d
     kind, groups = "hf_conv1d", 1

@@ -55,6 +55,12 @@ def conversion_report(model: nn.Module) -> ConversionReport | None:
     return report
 
 
+def forget_report(model: nn.Module) -> nn.Module:
+    """Without the decisions of a `convert` whose layers are gone; returns the model."""
+    vars(model).pop(_REPORT, None)
+    return model
+
+
 @renamed(data="batches")
 def convert(
     model: nn.Module,
@@ -154,9 +160,7 @@ def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     for module in model.modules():
         if isinstance(module, LoDLayer | PivotedLinear):
             layers[module] = dense_form(module, share=inplace)
-    dense = swap_layers(model, layers, inplace=inplace)
-    vars(dense).pop(_REPORT, None)
-    return dense
+    return forget_report(swap_layers(model, layers, inplace=inplace))
 
 
 def dense_form(layer: LoDLayer | PivotedLinear, *, share: bool) -> nn.Module:
@@ -335,12 +339,17 @@ _HOOKS = (
 
 def in_place_of(old: nn.Module, new: nn.Module, *, share: bool) -> nn.Module:
     """Give `new` the mode, bias and call hooks of `old`; hooks on state dicts know other keys."""
-    new.train(old.training)
     # A container of two layers has none.
     bias = getattr(old, "bias", None)
     if bias is not None:
         assert isinstance(bias, nn.Parameter)
         new.bias = bias if share else copied(bias)
+    return with_hooks_of(old, new, share=share)
+
+
+def with_hooks_of(old: nn.Module, new: nn.Module, *, share: bool) -> nn.Module:
+    """Give `new` the mode and the call hooks of `old`."""
+    new.train(old.training)
     for name in _HOOKS:
         hooks = vars(old)[name]
         # The dict itself: a handle's remove() looks into it.

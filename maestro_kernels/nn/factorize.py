@@ -60,6 +60,27 @@ def factorize(weight: Tensor, rank: int, moment: Tensor | None = None) -> tuple[
     return u.to(weight.dtype).contiguous(), v.to(weight.dtype).contiguous()
 
 
+def recompress(u: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of which every prefix is the best approximation of u @ v, which is not formed.
+
+    Args:
+        u: (N, R), any floating-point dtype, finite.
+        v: (R, K).
+        rank: components kept, 0 <= rank <= R; at most min(N, K) come out.
+
+    Returns:
+        u (N, rank) and v (rank, K), contiguous, dtype and device of u, of equal norms in each
+        component.
+    """
+    basis_u, core_u = torch.linalg.qr(u.detach().double())
+    basis_v, core_v = torch.linalg.qr(v.detach().double().mT)
+    left, values, right = torch.linalg.svd(core_u @ core_v.mT, full_matrices=False)
+    scale = values[:rank].sqrt()
+    new_u = basis_u @ (left[:, :rank] * scale)
+    new_v = (scale[:, None] * right[:rank]) @ basis_v.mT
+    return new_u.to(u.dtype).contiguous(), new_v.to(u.dtype).contiguous()
+
+
 def _top_directions(core: Tensor, rank: int, moment: Tensor | None) -> Tensor:
     """The first `rank` eigenvectors of core @ moment @ core.T as columns, largest value first."""
     gram = core @ (core.mT if moment is None else moment @ core.mT)

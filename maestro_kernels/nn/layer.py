@@ -177,6 +177,15 @@ class LoDLayer(nn.Module):
             lambda: self._merged(u, v, rank), self._weight_shape(), u, requires_grad
         )
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # PEFT gives a layer that it lets go of its own weight back.
+        if not isinstance(value, MergedWeight) or value.like is not self.u:
+            raise AttributeError(
+                f"{type(self).__name__}: weight: expected it to be read, got a write: it is "
+                "computed from u and v; write into those"
+            )
+
     def importance(self) -> Tensor:
         """Per component b: ||u[:, b:]||_F * ||v[b:]||_F, float64 (R,), non-increasing.
 

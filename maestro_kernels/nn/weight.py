@@ -21,6 +21,8 @@ class MergedWeight(Tensor):
     """
 
     _merge: Callable[[], Tensor]
+    # A factor of the layer whose weight it is.
+    like: Tensor
 
     @staticmethod
     def of(
@@ -30,7 +32,7 @@ class MergedWeight(Tensor):
         weight: MergedWeight = Tensor._make_wrapper_subclass(
             MergedWeight, shape, dtype=like.dtype, device=like.device, requires_grad=requires_grad
         )
-        weight._merge = merge
+        weight._merge, weight.like = merge, like
         return weight
 
     @classmethod

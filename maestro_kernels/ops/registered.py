@@ -7,8 +7,9 @@ maestro_kernels::lod_linear_backward  dxs + dus + dvs + dbiases + dresiduals + d
 
 A layer is a group of one. `xs` holds one shared input or one per layer; `biases` those that exist
 (torch.library differentiates a Tensor[] but not a Tensor?[]), `has_bias` says whose, and so for
-residuals and norms; "none" is no activation. A schema has no `int | Tensor`:
-`ranks` or `rank_tensor` holds the ranks, or neither.
+residuals and norms; exported programs have one tensor that nobody reads where there are none.
+"none" is no activation. A schema has no `int | Tensor`: `ranks` or `rank_tensor` holds the ranks,
+or neither.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ def run(call: Call, backend: str | None, train: bool) -> list[Tensor]:
     if eager.transforms_active():
         return list(_Transformed.apply(signature, *signature.tensors(call))[: call.n])
     arguments = signature.arguments(signature.tensors(call))
+    if torch.compiler.is_exporting():
+        # Packages of AOTInductor lose a list that is empty.
+        xs, us, vs, *others = arguments[:_KINDS]
+        filled = (part or list(call.xs[:1]) for part in others)
+        arguments = (xs, us, vs, *filled, *arguments[_KINDS:])
     if train:
         return list(_ops.lod_linear_train(*arguments)[0])
     return list(_ops.lod_linear(*arguments))
@@ -235,8 +241,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ys, hs = output if isinstance(output, tuple) else (output, [])
     call = _call_of(*inputs)
     signature = _Signature.of(call, inputs[-1])
-    _keep(ctx, signature, signature.tensors(call), kept_outputs(call, ys) if hs else [], hs)
-    ctx.wanted = [any(t.requires_grad for t in tensors) for tensors in inputs[:_KINDS]]
+    tensors = signature.tensors(call)
+    _keep(ctx, signature, tensors, kept_outputs(call, ys) if hs else [], hs)
+    ctx.wanted = [any(t.requires_grad for t in part) for part in signature.split(tensors)[:_KINDS]]
+    ctx.numbers = [len(part) for part in inputs[:_KINDS]]
 
 
 def _keep(
@@ -275,7 +283,9 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None], wanted: Sequence[bool]) -
 
 
 def _registered_backward(ctx: Any, dys: Any, dhs: Any = None) -> tuple[Any, ...]:
-    return (*_gradients(ctx, dys, ctx.wanted), *[None] * _NUM_CHOICES)
+    both = zip(_gradients(ctx, dys, ctx.wanted), ctx.numbers, strict=True)
+    parts = ([*part, *[None] * (number - len(part))] for part, number in both)
+    return (*parts, *[None] * _NUM_CHOICES)
 
 
 class _Transformed(torch.autograd.Function):

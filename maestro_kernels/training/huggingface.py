@@ -63,9 +63,7 @@ class MaestroCallback(Callback, TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the optimizer; on resume, take up what the checkpoint says."""
-        # accelerate wraps the optimizer, and hooks belong on the one that steps.
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        self.maestro = Maestro(kwargs["model"], optimizer, **self.options)
+        self.maestro = Maestro(kwargs["model"], kwargs["optimizer"], **self.options)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if isinstance(saved, list):
             saved = saved[-1]

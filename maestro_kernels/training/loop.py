@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from maestro_kernels.arguments import check_int
 from maestro_kernels.training.freezing import SequentialFreezing
 from maestro_kernels.training.layers import require_layers
+from maestro_kernels.training.optimizer_state import bare_optimizer
 from maestro_kernels.training.penalties import (
     funnel,
     funnel_start,
@@ -60,7 +61,8 @@ class Maestro:
 
     Args:
         model: holds LoDLinear or LoDConv2d layers, `convert(model, allow_larger=True)`.
-        optimizer: over the model's parameters, made after the conversion.
+        optimizer: over the model's parameters, made after the conversion; also as accelerate's
+            `prepare` returns it.
         lam: weight of the penalty, >= 0.
         threshold: components b with importance(b) below it are dropped.
         sampler: "single" (one (layer, rank) pair a step, the paper's), "independent", "fixed",
@@ -105,6 +107,8 @@ class Maestro:
     ) -> None:
         fn = "Maestro"
         require_layers(fn, model)
+        # Hooks belong on the optimizer that steps.
+        optimizer = bare_optimizer(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"{fn}: optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"

@@ -53,6 +53,7 @@ def check_optimizers(fn: str, optimizer: Optimizers) -> list[Optimizer]:
     expected = f"{fn}: optimizer: expected a torch.optim.Optimizer, a sequence of them or None"
     if not isinstance(found, Sequence):
         raise TypeError(f"{expected}, got {type(optimizer).__name__}")
+    found = [bare_optimizer(item) for item in found]
     for item in found:
         if not isinstance(item, Optimizer):
             raise TypeError(f"{expected}, got {type(item).__name__} in it")
@@ -62,6 +63,13 @@ def check_optimizers(fn: str, optimizer: Optimizers) -> list[Optimizer]:
                 f"{fn}: optimizer: expected one that keeps its state per parameter, got {opaque[0]}"
             )
     return list(found)
+
+
+def bare_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside the one that accelerate's `prepare` gave out, else itself."""
+    while any(cls.__name__ == "AcceleratedOptimizer" for cls in type(optimizer).__mro__):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def check_state(fn: str, optimizers: Iterable[Optimizer], names: dict[Tensor, str]) -> None:

@@ -156,7 +156,7 @@ class _SquaredNorms(torch.autograd.Function):
             if i >= half:
                 slope = slope if count == 1 else slope.repeat(count)
                 slope = slope.reshape(-1, *(1,) * (t.dim() - 1))
-            grads.append((t * _beside(slope, t)).to(t.dtype))
+            grads.append(_scaled(t, slope).to(t.dtype))
         return None, *grads
 
 
@@ -193,14 +193,17 @@ def _places(widths: tuple[int, ...], device: torch.device) -> Tensor:
     ).to(device)
 
 
-def _beside(value: Tensor, factor: Tensor) -> Tensor:
-    """`value`, known whole to every process, in a form that multiplies the factor."""
+def _scaled(factor: Tensor, slope: Tensor) -> Tensor:
+    """The product, spread over the processes as the factor is; all of them know the slope."""
     if not hasattr(factor, "device_mesh"):
-        return value
+        return factor * slope
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = factor.device_mesh
-    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    product = factor * DTensor.from_local(slope, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    # With a single row or column torch would rather hold it whole on each.
+    spread: Tensor = product.redistribute(placements=factor.placements)  # type: ignore[attr-defined]
+    return spread
 
 
 def _group_sizes(layers: list[LoDLayer], like: Tensor, *, tail: bool) -> Tensor:

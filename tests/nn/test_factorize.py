@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from maestro_kernels.nn.factorize import factorize
+from maestro_kernels.nn.factorize import factorize, recompress
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (9, 9), (1, 5), (5, 1)])
@@ -106,3 +106,16 @@ def test_rank_deficient_weights_reconstruct():
 def test_factorize_errors(arguments, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         factorize(*arguments)
+
+
+@pytest.mark.parametrize(("shape", "R"), [((12, 20), 7), ((20, 12), 12), ((6, 5), 9)])
+def test_recompressed_factors_are_those_of_the_product(shape, R):
+    u = torch.randn(shape[0], R, dtype=torch.float64)
+    v = torch.randn(R, shape[1], dtype=torch.float64)
+    rank = min(4, R)
+    new_u, new_v = recompress(u, v, rank)
+    best_u, best_v = factorize(u @ v, rank)
+    assert_close(new_u @ new_v, best_u @ best_v)
+    assert_close(new_u.square().sum(0), new_v.square().sum(1))
+    assert new_u.is_contiguous()
+    assert new_v.is_contiguous()

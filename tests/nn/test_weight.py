@@ -116,3 +116,12 @@ def test_reading_the_dtype_compiles_and_leaves_no_product_behind():
     assert_close(compiled(), merged(made))
     made.rank = 2
     assert_close(compiled(), merged(made))
+
+
+def test_a_layer_takes_its_own_weight_back_and_no_other(merges):
+    one, other = layer(), layer()
+    one.weight = one.weight
+    assert merges == []
+    for value in (other.weight, torch.zeros(N, K, dtype=torch.float64)):
+        with pytest.raises(AttributeError, match=r"LoDLinear: weight: expected it to be read, got"):
+            one.weight = value

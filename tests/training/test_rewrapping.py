@@ -182,6 +182,36 @@ def trajectory(wrap, kind):
     training.rewrap(together, optimizer, WRAPPERS[wrap])
 
 
+def training_makes_it_smaller(wrap):
+    """Maestro's penalty drives components to zero, with nobody's help, as in one process."""
+
+    def fit(model, wrap_fn):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        maestro = training.Maestro(model, optimizer, lam=0.03, shrink_every=0, seed=2)
+        found = []
+        for epoch in range(4):
+            for x, y in maestro.epoch(batches(6, epoch)):
+                if wrap_fn is not None:
+                    x, y = x.chunk(WORLD)[dist.get_rank()], y.chunk(WORLD)[dist.get_rank()]
+                optimizer.zero_grad()
+                (model(x) - y).square().mean().backward()
+                optimizer.step()
+            if wrap_fn is None:
+                training.shrink(model, optimizer, threshold=0.2)
+            else:
+                model, _ = training.rewrap(model, optimizer, wrap_fn, threshold=0.2)
+            found.append([layer.max_rank for layer in lod(model).values()])
+        maestro.close()
+        return model, found
+
+    alone, expected = fit(net(), None)
+    together, found = fit(WRAPPERS[wrap](net()), WRAPPERS[wrap])
+    assert found == expected
+    assert all(last < first for first, last in zip((7, 12, 5), found[-1], strict=True)), found
+    assert len({tuple(ranks) for ranks in found}) > 2, found
+    assert_equal_models(together, alone)
+
+
 def penalties_of_shards(name):
     alone, together = net(), sharded(net())
     if name == "funnel":
@@ -322,6 +352,7 @@ CASES = {
     **{f"refuses-{w}": (shrink_refuses, w) for w in ("ddp", "fsdp")},
     **{f"errors-{w}": (errors_leave_the_model_wrapped, w) for w in ("ddp", "fsdp")},
     "different-factors": (different_factors_raise_or_agree,),
+    **{f"training-{w}": (training_makes_it_smaller, w) for w in ("ddp", "fsdp")},
     "freezing": (frozen_factors_are_synchronised_later,),
     **{f"dense-{w}": (layers_become_dense, w) for w in ("ddp", "fsdp")},
     "wrap-fn": (wrappers_that_hide_parameters_are_refused,),

@@ -20,6 +20,7 @@ from maestro_kernels.imports import when_imported
 from maestro_kernels.nn.hub import seals
 from maestro_kernels.nn.hub.record import METHOD, record_of
 from maestro_kernels.nn.layer import LoDLayer
+from maestro_kernels.nn.lowering import is_lowered
 from maestro_kernels.nn.pivoted import PivotedLinear
 
 OLDEST = (5, 0)
@@ -91,6 +92,8 @@ def _wrapped(save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            _refuse_lowered(self)
         if not _needs_us(self):
             return save(self, *args, **kwargs)
         with described(self, given.get("state_dict")) as name:
@@ -120,11 +123,12 @@ def described(model: Any, state: Any = None) -> Iterator[str]:
     """Let a model have a quantizer that describes it; the name of the save.
 
     Raises:
-        NotImplementedError: it has another one, or transformers is too old.
+        NotImplementedError: it has another one, it was lowered, or transformers is too old.
         ValueError: a layer that cannot be built again from its factors.
     """
     fn = "save_pretrained"
     check_version(fn)
+    _refuse_lowered(model)
     from maestro_kernels.nn.hub.quantizer import LoDConfig, LoDQuantizer
 
     if getattr(model, "hf_quantizer", None) is not None:
@@ -148,6 +152,16 @@ def described(model: Any, state: Any = None) -> Iterator[str]:
             del model.config.quantization_config
         else:
             model.config.quantization_config = before
+
+
+def _refuse_lowered(model: Any) -> None:
+    """Raise for a model whose tensors have names that its architecture has not."""
+    if is_lowered(model):
+        raise NotImplementedError(
+            "save_pretrained: model: expected the layers that its configuration describes, got a "
+            "lowered model, which from_pretrained could not load: save it before mk.nn.lower, or "
+            "its state_dict()"
+        )
 
 
 def _stored_names(model: nn.Module) -> dict[str, str]:
