@@ -2,8 +2,9 @@
 
 from maestro_kernels.nn.active_ranks import lod_layers, ranks, set_ranks, truncate
 from maestro_kernels.nn.candidates import Candidate, classify
-from maestro_kernels.nn.conv import LoDConv2d
+from maestro_kernels.nn.conv import LoDConv1d, LoDConv2d
 from maestro_kernels.nn.conversion import ConversionReport, conversion_report, convert, to_dense
+from maestro_kernels.nn.experts import LoDExperts
 from maestro_kernels.nn.freshness import refresh
 from maestro_kernels.nn.grouping import group, groups, ungroup
 from maestro_kernels.nn.layer import LoDLayer
@@ -17,7 +18,9 @@ __all__ = [
     "Candidate",
     "ConversionReport",
     "LayerSummary",
+    "LoDConv1d",
     "LoDConv2d",
+    "LoDExperts",
     "LoDLayer",
     "LoDLinear",
     "ModelSummary",

@@ -56,7 +56,9 @@ class Zoo(nn.Module):
         self.patched.forward = lambda x: x
         self.scaled = WithScale(16, 16)
         self.lazy = nn.LazyLinear(16)
-        self.conv1d = nn.Conv1d(16, 16, 3)
+        self.conv3d = nn.Conv3d(16, 16, 3)
+        self.positions = nn.Module()
+        self.positions.pos_embed = nn.Parameter(torch.zeros(1, 9, 16))
         self.integer = nn.Linear(16, 16)
         self.integer.weight = nn.Parameter(
             torch.zeros(16, 16, dtype=torch.int8), requires_grad=False
@@ -81,13 +83,17 @@ STAYS = {
     "experts": "gate_up (4, 16, 16) is a fused 3-d tensor (as experts have)",
     "normed": "its weight is computed by a parametrization or a hook",
     "normed.parametrizations.weight": (
-        "ParametrizationList is no linear layer or 2-d convolution; it owns original1 (16, 16)"
+        "ParametrizationList is no linear layer or 1-d or 2-d convolution; "
+        "it owns original1 (16, 16)"
     ),
     "own": "OwnForward has a forward of its own",
     "patched": "Linear has a forward of its own",
     "scaled": "WithScale holds more than a weight and a bias",
     "lazy": "it is lazy and has no weight yet",
-    "conv1d": "Conv1d is no linear layer or 2-d convolution; it owns weight (16, 16, 3)",
+    "conv3d": (
+        "Conv3d is no linear layer or 1-d or 2-d convolution; it owns weight (16, 16, 3, 3, 3)"
+    ),
+    "positions": "pos_embed (1, 9, 16) is a table that is added, not multiplied with",
     "integer": "its weight is torch.int8",
     "empty": "the weight is empty",
 }

@@ -14,7 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from maestro_kernels.nn.grouping import groups
-from maestro_kernels.nn.structure import HUB_VERSION, Structure, describe, linears, parse, slots
+from maestro_kernels.nn.structure import (
+    HUB_VERSION,
+    Structure,
+    describe,
+    linears,
+    opened_names,
+    parse,
+    slots,
+)
 
 # The name under which transformers finds our quantizer.
 METHOD = "maestro_kernels"
@@ -50,7 +58,8 @@ def record_of(fn: str, model: nn.Module, dtype: str, stored: dict[str, str]) -> 
     """
     layers = describe(fn, model)
     ties, grouped = _ties(model, layers), bool(groups(model))
-    structure = Structure(layers, ties, [], grouped, HUB_VERSION, linears(model))
+    others = {"linears": linears(model), "opened": opened_names(model)}
+    structure = Structure(layers, ties, [], grouped, HUB_VERSION, **others)
     return Record(structure, secrets.token_hex(16), dtype, stored)
 
 
