@@ -14,6 +14,7 @@ from maestro_kernels.measure import cost
 from maestro_kernels.nn.experts import LoDExperts
 from maestro_kernels.nn.kinds import DENSE, OPENED
 from maestro_kernels.nn.layer import LoDLayer
+from maestro_kernels.nn.own_forward import is_linear
 from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.nn.swapping import Slots, find_slots, named_layers
 from maestro_kernels.problem import DTYPES
@@ -221,11 +222,15 @@ def _obstacle(name: str, module: nn.Module, base: type, context: _Context) -> st
         getattr(type(module), method, None) is not getattr(base, method, None)
         for method in ("forward", "_conv_forward")
     )
+    more = set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules
+    plain = type(weight) is nn.Parameter and not more and weight.dtype in DTYPES
+    if overrides and plain and isinstance(module, nn.Linear):
+        overrides = not is_linear(module)
     if overrides or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
-    if set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules:
+    if more:
         return f"{type(module).__name__} holds more than a weight and a bias"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}"
