@@ -1,6 +1,7 @@
 """Factorised layers and what turns models into them and back. No kernel is known here."""
 
 from maestro_kernels.nn.active_ranks import lod_layers, ranks, set_ranks, truncate
+from maestro_kernels.nn.attention import LoDMultiheadAttention
 from maestro_kernels.nn.candidates import Candidate, classify
 from maestro_kernels.nn.conv import LoDConv1d, LoDConv2d
 from maestro_kernels.nn.conversion import ConversionReport, conversion_report, convert, to_dense
@@ -23,6 +24,7 @@ __all__ = [
     "LoDExperts",
     "LoDLayer",
     "LoDLinear",
+    "LoDMultiheadAttention",
     "ModelSummary",
     "PivotedLinear",
     "classify",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maestro_kernels.functional import lod_linear_grouped
 from maestro_kernels.imports import when_imported
 from maestro_kernels.nn.linear import LoDLinear, trainable
-from maestro_kernels.nn.opened import Opened, linear_of
+from maestro_kernels.nn.opened import Opened, dense_linear_of, linear_of
 from maestro_kernels.problem import DTYPES
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ class LoDExperts(Opened):
     values only.
     """
 
-    expected = "experts of transformers"
     gate_up: nn.ModuleList
     up: nn.ModuleList
     down: nn.ModuleList
@@ -82,7 +81,7 @@ class LoDExperts(Opened):
         parts = _parts_of(self)
         made = self._closed(set(parts))
         for part in parts:
-            dense = [_dense(layer) for layer in self._modules[part]]  # type: ignore[union-attr]
+            dense = [dense_linear_of(layer) for layer in self._modules[part]]  # type: ignore[union-attr]
             weights = [layer.weight.detach() for layer in dense]
             weight = torch.stack([w.mT for w in weights] if self.is_transposed else weights)
             made.register_parameter(_PARTS[part], trainable(weight, dense[0].weight))
@@ -163,12 +162,6 @@ def _stacked(module: nn.Module, part: str) -> tuple[nn.Parameter, nn.Parameter |
     weight = module._parameters[_PARTS[part]]
     assert weight is not None
     return weight, module._parameters.get(f"{_PARTS[part]}_bias")
-
-
-def _dense(layer: nn.Module) -> nn.Linear:
-    dense = layer if isinstance(layer, nn.Linear) else layer.to_dense()  # type: ignore[operator]
-    assert isinstance(dense, nn.Linear)
-    return dense
 
 
 def _rows(layer: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from maestro_kernels.nn.attention import LoDMultiheadAttention
 from maestro_kernels.nn.conv import LoDConv1d, LoDConv2d
 from maestro_kernels.nn.experts import LoDExperts
 from maestro_kernels.nn.layer import LoDLayer
@@ -20,7 +21,7 @@ DENSE: dict[str, type[nn.Module]] = {
     "conv1d": nn.Conv1d,
     "conv2d": nn.Conv2d,
 }
-OPENED: tuple[type[Opened], ...] = (LoDExperts,)
+OPENED: tuple[type[Opened], ...] = (LoDExperts, LoDMultiheadAttention)
 
 LINEAR = ("linear", "hf_conv1d", "lod_linear")
 CONVOLUTIONS = ("conv1d", "conv2d", "lod_conv1d", "lod_conv2d")

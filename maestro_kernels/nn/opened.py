@@ -6,12 +6,13 @@ saved like any other. The dense module can be made again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from maestro_kernels.nn.linear import trainable
+from maestro_kernels.nn.linear import LoDLinear, trainable
+from maestro_kernels.nn.pivoted import PivotedLinear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,11 +37,9 @@ class Opened(nn.Module):
     All else of that module (children, settings, mode, call hooks) is taken over.
 
     Attributes:
-        expected: what `recognises` looks for, in a few words, for errors.
         closed_type: class of the module that this one stands for.
     """
 
-    expected: ClassVar[str]
     closed_type: type[nn.Module]
 
     @classmethod
@@ -112,3 +111,11 @@ def linear_of(weight: Tensor, bias: Tensor | None, like: nn.Parameter) -> nn.Lin
     if bias is not None:
         layer.bias = trainable(bias.detach(), bias)
     return layer
+
+
+def dense_linear_of(layer: nn.Module | None) -> nn.Linear:
+    """An nn.Linear as it is, a factorised one merged."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    assert isinstance(layer, LoDLinear | PivotedLinear)
+    return layer.to_linear()

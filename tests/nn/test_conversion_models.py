@@ -33,6 +33,10 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.randn(4, 16, 16))
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """May do anything with its weights."""
+
+
 class Zoo(nn.Module):
     """One layer of each kind that must not be swapped, and two that may."""
 
@@ -47,7 +51,7 @@ class Zoo(nn.Module):
         self.viewed_b.weight.data = self.viewed_a.weight.data
         self.once = nn.Linear(16, 16)
         self.again = self.once
-        self.attention = nn.MultiheadAttention(16, 2)
+        self.attention = OwnAttention(16, 2)
         self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
         self.experts = Experts()
         self.normed = weight_norm(nn.Linear(16, 16))
@@ -138,7 +142,7 @@ def test_transformer_encoder_runs_converted_in_both_modes(batch_first):
     expected = model.train()(x, src_key_padding_mask=mask)
     convert(model, allow_larger=True)
     assert isinstance(model.layers[0].linear1, LoDLinear)
-    assert type(model.layers[0].self_attn.out_proj) is not LoDLinear
+    assert isinstance(model.layers[0].self_attn.out_proj, LoDLinear)
     for module in model.modules():
         if isinstance(module, LoDLinear):
             module.truncate(16)
@@ -151,6 +155,9 @@ def test_transformer_encoder_runs_converted_in_both_modes(batch_first):
     keep = ~(mask if batch_first else mask.T)
     assert_close(fused[keep], lower[keep], rtol=1e-4, atol=1e-5)
     assert (lower - expected).abs().max() > 1e-3
+    model.layers[0].linear1.rank, model.layers[1].self_attn.v_proj.rank = 16, 2
+    with torch.no_grad():
+        assert (model(x, src_key_padding_mask=mask) - fused)[keep].abs().max() > 1e-3
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------
