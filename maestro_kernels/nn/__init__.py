@@ -3,7 +3,7 @@
 from maestro_kernels.nn.active_ranks import lod_layers, ranks, set_ranks, truncate
 from maestro_kernels.nn.attention import LoDMultiheadAttention
 from maestro_kernels.nn.candidates import Candidate, classify
-from maestro_kernels.nn.conv import LoDConv1d, LoDConv2d
+from maestro_kernels.nn.conv import LoDConv, LoDConv1d, LoDConv2d
 from maestro_kernels.nn.conversion import ConversionReport, conversion_report, convert, to_dense
 from maestro_kernels.nn.experts import LoDExperts
 from maestro_kernels.nn.freshness import refresh
@@ -19,6 +19,7 @@ __all__ = [
     "Candidate",
     "ConversionReport",
     "LayerSummary",
+    "LoDConv",
     "LoDConv1d",
     "LoDConv2d",
     "LoDExperts",

@@ -44,30 +44,41 @@ class LoDMultiheadAttention(Opened):
     k_proj: nn.Module
     v_proj: nn.Module
     out_proj: nn.Module
+    bias_k: nn.Parameter | None
+    bias_v: nn.Parameter | None
+    # Settings of the module that this one stands for.
+    embed_dim: int
+    kdim: int
+    vdim: int
+    num_heads: int
+    head_dim: int
+    dropout: float
+    batch_first: bool
+    add_zero_attn: bool
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:  # noqa: D102
-        if type(module) is not nn.MultiheadAttention or "forward" in vars(module):
+    def recognises(cls, model: nn.Module) -> bool:  # noqa: D102
+        if type(model) is not nn.MultiheadAttention or "forward" in vars(model):
             return False
-        out = module._modules.get("out_proj")
-        held = [p for p in module.parameters() if p is not None]
+        out = model._modules.get("out_proj")
+        held = [p for p in model.parameters() if p is not None]
         return (
             type(out) is NonDynamicallyQuantizableLinear
             and set(out._parameters) == {"weight", "bias"}
-            and len(module._modules) == 1
-            and not module._buffers
+            and len(model._modules) == 1
+            and not model._buffers
             and all(type(p) is nn.Parameter and p.dtype in DTYPES for p in held)
         )
 
     @classmethod
-    def of(cls, module: nn.Module) -> Self:  # noqa: D102
-        assert isinstance(module, nn.MultiheadAttention)
-        made = cls._around(module)
+    def of(cls, model: nn.Module) -> Self:  # noqa: D102
+        assert isinstance(model, nn.MultiheadAttention)
+        made = cls._around(model)
         # The class says so for all of them.
         del vars(made)["_qkv_same_embed_dim"]
-        packed, bias = module.in_proj_weight, module.in_proj_bias
+        packed, bias = model.in_proj_weight, model.in_proj_bias
         weights = (
-            (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+            (model.q_proj_weight, model.k_proj_weight, model.v_proj_weight)
             if packed is None
             else packed.detach().chunk(3)
         )
@@ -78,8 +89,8 @@ class LoDMultiheadAttention(Opened):
             made._modules[name] = linear_of(weight, own, weight if packed is None else packed)
         made._modules["out_proj"] = out
         for name in ("bias_k", "bias_v"):
-            if name in module._parameters:
-                made.register_parameter(name, module._parameters[name])
+            if name in model._parameters:
+                made.register_parameter(name, model._parameters[name])
         return made
 
     def close(self) -> nn.Module:  # noqa: D102
@@ -106,7 +117,7 @@ class LoDMultiheadAttention(Opened):
     @property
     def in_proj_weight(self) -> Tensor | None:
         """(3 E, E), or None for inputs of several sizes; computed when its values are used."""
-        weights = [layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj)]
+        weights: list[Any] = [layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj)]
         E = self.embed_dim
         if not self.kdim == self.vdim == E:
             return None
@@ -171,15 +182,13 @@ class LoDMultiheadAttention(Opened):
     def _with_more(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values with those that are not of the input behind them."""
         B = k.shape[0]
-        if self.bias_k is not None:
-            more = [self._heads(bias, 0).expand(B, -1, -1, -1) for bias in self._biases()]
-            k, v = torch.cat((k, more[0]), 2), torch.cat((v, more[1]), 2)
+        if self.bias_k is not None and self.bias_v is not None:
+            one, its = (self._heads(bias, 0) for bias in (self.bias_k, self.bias_v))
+            k = torch.cat((k, one.expand(B, -1, -1, -1)), 2)
+            v = torch.cat((v, its.expand(B, -1, -1, -1)), 2)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         return k, v
-
-    def _biases(self) -> tuple[Tensor, Tensor]:
-        return self.bias_k, self.bias_v
 
     def _mask(
         self,

@@ -105,7 +105,7 @@ class LoDConv(LoDLayer):
 
     def _shrink(self, x: Tensor, v: Tensor) -> Tensor:
         """H = conv(x, v), with this layer's padding."""
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = self.padded(x), 0
         return self._convolve(x, v, None, self.stride, padding, self.dilation, self.groups)

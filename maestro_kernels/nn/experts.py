@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,20 +39,25 @@ class LoDExperts(Opened):
     gate_up: nn.ModuleList
     up: nn.ModuleList
     down: nn.ModuleList
+    # What the module has that this one stands for.
+    act_fn: nn.Module
+    post_expert_norm: nn.Module
+    is_transposed: bool
+    has_bias: bool
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:  # noqa: D102
+    def recognises(cls, model: nn.Module) -> bool:  # noqa: D102
         # What transformers' decorator leaves: the contract that its own implementations rely on.
-        kind, own = type(module), vars(module)
+        kind, own = type(model), vars(model)
         decorated = hasattr(kind.forward, "__wrapped__") and hasattr(kind, "_apply_gate")
         flags = all(isinstance(own.get(name), bool) for name in ("is_transposed", "has_bias"))
-        if not (decorated and flags) or "forward" in own or module._buffers:
+        if not (decorated and flags) or "forward" in own or model._buffers:
             return False
-        weights = [module._parameters.get(_PARTS[part]) for part in _parts_of(module)]
-        names = {_PARTS[part] for part in _parts_of(module)}
+        weights: list[Any] = [model._parameters.get(_PARTS[part]) for part in _parts_of(model)]
+        names = {_PARTS[part] for part in _parts_of(model)}
         if own["has_bias"]:
             names |= {f"{name}_bias" for name in names}
-        held = {name for name, value in module._parameters.items() if value is not None}
+        held = {name for name, value in model._parameters.items() if value is not None}
         return held == names and all(
             type(w) is nn.Parameter
             and w.dim() == 3
@@ -63,13 +67,13 @@ class LoDExperts(Opened):
         )
 
     @classmethod
-    def of(cls, module: nn.Module) -> Self:  # noqa: D102
-        made = cls._around(module)
-        for part in _parts_of(module):
-            weight, bias = _stacked(module, part)
+    def of(cls, model: nn.Module) -> Self:  # noqa: D102
+        made = cls._around(model)
+        for part in _parts_of(model):
+            weight, bias = _stacked(model, part)
             made._modules[part] = nn.ModuleList(
                 linear_of(
-                    weight[e].mT if module.is_transposed else weight[e],
+                    weight[e].mT if model.is_transposed else weight[e],
                     None if bias is None else trainable(bias.detach()[e], bias),
                     weight,
                 )
@@ -108,10 +112,10 @@ class LoDExperts(Opened):
         ids, order = top_k_index.reshape(-1).sort(stable=True)
         counts = torch.bincount(ids, minlength=self.experts)[: self.experts].tolist()
         order = order[: sum(counts)]
-        gated = self._modules.get("gate_up")
-        first = self.up if gated is None else gated
-        h = self._multiplied(first, hidden_states[order // chosen], counts)  # type: ignore[arg-type]
-        h = self.act_fn(h) if gated is None else self._apply_gate(h)
+        gated = "gate_up" in self._modules
+        x = hidden_states[order // chosen]
+        h = self._multiplied(self.gate_up if gated else self.up, x, counts)
+        h = self._apply_gate(h) if gated else self.act_fn(h)
         y = self._multiplied(self.down, h, counts)
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
@@ -124,7 +128,7 @@ class LoDExperts(Opened):
         h: Tensor = self.closed_type._apply_gate(self, gate_up)  # type: ignore[attr-defined]
         return h
 
-    def _multiplied(self, layers: Sequence[Any], x: Tensor, counts: list[int]) -> Tensor:
+    def _multiplied(self, layers: nn.ModuleList, x: Tensor, counts: list[int]) -> Tensor:
         """The rows of x, sorted by expert, through the layer of each."""
         xs = x.split(counts)
         # Sums over nothing: who trains gets zero gradients instead of none, which is what DDP
@@ -133,7 +137,7 @@ class LoDExperts(Opened):
         hit = [e for e, count in enumerate(counts) if count or every]
         if not hit:
             return x.new_zeros(0, _rows(layers[0]))
-        called = [layers[e] for e in hit]
+        called: list[Any] = [layers[e] for e in hit]
         if not all(_is_plain(layer, called[0]) for layer in called):
             return torch.cat([layer(xs[e]) for layer, e in zip(called, hit, strict=True)])
         ys = lod_linear_grouped(

@@ -43,12 +43,12 @@ class Opened(nn.Module):
     closed_type: type[nn.Module]
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, model: nn.Module) -> bool:
         """Whether `of` can open this module."""
         raise NotImplementedError
 
     @classmethod
-    def of(cls, module: nn.Module) -> Self:
+    def of(cls, model: nn.Module) -> Self:
         """The open form, dense: its linear layers look at the memory of the module's parameters."""
         raise NotImplementedError
 
@@ -57,11 +57,11 @@ class Opened(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def _around(cls, module: nn.Module) -> Self:
+    def _around(cls, model: nn.Module) -> Self:
         """An open form that has all but the matrices."""
         made = cls.__new__(cls)
-        _take_over(made, module)
-        made.closed_type = type(module)
+        _take_over(made, model)
+        made.closed_type = type(model)
         return made
 
     def _closed(self, parts: set[str]) -> nn.Module:

@@ -229,8 +229,9 @@ def _collect(fn: str, model: nn.Module) -> tuple[Structure, dict[str, Tensor]]:
             tensors[key] = torch.tensor(record.rank, dtype=torch.int32)
     buffers = [key for key, slot in found.items() if not slot.persistent]
     grouped = bool(groups(model))
-    others = {"linears": linears(model), "opened": opened_names(model)}
-    structure = Structure(layers, ties, buffers, grouped, **others)
+    structure = Structure(
+        layers, ties, buffers, grouped, linears=linears(model), opened=opened_names(model)
+    )
     # What would not load into the very model it comes from is refused now, not later.
     try:
         fit(fn, Path(), structure, tensors, model)

@@ -99,7 +99,10 @@ def opened(model: nn.Module, names: Collection[str] | None = None) -> Iterator[O
         opening.model = swap_layers(model, forms, inplace=True)
         yield opening
     finally:
-        back = {form: old for form, old in closed.items() if form not in opening.kept}
+        back: dict[nn.Module, nn.Module] = {
+            form: old for form, old in closed.items() if form not in opening.kept
+        }
         swap_layers(opening.model, back, inplace=True)
-        for form in opening.kept & closed.keys():
-            form.own()
+        for form in closed:
+            if form in opening.kept:
+                form.own()

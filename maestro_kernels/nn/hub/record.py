@@ -58,8 +58,8 @@ def record_of(fn: str, model: nn.Module, dtype: str, stored: dict[str, str]) -> 
     """
     layers = describe(fn, model)
     ties, grouped = _ties(model, layers), bool(groups(model))
-    others = {"linears": linears(model), "opened": opened_names(model)}
-    structure = Structure(layers, ties, [], grouped, HUB_VERSION, **others)
+    open_ones = opened_names(model)
+    structure = Structure(layers, ties, [], grouped, HUB_VERSION, linears(model), open_ones)
     return Record(structure, secrets.token_hex(16), dtype, stored)
 
 
