@@ -19,6 +19,8 @@ from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.nn.swapping import Slots, find_slots, named_layers
 from maestro_kernels.problem import DTYPES
 
+# How words begin in the names of position embeddings and the like.
+_TABLES = ("pos", "embed", "token")
 _ROUTER = "it chooses among the experts beside it"
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -265,8 +267,8 @@ def _foreign(name: str, module: nn.Module, context: _Context) -> Candidate:
         reason = "nn.MultiheadAttention keeps q, k and v in parameters of its own"
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         reason = "an embedding is a table that is looked up, not multiplied with"
-    elif shape[0] == 1 or any(word in key for word in ("pos", "embed", "token")):
-        reason = f"{key} {shape} is a table that is added, not multiplied with"
+    elif shape[0] == 1 or any(word.startswith(_TABLES) for word in key.split("_")):
+        reason = f"{key} {shape} is a table of values, no matrix that multiplies x"
     elif parameter.dim() == 3 and not type(module).__module__.startswith("torch.nn."):
         reason = f"{key} {shape} is a fused 3-d tensor (as experts have)"
     else:

@@ -16,6 +16,7 @@ from maestro_kernels.problem import DTYPES
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_WATCHED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PARTS = {"gate_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}
 
 
@@ -134,9 +135,7 @@ class LoDExperts(Opened):
         # Sums over nothing: who trains gets zero gradients instead of none, which is what DDP
         # needs, and what the parameter that holds all experts gets.
         every = self.training and torch.is_grad_enabled()
-        hit = [e for e, count in enumerate(counts) if count or every]
-        if not hit:
-            return x.new_zeros(0, _rows(layers[0]))
+        hit = [e for e, count in enumerate(counts) if count or every] or [0]
         called: list[Any] = [layers[e] for e in hit]
         if not all(_is_plain(layer, called[0]) for layer in called):
             return torch.cat([layer(xs[e]) for layer, e in zip(called, hit, strict=True)])
@@ -168,11 +167,6 @@ def _stacked(module: nn.Module, part: str) -> tuple[nn.Parameter, nn.Parameter |
     return weight, module._parameters.get(f"{_PARTS[part]}_bias")
 
 
-def _rows(layer: Any) -> int:
-    rows: int = layer.out_features
-    return rows
-
-
 def _is_plain(layer: nn.Module, first: LoDLinear) -> bool:
     """Whether a layer may run in a call with others: nobody looks on, nothing is packed."""
     own = vars(layer)
@@ -192,4 +186,3 @@ def _stay_outside() -> None:
 
 
 when_imported("torch._dynamo", _stay_outside)
-_WATCHED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -61,6 +61,8 @@ class Zoo(nn.Module):
         self.scaled = WithScale(16, 16)
         self.lazy = nn.LazyLinear(16)
         self.conv3d = nn.Conv3d(16, 16, 3)
+        self.relative = nn.Module()
+        self.relative.relative_position_bias_table = nn.Parameter(torch.zeros(9, 16, 2))
         self.positions = nn.Module()
         self.positions.pos_embed = nn.Parameter(torch.zeros(1, 9, 16))
         self.integer = nn.Linear(16, 16)
@@ -97,7 +99,9 @@ STAYS = {
     "conv3d": (
         "Conv3d is no linear layer or 1-d or 2-d convolution; it owns weight (16, 16, 3, 3, 3)"
     ),
-    "positions": "pos_embed (1, 9, 16) is a table that is added, not multiplied with",
+    "relative": "relative_position_bias_table (9, 16, 2) is a table of values, no matrix that "
+    "multiplies x",
+    "positions": "pos_embed (1, 9, 16) is a table of values, no matrix that multiplies x",
     "integer": "its weight is torch.int8",
     "empty": "the weight is empty",
 }

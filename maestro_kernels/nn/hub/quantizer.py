@@ -134,14 +134,7 @@ class LoDQuantizer(HfQuantizer):
         """Hang layers on the meta device where the record has factorised ones."""
         at = Where(f"{_FN}: {CONFIG}", f"{_FN}: tensors")
         modules = {plain(path): m for path, m in model.named_modules(remove_duplicate=False)}
-        forms = {}
-        for name in self.record.structure.opened:
-            module = modules.get(_name_in(model, name, modules) or "")
-            form = None if module is None else open_form(module)
-            if module is not None and form is not None:
-                forms[module] = form
-        if forms:
-            swap_layers(model, forms, inplace=True)
+        if self._open(model, modules):
             modules = {plain(path): m for path, m in model.named_modules(remove_duplicate=False)}
         places = find_slots(model)
         layers: dict[int, nn.Module] = {}
@@ -168,6 +161,17 @@ class LoDQuantizer(HfQuantizer):
             for parent, child in places[key]:
                 setattr(parent, child, new)
         self._tie(model, names)
+
+    def _open(self, model: Any, modules: Mapping[str, nn.Module]) -> bool:
+        """Open the modules that were open when the model was saved, if there are any."""
+        forms: dict[nn.Module, nn.Module] = {}
+        for name in self.record.structure.opened:
+            here = _name_in(model, name, modules)
+            form = None if here is None else open_form(modules[here])
+            if here is not None and form is not None:
+                forms[modules[here]] = form
+        swap_layers(model, forms, inplace=True)
+        return bool(forms)
 
     def _layer(
         self,
