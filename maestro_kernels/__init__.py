@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from maestro_kernels import nn
 from maestro_kernels.functional import explain, lod_linear, lod_linear_grouped
 from maestro_kernels.nn import (
+    LoDConv1d,
     LoDConv2d,
     LoDLinear,
     adapters,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from maestro_kernels import search, training
 
 __all__ = [
+    "LoDConv1d",
     "LoDConv2d",
     "LoDLinear",
     "convert",

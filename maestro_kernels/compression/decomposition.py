@@ -15,14 +15,10 @@ from torch import Tensor, nn
 
 from maestro_kernels.compression.work import Work, key_of
 from maestro_kernels.measure.progress import Advance
-from maestro_kernels.nn.conversion import (
-    check_values,
-    in_place_of,
-    layer_from_pairs,
-    swap_layers,
-)
+from maestro_kernels.nn.conversion import check_values, in_place_of, layer_from_pairs
 from maestro_kernels.nn.factorize import factorize
 from maestro_kernels.nn.moments import input_moments
+from maestro_kernels.nn.swapping import swap_layers
 from maestro_kernels.search.layers import Layer
 from maestro_kernels.search.sensitivities import LayerSensitivity, Sensitivity
 from maestro_kernels.search.trial import Factors, matrices
@@ -191,14 +187,14 @@ def assemble(
     """Put factors in the place of the dense layers that have a rank."""
     modules = dict(model.named_modules())
     for i, (name, pairs, _) in enumerate(factors(layers, work, key)):
-        rank = ranks[name]
+        rank, kind = ranks[name], layers[name].kind
         advance(name, i, len(layers))
         if isinstance(rank, str):
             continue
         # Copies: the files that these are mapped from will go.
         cut = [(u[:, :rank].contiguous().clone(), v[:rank].clone()) for u, v in pairs]
         module = modules.pop(name)
-        layer = in_place_of(module, layer_from_pairs(module, cut), share=True)
+        layer = in_place_of(module, layer_from_pairs(module, kind, cut), share=True)
         model = swap_layers(model, {module: layer}, inplace=True)
         del module
     return model

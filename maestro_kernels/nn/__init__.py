@@ -2,9 +2,11 @@
 
 from maestro_kernels.nn.active_ranks import lod_layers, ranks, set_ranks, truncate
 from maestro_kernels.nn.adapters import merge_adapters
+from maestro_kernels.nn.attention import LoDMultiheadAttention
 from maestro_kernels.nn.candidates import Candidate, classify
-from maestro_kernels.nn.conv import LoDConv2d
+from maestro_kernels.nn.conv import LoDConv, LoDConv1d, LoDConv2d
 from maestro_kernels.nn.conversion import ConversionReport, conversion_report, convert, to_dense
+from maestro_kernels.nn.experts import LoDExperts
 from maestro_kernels.nn.freshness import refresh
 from maestro_kernels.nn.grouping import group, groups, ungroup
 from maestro_kernels.nn.importing.factors import import_factors
@@ -21,9 +23,13 @@ __all__ = [
     "Candidate",
     "ConversionReport",
     "LayerSummary",
+    "LoDConv",
+    "LoDConv1d",
     "LoDConv2d",
+    "LoDExperts",
     "LoDLayer",
     "LoDLinear",
+    "LoDMultiheadAttention",
     "ModelSummary",
     "PivotedLinear",
     "classify",

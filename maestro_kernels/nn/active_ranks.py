@@ -8,9 +8,10 @@ from torch import nn
 
 from maestro_kernels.arguments import check_int, check_model, renamed
 from maestro_kernels.nn.candidates import classify
-from maestro_kernels.nn.conversion import dense_form, swap_layers
+from maestro_kernels.nn.conversion import dense_form
 from maestro_kernels.nn.grouping import ungroup
 from maestro_kernels.nn.layer import LoDLayer
+from maestro_kernels.nn.swapping import swap_layers
 
 
 def lod_layers(model: nn.Module) -> dict[str, LoDLayer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -11,14 +11,19 @@ from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_model
 from maestro_kernels.measure import cost
+from maestro_kernels.nn.experts import LoDExperts
 from maestro_kernels.nn.foreign import adapter_weights, quantiser_of, sizes_of
+from maestro_kernels.nn.kinds import DENSE, OPENED
 from maestro_kernels.nn.layer import LoDLayer
-from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.own_forward import is_linear
 from maestro_kernels.nn.pivoted import PivotedLinear
+from maestro_kernels.nn.swapping import Slots, find_slots, named_layers
 from maestro_kernels.problem import DTYPES
 
+# How words begin in the names of position embeddings and the like.
+_TABLES = ("pos", "embed", "token")
+_ROUTER = "it chooses among the experts beside it"
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
-Slots = dict[int, list[tuple[nn.Module, str]]]
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,9 @@ class Candidate:
 
     Attributes:
         name: dotted name in the model, "" for the model itself.
-        kind: "linear", "hf_conv1d" (Hugging Face's transposed linear), "conv2d", "lod_linear",
-            "lod_conv2d", "pivoted_linear", or the class name of anything else that owns a matrix.
+        kind: "linear", "hf_conv1d" (Hugging Face's transposed linear), "conv1d", "conv2d",
+            "lod_linear", "lod_conv1d", "lod_conv2d", "pivoted_linear", or the class name of
+            anything else that owns a matrix.
         N: rows of the matrix, per group.
         K: columns of the matrix, per group; in_channels / groups * k_h * k_w of a convolution.
         groups: matrices of this size.
@@ -67,6 +73,9 @@ def classify(
 ) -> dict[str, Candidate]:
     """Every layer of a model that owns a matrix, in module order, with the reason if it must stay.
 
+    A module that keeps several matrices in parameters of its own (fused experts of transformers) is
+    listed as the linear layers that `convert` makes of it, under the names they have then.
+
     Args:
         model: any module, also a single layer (its name is then "").
         include: only these layers; a pattern, several, or a function (name, module) -> bool. A
@@ -86,10 +95,10 @@ def find_candidates(
 ) -> dict[str, Candidate]:
     """`classify` for the public function that errors name."""
     check_model(fn, model)
-    names = dict(model.named_modules())
+    names = named_layers(model)
     included = selector(fn, "include", include, names, default=True)
     excluded = selector(fn, "exclude", exclude, names, default=False)
-    context = _Context.of(model)
+    context = _Context.of(names, find_slots(model))
     found = {}
     for name, module in names.items():
         if not _owns_matrix(module):
@@ -112,16 +121,6 @@ def matches(pattern: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
-def find_slots(model: nn.Module) -> Slots:
-    """The (parent, attribute) places that hold each module, by the module's id."""
-    slots: Slots = defaultdict(list)
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            if child is not None:
-                slots[id(child)].append((parent, key))
-    return slots
-
-
 @dataclass(frozen=True)
 class _Context:
     """What a single layer cannot know about itself."""
@@ -129,23 +128,27 @@ class _Context:
     slots: Slots
     owners: dict[tuple[str, int], set[str]]
     attention_outputs: frozenset[int]
+    # Names of blocks with experts -> how many.
+    experts: dict[str, int]
     names: dict[int, str]
     adapters: dict[nn.Module, str]
 
     @staticmethod
-    def of(model: nn.Module) -> _Context:
+    def of(modules: Mapping[str, nn.Module], slots: Slots) -> _Context:
         owners: dict[tuple[str, int], set[str]] = defaultdict(set)
-        attention = set()
+        attention, experts = set(), {}
         names = {}
-        for name, module in model.named_modules():
+        for name, module in modules.items():
             names[id(module)] = name
             if isinstance(module, nn.MultiheadAttention):
                 attention.add(id(module.out_proj))
+            if isinstance(module, LoDExperts):
+                experts[name.rpartition(".")[0]] = module.experts
             for key, parameter in module._parameters.items():
                 for identity in _identities(parameter):
                     owners[identity].add(f"{name}.{key}" if name else key)
-        adapters = dict(adapter_weights(model))
-        return _Context(find_slots(model), owners, frozenset(attention), names, adapters)
+        adapters = dict(adapter_weights(modules.values()))
+        return _Context(slots, owners, frozenset(attention), experts, names, adapters)
 
     def others(self, name: str, parameter: Tensor) -> list[str]:
         own = f"{name}.weight" if name else "weight"
@@ -164,7 +167,7 @@ def _identities(parameter: Tensor | None) -> list[tuple[str, int]]:
 
 
 def _owns_matrix(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear | nn.Conv2d | LoDLayer) or _hf_conv1d(module) is not None:
+    if isinstance(module, (LoDLayer, *DENSE.values())) or _hf_conv1d(module) is not None:
         return True
     return _largest(module) is not None or quantiser_of(module) is not None
 
@@ -189,26 +192,21 @@ def _hf_conv1d(module: nn.Module) -> type | None:
 
 def _describe(name: str, module: nn.Module, context: _Context) -> Candidate:
     if isinstance(module, LoDLayer):
-        N, K = module.matrix_shape
-        kind = "lod_linear" if isinstance(module, LoDLinear) else "lod_conv2d"
         reason = f"already factorised, rank {module.rank} of {module.max_rank}"
-        return Candidate(name, kind, N, K, module.groups, reason)
+        return Candidate(name, module.kind, *module.matrix_shape, module.groups, reason)
     if isinstance(module, PivotedLinear):
         reason = f"already factorised, pivoted at rank {module.rank}"
-        return Candidate(name, "pivoted_linear", *module.matrix_shape, 1, reason)
+        return Candidate(name, module.kind, *module.matrix_shape, 1, reason)
     quantiser = quantiser_of(module)
     if quantiser is not None:
         reason = f"quantised by {quantiser}: dequantise it first"
         return Candidate(name, type(module).__name__, *sizes_of(module), 1, reason)
     hf_conv1d = _hf_conv1d(module)
-    base: type | None = hf_conv1d
-    kind, groups = "hf_conv1d", 1
-    if isinstance(module, nn.Linear):
-        base, kind = nn.Linear, "linear"
-    elif isinstance(module, nn.Conv2d):
-        base, kind, groups = nn.Conv2d, "conv2d", module.groups
+    known = (item for item in DENSE.items() if isinstance(module, item[1]))
+    kind, base = next(known, ("hf_conv1d", hf_conv1d))
     if base is None:
-        return _foreign(name, module)
+        return _foreign(name, module, context)
+    groups: int = getattr(module, "groups", 1)
     obstacle = _obstacle(name, module, base, context)
     weight = module._parameters.get("weight")
     if weight is None or nn.parameter.is_lazy(weight) or weight.dim() < 2:
@@ -235,39 +233,55 @@ def _obstacle(name: str, module: nn.Module, base: type, context: _Context) -> st
         getattr(type(module), method, None) is not getattr(base, method, None)
         for method in ("forward", "_conv_forward")
     )
+    more = set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules
+    plain = type(weight) is nn.Parameter and not more and weight.dtype in DTYPES
+    if overrides and plain and isinstance(module, nn.Linear):
+        overrides = not is_linear(module)
     if overrides or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
-    if set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules:
+    if more:
         return f"{type(module).__name__} holds more than a weight and a bias"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}"
+    if context.experts.get(name.rpartition(".")[0]) == weight.shape[0] and base is nn.Linear:
+        return _ROUTER
     tied = context.others(name, weight)
     if tied:
         return f"its weight is tied to {', '.join(tied)}"
     places = context.slots[id(module)]
     if len(places) > 1:
-        users = ", ".join(f"{context.names[id(p)]}.{key}".lstrip(".") for p, key in places)
-        return f"one module in several places: {users}"
+        return f"one module in several places: {_listed(places, context)}"
     return None
 
 
-def _foreign(name: str, module: nn.Module) -> Candidate:
+def _listed(places: Iterable[tuple[nn.Module, str]], context: _Context) -> str:
+    return ", ".join(f"{context.names[id(p)]}.{key}".lstrip(".") for p, key in places)
+
+
+def _foreign(name: str, module: nn.Module, context: _Context) -> Candidate:
     """A module of another kind that owns a matrix: named, so that nothing is left out silently."""
     kind = type(module).__name__
     largest = _largest(module)
     assert largest is not None
     key, parameter = largest
     shape = tuple(parameter.shape)
-    if isinstance(module, nn.MultiheadAttention):
+    places = context.slots[id(module)]
+    if len(places) > 1 and any(form.recognises(module) for form in OPENED):
+        reason = f"one module in several places: {_listed(places, context)}"
+    elif context.experts.get(name.rpartition(".")[0]) == shape[0]:
+        reason = _ROUTER
+    elif isinstance(module, nn.MultiheadAttention):
         reason = "nn.MultiheadAttention keeps q, k and v in parameters of its own"
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         reason = "an embedding is a table that is looked up, not multiplied with"
+    elif shape[0] == 1 or any(word.startswith(_TABLES) for word in key.split("_")):
+        reason = f"{key} {shape} is a table of values, no matrix that multiplies x"
     elif parameter.dim() == 3 and not type(module).__module__.startswith("torch.nn."):
         reason = f"{key} {shape} is a fused 3-d tensor (as experts have)"
     else:
-        reason = f"{kind} is no linear layer or 2-d convolution; it owns {key} {shape}"
+        reason = f"{kind} is no linear layer or 1-d or 2-d convolution; it owns {key} {shape}"
     return Candidate(name, kind, shape[0], parameter.numel() // max(shape[0], 1), 1, reason)
 
 

@@ -16,13 +16,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_int, check_model, renamed
-from maestro_kernels.nn.candidates import Candidate, Selector, find_candidates, find_slots, matches
-from maestro_kernels.nn.conv import LoDConv2d, conv_factors
+from maestro_kernels.nn.candidates import Candidate, Selector, find_candidates, matches
+from maestro_kernels.nn.conv import LoDConv, conv_factors
+from maestro_kernels.nn.experts import idle_layers
 from maestro_kernels.nn.factorize import factorize, random_factors
+from maestro_kernels.nn.kinds import FACTORISED
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear, copied, trainable
 from maestro_kernels.nn.moments import check_batches, input_moments
+from maestro_kernels.nn.opened import Opened, take_hooks
 from maestro_kernels.nn.pivoted import PivotedLinear
+from maestro_kernels.nn.swapping import Opening, opened, swap_layers
 
 LayerRank = int | float | str | None
 Rank = LayerRank | Mapping[str, LayerRank] | Callable[[str, nn.Module], LayerRank]
@@ -74,8 +78,9 @@ def convert(
     inplace: bool = True,
     multiple_of: int = 1,
 ) -> nn.Module:
-    """Replace W (N, K) by u @ v, u (N, r), v (r, K), in the linear and 2-d convolution layers.
+    """Replace W (N, K) by u @ v, u (N, r), v (r, K), in linear and 1-d and 2-d convolution layers.
 
+    The fused experts of transformers become one layer per expert and matrix, see `LoDExperts`.
     Layers that cannot be factorised, or whose factors would not be smaller, stay as they are;
     `conversion_report(model)` and `summary(model)` say why. Hooks on calls and gradients move to
     the new layer, a bias stays the same parameter, and mode, dtype, device and requires_grad are
@@ -124,28 +129,43 @@ def convert(
         check_batches(fn, "batches", batches)
     elif batches is not None:
         raise ValueError(f"{fn}: batches: expected None with init={init!r}, got batches")
-    candidates = find_candidates(fn, model, include, exclude)
-    modules = dict(model.named_modules())
-    ranks, report = _choose_ranks(candidates, modules, rank, step, allow_larger)
-    chosen = {name: modules[name] for name in ranks}
-    _check_weights(chosen, init)
-    moments = {}
-    if batches is not None and chosen:
-        moments = input_moments(model, chosen, batches, fn=fn)
-    layers: dict[nn.Module, nn.Module] = {}
-    for name, module in chosen.items():
-        layer = _factorised(module, candidates[name], ranks[name], init, moments.pop(name, None))
-        layers[module] = in_place_of(module, layer, share=inplace)
-    converted = swap_layers(model, layers, inplace=inplace)
+    check_model(fn, model)
+    with opened(model) as opening:
+        model = opening.model
+        candidates = find_candidates(fn, model, include, exclude)
+        modules = dict(model.named_modules())
+        ranks, report = _choose_ranks(candidates, modules, rank, step, allow_larger)
+        chosen = {name: modules[name] for name in ranks}
+        _check_weights(chosen, init)
+        moments = {}
+        if batches is not None and chosen:
+            moments = input_moments(model, chosen, batches, fn=fn, idle=idle_layers(model))
+        layers: dict[nn.Module, nn.Module] = {}
+        for name, module in chosen.items():
+            moment = moments.pop(name, None)
+            layer = _factorised(module, candidates[name], ranks[name], init, moment)
+            layers[module] = in_place_of(module, layer, share=inplace)
+        converted = _swapped(opening, layers, inplace)
     setattr(converted, _REPORT, report)
     return converted
+
+
+def _swapped(opening: Opening, layers: dict[nn.Module, nn.Module], inplace: bool) -> nn.Module:
+    """The model with its new layers, in which what has none of them is closed as it was."""
+    same: dict[nn.Module, nn.Module] = {}
+    for form, closed in opening.closed.items():
+        if not any(module in layers for module in form.modules()):
+            same[form] = closed if inplace else copy.deepcopy(closed)
+        elif inplace:
+            opening.kept.add(form)
+    return swap_layers(opening.model, layers | same, inplace=inplace)
 
 
 def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """Replace every factorised layer by the dense layer of its active prefix, u[:, :r] @ v[:r].
 
-    A converted Hugging Face Conv1D becomes an nn.Linear. A model without factorised layers comes
-    back as it is.
+    A converted Hugging Face Conv1D becomes an nn.Linear; experts are fused again. A model without
+    factorised layers comes back as it is.
 
     Args:
         model: any module; a single layer comes back as a new layer.
@@ -157,8 +177,12 @@ def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """
     check_model("to_dense", model)
     layers: dict[nn.Module, nn.Module] = {}
+    inside: set[nn.Module] = set()
     for module in model.modules():
-        if isinstance(module, LoDLayer | PivotedLinear):
+        if isinstance(module, Opened):
+            inside |= set(module.modules())
+            layers[module] = (module if inplace else copy.deepcopy(module)).close()
+        elif isinstance(module, LoDLayer | PivotedLinear) and module not in inside:
             layers[module] = dense_form(module, share=inplace)
     return forget_report(swap_layers(model, layers, inplace=inplace))
 
@@ -167,15 +191,13 @@ def dense_form(layer: LoDLayer | PivotedLinear, *, share: bool) -> nn.Module:
     """The dense layer of the active prefix, with the mode and call hooks of the factorised one.
 
     Args:
-        layer: a LoDLinear, PivotedLinear or LoDConv2d.
+        layer: factorised.
         share: use the layer's own bias parameter and hooks instead of copies.
 
     Raises:
         ValueError: the layer has an activation of its own, which a dense layer has not.
     """
-    assert isinstance(layer, LoDLinear | PivotedLinear | LoDConv2d)
-    dense = layer.to_conv() if isinstance(layer, LoDConv2d) else layer.to_linear()
-    return in_place_of(layer, dense, share=share)
+    return in_place_of(layer, layer.to_dense(), share=share)
 
 
 def _choose_ranks(
@@ -213,7 +235,7 @@ def _choose_ranks(
 
 def _seen(report: ConversionReport) -> str:
     if not report.kept:
-        return "a model without a linear or 2-d convolution layer"
+        return "a model without a linear or convolution layer"
     shown = [f"{name or '(model)'}: {why}" for name, why in list(report.kept.items())[:6]]
     more = len(report.kept) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
@@ -310,31 +332,23 @@ def _factorised(
         else factorize(matrix, rank, None if moment is None else moment[g])
         for g, matrix in enumerate(matrices)
     ]
-    return layer_from_pairs(module, pairs)
+    return layer_from_pairs(module, c.kind, pairs)
 
 
-def layer_from_pairs(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> LoDLayer:
+def layer_from_pairs(
+    module: nn.Module, kind: str, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> LoDLayer:
     """The factorised form of one dense layer from (u, v) of each group, around its own bias."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, nn.Parameter)
-    if isinstance(module, nn.Conv2d):
+    made = FACTORISED.get(f"lod_{kind}", LoDLinear)
+    if issubclass(made, LoDConv):
         u, v = conv_factors(pairs, weight.shape)
-        return LoDConv2d.from_factors(module, trainable(u, weight), trainable(v, weight), bias)
+        u, v = trainable(u, weight), trainable(v, weight)
+        return made.from_factors(module, u, v, bias)  # type: ignore[arg-type]
     u, v = pairs[0]
     return LoDLinear.from_factors(trainable(u, weight), trainable(v, weight), bias)
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def in_place_of(old: nn.Module, new: nn.Module, *, share: bool) -> nn.Module:
@@ -350,24 +364,5 @@ def in_place_of(old: nn.Module, new: nn.Module, *, share: bool) -> nn.Module:
 def with_hooks_of(old: nn.Module, new: nn.Module, *, share: bool) -> nn.Module:
     """Give `new` the mode and the call hooks of `old`."""
     new.train(old.training)
-    for name in _HOOKS:
-        hooks = vars(old)[name]
-        # The dict itself: a handle's remove() looks into it.
-        vars(new)[name] = hooks if share or not isinstance(hooks, dict) else hooks.copy()
+    take_hooks(old, new, share=share)
     return new
-
-
-def swap_layers(
-    model: nn.Module, layers: Mapping[nn.Module, nn.Module], *, inplace: bool
-) -> nn.Module:
-    """The model with every key of `layers` replaced by its value, wherever it hangs."""
-    if not inplace:
-        # deepcopy takes what is in its memo for copied: the new layers instead of the old.
-        return copy.deepcopy(model, {id(old): new for old, new in layers.items()})
-    if model in layers:
-        return layers[model]
-    slots = find_slots(model)
-    for old, new in layers.items():
-        for parent, key in slots[id(old)]:
-            setattr(parent, key, new)
-    return model

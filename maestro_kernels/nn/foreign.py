@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -82,9 +82,9 @@ def sizes_of(module: nn.Module) -> tuple[int, int]:
     return N, K
 
 
-def adapter_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def adapter_weights(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
     """Every module that holds weights of a PEFT adapter, and which part of it that is."""
-    for module in model.modules():
+    for module in modules:
         if type(module).__module__.partition(".")[0] != "peft":
             continue
         names = {cls.__name__ for cls in type(module).__mro__}

@@ -9,7 +9,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Mapping
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,9 @@ class LoDLayer(nn.Module):
             what a checkpoint keeps. Set `rank`, which writes this and the host's copy.
     """
 
+    # Its name in saves, in `classify` and in profiles; the names of its tensors.
+    kind: ClassVar[str]
+    parts: ClassVar[frozenset[str]] = frozenset({"u", "v", "bias", "active_rank"})
     u: nn.Parameter
     v: nn.Parameter
     bias: nn.Parameter | None
@@ -231,6 +234,10 @@ class LoDLayer(nn.Module):
     def changed(self) -> None:
         """Use nothing again that was made of the values so far: see `refresh`."""
         self._epoch = next(_changes)
+
+    def to_dense(self) -> nn.Module:
+        """The dense layer with the same function: the merged active prefix, rounded once."""
+        raise NotImplementedError
 
     def _rows(self, v: Tensor, rank: int) -> Tensor:
         """The first `rank` components of v: a view, but a copy where groups lie between them."""

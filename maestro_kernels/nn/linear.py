@@ -53,6 +53,8 @@ class LoDLinear(LoDLayer):
         Horvath et al., Maestro, ICML 2024 (arXiv 2308.14929).
     """
 
+    kind = "lod_linear"
+
     def __init__(
         self,
         in_features: int,
@@ -197,6 +199,8 @@ class LoDLinear(LoDLayer):
         """
         merged = merge(self.u[:, : self.rank], self.v[: self.rank])
         return dense_linear(self, trainable(merged, self.u))
+
+    to_dense = to_linear
 
     def extra_repr(self) -> str:  # noqa: D102
         return (

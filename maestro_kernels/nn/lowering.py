@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from maestro_kernels.arguments import check_model
 from maestro_kernels.backends.reference import ACTIVATIONS
-from maestro_kernels.nn.conv import LoDConv2d
-from maestro_kernels.nn.conversion import forget_report, swap_layers, with_hooks_of
+from maestro_kernels.nn.conv import LoDConv
+from maestro_kernels.nn.conversion import forget_report, with_hooks_of
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear, copied, trainable
 from maestro_kernels.nn.pivoted import PivotedLinear
+from maestro_kernels.nn.swapping import swap_layers
 from maestro_kernels.nn.weight import MergedWeight
 
 _FORMS = ("linear", "aten")
@@ -40,8 +42,8 @@ def lower(model: nn.Module, *, form: str = "linear", inplace: bool = True) -> nn
     Args:
         model: any module; a single layer comes back as a new layer.
         form: "linear" makes each layer an nn.Sequential(nn.Linear(K, r, bias=False),
-            nn.Linear(r, N), activation if it has one), and a convolution a pair of nn.Conv2d, the
-            second 1 × 1. "aten" makes a linear layer an `AtenLinear` of plain torch operations,
+            nn.Linear(r, N), activation if it has one), and a convolution a pair of its kind, the
+            second of size 1. "aten" makes a linear layer an `AtenLinear` of plain torch operations,
             for code that reads `layer.weight` or passes a residual (T5 does the first), leaves a
             PivotedLinear, which is made of such, and makes a convolution the same pair.
         inplace: False leaves the model alone and returns a lowered copy.
@@ -152,13 +154,13 @@ class _Lowering:
     def layer(self, name: str, module: LoDLayer | PivotedLinear) -> nn.Module:
         if isinstance(module, PivotedLinear):
             return self._pivoted(module)
-        if isinstance(module, LoDConv2d):
+        if isinstance(module, LoDConv):
             return self._conv(module)
         if isinstance(module, LoDLinear):
             return self._linear(module)
         raise NotImplementedError(
-            "lower: model: expected factorised layers of the classes LoDLinear, LoDConv2d and "
-            f"PivotedLinear, got {type(module).__name__} at {name!r}"
+            "lower: model: expected factorised layers of the classes LoDLinear, LoDConv1d, "
+            f"LoDConv2d and PivotedLinear, got {type(module).__name__} at {name!r}"
         )
 
     def _linear(self, layer: LoDLinear) -> nn.Module:
@@ -177,14 +179,15 @@ class _Lowering:
         v = self._factor(layer.v, layer.v)
         return _pair(trainable(u, layer.u), v, self._bias(layer), layer.activation)
 
-    def _conv(self, layer: LoDConv2d) -> nn.Module:
+    def _conv(self, layer: LoDConv) -> nn.Module:
         r, groups = layer.rank, layer.groups
+        dense: Any = layer.dense
         u, v = layer.u[:, :r], layer._rows(layer.v, r)
         if r == 0:
             u = u.new_zeros(len(u), 1)
             v = v.new_zeros(groups, *v.shape[1:])
         dtype, bias = u.dtype, self._bias(layer)
-        first = nn.Conv2d(
+        first = dense(
             layer.in_channels,
             len(v),
             layer.kernel_size,
@@ -193,15 +196,15 @@ class _Lowering:
             layer.dilation,
             groups,
             False,
-            layer.padding_mode,  # type: ignore[arg-type]
+            layer.padding_mode,
             "meta",
             dtype,
         )
-        second = nn.Conv2d(
+        second = dense(
             len(v), len(u), 1, groups=groups, bias=bias is not None, device="meta", dtype=dtype
         )
         first.weight = self._factor(layer.v, v)
-        second.weight = self._factor(layer.u, u[:, :, None, None])
+        second.weight = self._factor(layer.u, u.reshape(*u.shape, *[1] * layer.dims))
         if bias is not None:
             second.bias = bias
         return nn.Sequential(first, second)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,13 +15,12 @@ from maestro_kernels.arguments import check_int
 from maestro_kernels.functional import explain
 from maestro_kernels.nn.candidates import Candidate, find_candidates
 from maestro_kernels.nn.conversion import conversion_report
+from maestro_kernels.nn.kinds import PRODUCTS
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.packing import ALONE
 from maestro_kernels.nn.pivoted import PivotedLinear
-
-# Kinds whose matrix multiplies x. A table that is looked up (an embedding) is listed, not counted.
-_PRODUCTS = ("linear", "hf_conv1d", "conv2d", "lod_linear", "lod_conv2d", "pivoted_linear")
+from maestro_kernels.nn.swapping import named_layers
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,27 @@ class ModelSummary:
     """A model's layers and totals; printing it gives a table.
 
     Attributes:
-        layers: every layer that holds a matrix.
-        parameters: all parameters of the model, biases, norms and embeddings included.
+        layers: every layer that holds a matrix, also those that no matrix product runs on.
+        parameters: all parameters of the model, each once; biases, norms and embeddings included.
         rows: M of the calls that `backend` speaks of.
+        vectors: those of the parameters that are no matrices: biases, norms.
     """
 
     layers: tuple[LayerSummary, ...]
     parameters: int
     rows: int = 1
+    vectors: int = 0
 
     @property
     def _counted(self) -> list[LayerSummary]:
-        return [layer for layer in self.layers if layer.kind in _PRODUCTS]
+        return [layer for layer in self.layers if layer.kind in PRODUCTS]
+
+    @property
+    def dense_parameters(self) -> int:
+        """All parameters that the model would have with dense matrices."""
+        factorised = [layer for layer in self.layers if layer.rank is not None]
+        saved = sum(layer.dense_parameters - layer.parameters for layer in factorised)
+        return self.parameters + saved
 
     @property
     def dense_weights(self) -> int:
@@ -104,7 +115,14 @@ class ModelSummary:
         """Plain values for JSON."""
         totals = {
             name: getattr(self, name)
-            for name in ("dense_weights", "weights", "dense_macs", "macs", "parameters")
+            for name in (
+                "dense_weights",
+                "weights",
+                "dense_macs",
+                "macs",
+                "dense_parameters",
+                "parameters",
+            )
         }
         return {"layers": [asdict(layer) for layer in self.layers], **totals}
 
@@ -112,20 +130,23 @@ class ModelSummary:
         runs = f"runs on (M = {self.rows})"
         header = ("layer", "kind", "N x K", "rank", "break-even", "weights", "MACs/row", runs)
         rows = [header]
-        for layer in self.layers:
-            rank = "dense" if layer.rank is None else f"{layer.rank}/{layer.max_rank}"
+        for alike in _runs_of_alike(self.layers):
+            layer = alike[0]
+            macs = sum(one.macs for one in alike)
             rows.append(
                 (
-                    layer.name or "(model)",
+                    _name_of(alike),
                     layer.kind,
                     f"{layer.N} x {layer.K}",
-                    rank,
+                    _rank_of(alike),
                     f"{layer.break_even_rank:.0f}",
-                    f"{layer.parameters:,}",
-                    f"{layer.macs:,}" if layer.kind in _PRODUCTS else "",
+                    f"{sum(one.parameters for one in alike):,}",
+                    f"{macs:,}" if layer.kind in PRODUCTS else "",
                     layer.backend or layer.note,
                 )
             )
+        if self.vectors:
+            rows.append(("biases, norms", "vectors", "", "", "", f"{self.vectors:,}", "", ""))
         widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
         lines = []
         for row in rows:
@@ -142,8 +163,37 @@ class ModelSummary:
             f"({share:.0%}), "
             f"{self.macs:,} of {self.dense_macs:,} MACs per row ({cost:.0%})"
         )
-        lines.append(f"whole model: {self.parameters:,} parameters")
+        whole, dense = self.parameters, self.dense_parameters
+        share = whole / dense if dense else 1.0
+        lines.append(f"whole model: {whole:,} parameters of {dense:,} ({share:.0%})")
         return "\n".join(lines)
+
+
+def _runs_of_alike(layers: Iterable[LayerSummary]) -> Iterator[list[LayerSummary]]:
+    """The layers, those together that differ in the number at the end of their names only."""
+
+    def key(layer: LayerSummary) -> Any:
+        stem = re.sub(r"\.\d+$", ".", layer.name)
+        numbered = stem if stem != layer.name and not stem.isdigit() else layer.name
+        rank = layer.rank is None
+        return numbered, layer.kind, layer.N, layer.K, rank, layer.backend, layer.note
+
+    for _, alike in groupby(layers, key):
+        yield list(alike)
+
+
+def _name_of(alike: list[LayerSummary]) -> str:
+    first, last = alike[0].name, alike[-1].name
+    return first + (f"-{last.rpartition('.')[2]}" if first != last else "") or "(model)"
+
+
+def _rank_of(alike: list[LayerSummary]) -> str:
+    ranks = [layer.rank for layer in alike if layer.rank is not None]
+    most = [layer.max_rank for layer in alike if layer.max_rank is not None]
+    if not ranks:
+        return "dense"
+    spans = [f"{min(r)}-{max(r)}" if min(r) < max(r) else str(r[0]) for r in (ranks, most)]
+    return "/".join(spans)
 
 
 def summary(model: nn.Module, *, rows: int = 1) -> ModelSummary:
@@ -160,20 +210,26 @@ def summary(model: nn.Module, *, rows: int = 1) -> ModelSummary:
     """
     rows = check_int("summary", "rows", rows, 1)
     candidates = find_candidates("summary", model)
-    modules = dict(model.named_modules())
+    modules = named_layers(model)
     report = conversion_report(model)
     kept = {} if report is None else report.kept
     layers = []
     for name, candidate in candidates.items():
         note = kept.get(name) or candidate.reason or ""
         layers.append(_summarised(candidate, modules[name], rows, note))
-    return ModelSummary(tuple(layers), sum(p.numel() for p in model.parameters()), rows)
+    known = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
+    vectors = sum(p.numel() for p in known if p.dim() < 2)
+    return ModelSummary(tuple(layers), sum(p.numel() for p in known), rows, vectors)
 
 
 def _summarised(candidate: Candidate, module: nn.Module, rows: int, note: str) -> LayerSummary:
     """One layer; `note` is why it is dense, if it is."""
     rank = max_rank = backend = None
     weights = macs = candidate.dense_weights
+    if candidate.kind not in PRODUCTS:
+        # All that it owns, where a matrix is only the largest part.
+        held = (p for p in module._parameters.values() if p is not None)
+        weights = sum(p.numel() for p in held if not nn.parameter.is_lazy(p) and p.dim() > 1)
     if isinstance(module, LoDLayer | PivotedLinear):
         rank, max_rank, note = module.rank, module.max_rank, ""
         weights = module.u.numel() + module.v.numel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maestro_kernels.nn.conv import LoDConv2d
+from maestro_kernels.nn.conv import LoDConv
 
 # Patches of this many images at a time: im2col multiplies their size by the kernel's.
 _IMAGES = 8
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, LoDConv)
 
 
 def run_batch(model: nn.Module, batch: Any, *, fn: str, argument: str = "batches") -> Any:
@@ -46,6 +47,7 @@ def input_moments(
     *,
     fn: str,
     argument: str = "batches",
+    idle: Collection[nn.Module] = (),
 ) -> dict[str, Tensor]:
     """Sum of x x^T over every input row x of each layer, float64 (groups, K, K).
 
@@ -55,11 +57,12 @@ def input_moments(
 
     Args:
         model: the dense model.
-        layers: name -> a linear (or transposed linear) layer or 2-d convolution inside model, dense
+        layers: name -> a linear (or transposed linear) layer or convolution inside model, dense
             or factorised.
         batches: read once.
         fn: the public function that errors name.
         argument: its argument that holds the batches.
+        idle: layers that may be left without a moment, when no row comes to them.
 
     Raises:
         TypeError: a batch is no tensor, tuple or dict.
@@ -74,8 +77,10 @@ def input_moments(
             count += 1
     if count == 0:
         raise ValueError(f"{fn}: {argument}: expected at least one batch, got none")
-    for name in layers:
+    for name, layer in layers.items():
         if name not in gather.moments:
+            if layer in idle:
+                continue
             raise ValueError(
                 f"{fn}: {argument}: expected batches that reach every layer to convert, got none "
                 f"for {name!r}; exclude it or add batches"
@@ -113,7 +118,7 @@ class _Gather:
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if isinstance(module, nn.Conv2d | LoDConv2d):
+            if isinstance(module, _CONVOLUTIONS):
                 moment = _patches_moment(module, x)
             else:
                 moment = self._rows(x)
@@ -135,12 +140,18 @@ class _Gather:
         return moment
 
 
-def _patches_moment(conv: nn.Conv2d | LoDConv2d, x: Tensor) -> Tensor:
+def _patches_moment(conv: Any, x: Tensor) -> Tensor:
     """(groups, K, K) of the patches that the convolution multiplies its kernel with."""
-    x = x.detach() if x.dim() == 4 else x.detach()[None]
+    dims = len(conv.kernel_size)
+    x = x.detach() if x.dim() == dims + 2 else x.detach()[None]
+    kernel, dilation, stride = (
+        (1,) * (2 - dims) + tuple(sizes) for sizes in (conv.kernel_size, conv.dilation, conv.stride)
+    )
     total: Tensor | None = None
     for part in x.split(_IMAGES):
-        patches = F.unfold(_padded(conv, part), conv.kernel_size, conv.dilation, 0, conv.stride)
+        image = _padded(conv, part)
+        image = image if dims == 2 else image[:, :, None]
+        patches = F.unfold(image, kernel, dilation, 0, stride)
         rows = patches.double().unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3).flatten(2)
         moment = rows @ rows.mT
         total = moment if total is None else total + moment
@@ -148,11 +159,11 @@ def _patches_moment(conv: nn.Conv2d | LoDConv2d, x: Tensor) -> Tensor:
     return total
 
 
-def _padded(conv: nn.Conv2d | LoDConv2d, x: Tensor) -> Tensor:
-    if isinstance(conv, LoDConv2d):
+def _padded(conv: Any, x: Tensor) -> Tensor:
+    if isinstance(conv, LoDConv):
         return conv.padded(x)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    # nn.Conv2d's own description of its border: the order F.pad wants.
+    # The library's own description of its border: the order F.pad wants.
     return F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
 
 

@@ -41,6 +41,8 @@ class PivotedLinear(nn.Module):
         find a good submatrix", 2010: without pivots the solution loses all digits of bfloat16.
     """
 
+    kind = "pivoted_linear"
+    parts = frozenset({"u", "v", "bias", "order"})
     u: nn.Parameter
     v: nn.Parameter
     bias: nn.Parameter | None
@@ -143,6 +145,8 @@ class PivotedLinear(nn.Module):
         """
         dense = torch.cat((self.v.detach(), merge(self.u, self.v))).index_select(0, self.order)
         return dense_linear(self, trainable(dense, self.v))
+
+    to_dense = to_linear
 
     def extra_repr(self) -> str:  # noqa: D102
         return (

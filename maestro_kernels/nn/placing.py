@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maestro_kernels.nn.candidates import find_slots
-from maestro_kernels.nn.conv import LoDConv2d
+from maestro_kernels.nn.conv import LoDConv
+from maestro_kernels.nn.kinds import FACTORISED
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.linear import LoDLinear
 from maestro_kernels.nn.pivoted import PivotedLinear
@@ -29,6 +29,7 @@ from maestro_kernels.nn.structure import (
     plain,
     slots,
 )
+from maestro_kernels.nn.swapping import find_slots
 from maestro_kernels.problem import DTYPES
 
 
@@ -189,22 +190,24 @@ def build_layer(
             f"{at.tensors}: expected u of {name!r} with shape (N, {record.max_rank}), "
             f"got {tuple(u.shape)}"
         )
-    pivoted, conv = record.kind == "pivoted_linear", record.kind == "lod_conv2d"
+    kind: Any = FACTORISED[record.kind]
+    pivoted, conv = kind is PivotedLinear, issubclass(kind, LoDConv)
     N = u.shape[0] + (record.max_rank if pivoted else 0)
     u, v, bias = (
         torch.empty(shape, dtype=u.dtype, device="meta") for shape in (u.shape, v.shape, (N,))
     )
     given = bias if record.bias else None
     layer: LoDLayer | PivotedLinear
-    if conv and not isinstance(old, nn.Conv2d | LoDConv2d):
+    if conv and not isinstance(old, kind | kind.dense):
         raise ValueError(
-            f"{at.model}: expected a 2-d convolution at {name!r}, got {type(old).__name__}"
+            f"{at.model}: expected a {kind.dims}-d convolution at {name!r}, got "
+            f"{type(old).__name__}"
         )
     if not conv:
         _check_size(at, name, old, (N, v.shape[-1] if v.dim() else 0))
     try:
-        if isinstance(old, nn.Conv2d | LoDConv2d):
-            layer = LoDConv2d.from_factors(old, u, v, given)  # type: ignore[arg-type]
+        if conv:
+            layer = kind.from_factors(old, u, v, given)
         elif pivoted:
             order = torch.empty(N, dtype=torch.int32, device="meta")
             layer = PivotedLinear(u, v, order, given, record.activation)

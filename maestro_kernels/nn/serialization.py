@@ -30,11 +30,13 @@ from maestro_kernels.nn.structure import (
     Structure,
     describe,
     linears,
+    opened_names,
     parse,
     plain,
     slots,
     version_of,
 )
+from maestro_kernels.nn.swapping import opened
 
 # Another checkpoint in the folder, which a model.safetensors would hide from its readers.
 _INDEX = "model.safetensors.index.json"
@@ -186,9 +188,11 @@ def load_pretrained(
                 dense_model = loading.empty(fn, source)
     except OSError as error:
         raise _named(fn, error) from error
-    placement = fit(fn, source, structure, tensors, dense_model)
-    check_compiled(fn, placement, dense_model)
-    model = commit(placement, tensors, dense_model)
+    with opened(dense_model, structure.opened) as opening:
+        placement = fit(fn, source, structure, tensors, opening.model)
+        check_compiled(fn, placement, opening.model)
+        model = commit(placement, tensors, opening.model)
+        opening.kept.update(opening.closed)
     return group(model) if structure.grouped else model
 
 
@@ -225,7 +229,9 @@ def _collect(fn: str, model: nn.Module) -> tuple[Structure, dict[str, Tensor]]:
             tensors[key] = torch.tensor(record.rank, dtype=torch.int32)
     buffers = [key for key, slot in found.items() if not slot.persistent]
     grouped = bool(groups(model))
-    structure = Structure(layers, ties, buffers, grouped, linears=linears(model))
+    structure = Structure(
+        layers, ties, buffers, grouped, linears=linears(model), opened=opened_names(model)
+    )
     # What would not load into the very model it comes from is refused now, not later.
     try:
         fit(fn, Path(), structure, tensors, model)

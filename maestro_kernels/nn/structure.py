@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maestro_kernels.nn.conv import LoDConv2d
+from maestro_kernels.nn.conv import LoDConv
+from maestro_kernels.nn.kinds import FACTORISED
 from maestro_kernels.nn.layer import LoDLayer
-from maestro_kernels.nn.linear import LoDLinear
+from maestro_kernels.nn.opened import Opened
 from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.problem import ACTIVATIONS
 from maestro_kernels.version import __version__
@@ -23,12 +24,6 @@ from maestro_kernels.version import __version__
 _FORMAT, VERSION = "maestro_kernels", 2
 # Of the folders of transformers models: the structure beside what Hugging Face writes.
 HUB_VERSION = 3
-_KINDS = {"lod_linear": LoDLinear, "pivoted_linear": PivotedLinear, "lod_conv2d": LoDConv2d}
-_PARTS = {
-    "lod_linear": {"u", "v", "bias", "active_rank"},
-    "pivoted_linear": {"u", "v", "bias", "order"},
-    "lod_conv2d": {"u", "v", "bias", "active_rank"},
-}
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,7 @@ class LayerRecord:
     """One factorised layer.
 
     Attributes:
-        kind: "lod_linear", "pivoted_linear" or "lod_conv2d".
+        kind: of `FACTORISED`.
         max_rank: R.
         rank: active rank.
         bias: whether it has one.
@@ -52,7 +47,7 @@ class LayerRecord:
     @property
     def tensors(self) -> set[str]:
         """Names of the layer's tensors."""
-        return _PARTS[self.kind] - (set() if self.bias else {"bias"})
+        return set(FACTORISED[self.kind].parts) - (set() if self.bias else {"bias"})
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,7 @@ class Structure:
         grouped: whether `group` was on.
         version: of the format.
         linears: layers that are an nn.Linear where the architecture has Hugging Face's Conv1D.
+        opened: modules that are open: one linear layer for each of their matrices.
     """
 
     layers: dict[str, LayerRecord]
@@ -74,14 +70,16 @@ class Structure:
     grouped: bool = False
     version: int = VERSION
     linears: list[str] = field(default_factory=list)
+    opened: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         """What `parse` reads."""
         head = {"format": _FORMAT, "version": self.version, "package": __version__}
         layers = {name: asdict(record) for name, record in self.layers.items()}
         rest = {"ties": self.ties, "buffers": self.buffers, "grouped": self.grouped}
-        linears = {"linears": self.linears} if self.linears else {}
-        return json.dumps({**head, "layers": layers, **rest, **linears})
+        rare = {"linears": self.linears, "opened": self.opened}
+        rest |= {key: names for key, names in rare.items() if names}
+        return json.dumps({**head, "layers": layers, **rest})
 
 
 @dataclass(frozen=True)
@@ -144,6 +142,12 @@ def linears(model: nn.Module) -> list[str]:
     return [plain(path) for path, module in named if type(module) is nn.Linear]
 
 
+def opened_names(model: nn.Module) -> list[str]:
+    """The open modules of a model under all their names."""
+    named = model.named_modules(remove_duplicate=False)
+    return [plain(path) for path, module in named if isinstance(module, Opened)]
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is Hugging Face's Conv1D, found without importing transformers."""
     return type(module).__name__ == "Conv1D" and isinstance(
@@ -161,8 +165,8 @@ def linear_like(conv1d: nn.Module) -> nn.Linear:
 
 
 def _record(fn: str, name: str, layer: LoDLayer | PivotedLinear) -> LayerRecord:
-    kind = next((kind for kind, known in _KINDS.items() if type(layer) is known), None)
-    if kind is None:
+    kind = layer.kind
+    if type(layer) is not FACTORISED.get(kind):
         hint = ""
         if hasattr(layer, "parametrizations"):
             hint = ", parametrised (torch.nn.utils.parametrize.remove_parametrizations ends that)"
@@ -230,18 +234,19 @@ def parse(fn: str, where: str, text: str, version: int) -> Structure:
                 f"got {type(found.get(key)).__name__}"
             )
     buffers = found.get("buffers", []) if version > 1 else []
-    dense = found.get("linears", [])
-    if not isinstance(dense, list):
-        raise ValueError(
-            f"{fn}: {where}: expected 'linears' to be a list, got {type(dense).__name__}"
-        )
-    texts = {"ties": found["ties"].values(), "buffers": buffers, "linears": dense}
+    rare = {key: found.get(key, []) for key in ("linears", "opened")}
+    for key, names in rare.items():
+        if not isinstance(names, list):
+            raise ValueError(
+                f"{fn}: {where}: expected {key!r} to be a list, got {type(names).__name__}"
+            )
+    texts = {"ties": found["ties"].values(), "buffers": buffers, **rare}
     for key, names in texts.items():
         for value in names:
             if not isinstance(value, str):
                 raise ValueError(f"{fn}: {where}: expected names in {key!r}, got {value!r}")
     layers = dict(_layers(fn, where, found["layers"]))
-    return Structure(layers, found["ties"], buffers, found["grouped"], version, dense)
+    return Structure(layers, found["ties"], buffers, found["grouped"], version, **rare)
 
 
 def _layers(fn: str, where: str, found: dict[str, Any]) -> Iterator[tuple[str, LayerRecord]]:
@@ -255,17 +260,18 @@ def _layers(fn: str, where: str, found: dict[str, Any]) -> Iterator[tuple[str, L
                 f"{fn}: {where}: expected {', '.join(fields)} for layer {name!r}, got {record!r}"
             )
         kind, activation = record["kind"], record.get("activation")
-        if kind not in _KINDS:
+        if kind not in FACTORISED:
+            kinds = ", ".join(FACTORISED)
             raise ValueError(
-                f"{fn}: {where}: expected kind {', '.join(_KINDS)} for layer {name!r}, got {kind!r}"
+                f"{fn}: {where}: expected kind {kinds} for layer {name!r}, got {kind!r}"
             )
-        known = (None,) if kind == "lod_conv2d" else ACTIVATIONS
+        known = (None,) if issubclass(FACTORISED[kind], LoDConv) else ACTIVATIONS
         if activation not in known:
             raise ValueError(
                 f"{fn}: {where}: expected an activation of {known} for layer {name!r}, "
                 f"got {activation!r}"
             )
-        lowest = record["max_rank"] if kind == "pivoted_linear" else 0
+        lowest = record["max_rank"] if FACTORISED[kind] is PivotedLinear else 0
         if not lowest <= record["rank"] <= record["max_rank"]:
             raise ValueError(
                 f"{fn}: {where}: expected {lowest} <= rank <= max_rank for {name!r}, got max_rank "

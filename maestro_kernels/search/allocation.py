@@ -123,7 +123,8 @@ class Allocation(Mapping[str, int | str]):
         model = set_ranks(model, ranks)
         modules = dict(model.named_modules())
         for name in self:
-            if isinstance(layer := modules[name], LoDLayer):
+            # What stays closed has no layer of that name.
+            if isinstance(layer := modules.get(name), LoDLayer):
                 layer.truncate()
         return model
 

@@ -13,6 +13,7 @@ from torch import nn
 from maestro_kernels.arguments import check_int
 from maestro_kernels.measure.progress import Advance, progress_bar
 from maestro_kernels.nn.candidates import Selector
+from maestro_kernels.nn.experts import idle_layers
 from maestro_kernels.nn.moments import input_moments
 from maestro_kernels.search.allocation import Allocation, LayerChoice, reachable
 from maestro_kernels.search.budget import Budget, Latency, Speedup, check_budget
@@ -33,6 +34,7 @@ from maestro_kernels.search.layers import (
     considered,
     count_rows,
     module_dtype,
+    on_open_model,
     storage_bytes,
 )
 from maestro_kernels.search.model_profile import ModelProfile, profile_model
@@ -45,6 +47,7 @@ from maestro_kernels.search.whole_model import LossFn, check_measured, measure_m
 _FN = "allocate"
 
 
+@on_open_model
 def allocate(
     model: nn.Module,
     budget: Budget,
@@ -210,9 +213,10 @@ def _factors(
             missing[c.layer.name] = (c.layer, top)
     if missing:
         chosen = {name: modules[name] for name in missing}
-        moments = input_moments(model, chosen, data, fn=_FN, argument="batches")
+        idle = idle_layers(model)
+        moments = input_moments(model, chosen, data, fn=_FN, argument="batches", idle=idle)
         for name, (layer, top) in missing.items():
-            found[name] = factors_of(layer, modules[name], moments[name], top)
+            found[name] = factors_of(layer, modules[name], moments.get(name), top)
     return found
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from maestro_kernels.nn.candidates import Selector, find_candidates, selector
-from maestro_kernels.nn.conv import LoDConv2d
+from maestro_kernels.nn.conv import channels_dim
+from maestro_kernels.nn.kinds import CONVOLUTIONS
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, run_batch
+from maestro_kernels.nn.swapping import opened
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class Layer:
 
     @property
     def convolution(self) -> bool:
-        """Whether it is a 2-d convolution."""
-        return self.kind.endswith("conv2d")
+        """Whether it is a convolution."""
+        return self.kind in CONVOLUTIONS
 
     @property
     def dense_weights(self) -> int:
@@ -65,6 +69,22 @@ class Layer:
         if isinstance(rank, str) or form == "dense":
             return self.dense_weights
         return self.groups * rank * (self.N + self.K - (rank if form == "pivoted" else 0))
+
+
+def on_open_model(function: Function) -> Function:
+    """Decorate a function whose first argument is a model: it sees every matrix as a layer.
+
+    Modules that keep several matrices in parameters of their own are open meanwhile.
+    """
+
+    @wraps(function)
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(model, nn.Module):
+            return function(model, *args, **kwargs)
+        with opened(model) as opening:
+            return function(opening.model, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def considered(
@@ -104,11 +124,10 @@ def considered(
 
 def factorised_layer(name: str, module: LoDLayer, top: int) -> Layer:
     """What a factorised layer is, whose ranks go up to `top`."""
-    kind = "lod_conv2d" if isinstance(module, LoDConv2d) else "lod_linear"
     # A dense layer has no activation of its own.
     mergeable = getattr(module, "activation", None) is None
     N, K = module.matrix_shape
-    return Layer(name, kind, N, K, module.groups, top, mergeable and module.rank == top)
+    return Layer(name, module.kind, N, K, module.groups, top, mergeable and module.rank == top)
 
 
 @dataclass
@@ -147,7 +166,7 @@ def observe(
     def watch(found: Observed) -> Any:
         def note(module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
             if first:
-                size = y.shape[-3 if isinstance(module, nn.Conv2d | LoDConv2d) else -1]
+                size = y.shape[channels_dim(module)]
                 found.rows += (y.numel() // size if size else 0,)
             if keep_inputs and found.x is None:
                 x = args[0] if args else next(iter(kwargs.values()))

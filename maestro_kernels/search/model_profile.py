@@ -29,7 +29,7 @@ from maestro_kernels.nn.conversion import convert, dense_form
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import calibrating, run_batch
 from maestro_kernels.search.curves import on_lines
-from maestro_kernels.search.layers import Layer, considered, count_rows
+from maestro_kernels.search.layers import Layer, considered, count_rows, on_open_model
 from maestro_kernels.search.whole_model import present
 
 _FN = "profile_model"
@@ -113,6 +113,7 @@ class ModelProfile:
         return cls(**record)
 
 
+@on_open_model
 def profile_model(
     model: nn.Module,
     batch: Any,

@@ -20,9 +20,16 @@ from maestro_kernels.files import check_file, write_text
 from maestro_kernels.measure.progress import Advance, progress_bar, told
 from maestro_kernels.nn.candidates import Selector
 from maestro_kernels.nn.conversion import check_values
+from maestro_kernels.nn.experts import idle_layers
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.moments import check_batches, input_moments
-from maestro_kernels.search.layers import Layer, at_full_rank, considered, count_rows
+from maestro_kernels.search.layers import (
+    Layer,
+    at_full_rank,
+    considered,
+    count_rows,
+    on_open_model,
+)
 from maestro_kernels.search.spectra import (
     singular_values,
     tail_parts,
@@ -139,6 +146,7 @@ class Sensitivity:
         return Sensitivity(data["method"], data["unit"], layers)
 
 
+@on_open_model
 def sensitivity(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
@@ -215,7 +223,10 @@ def sensitivity(
     with at_full_rank(model, layers):
         if data is not None:
             if method in ("data", "loss"):
-                moments = input_moments(model, chosen, fitted, fn=_FN, argument="batches")
+                idle = idle_layers(model)
+                moments = input_moments(
+                    model, chosen, fitted, fn=_FN, argument="batches", idle=idle
+                )
             if data:
                 rows = count_rows(model, layers, data[0], fn=_FN)
         found = {}

@@ -11,10 +11,10 @@ from torch import nn
 
 from maestro_kernels.nn.candidates import find_candidates
 from maestro_kernels.nn.conv import is_pointwise
+from maestro_kernels.nn.kinds import CONVOLUTIONS, LINEAR
+from maestro_kernels.nn.swapping import named_layers
 
 _FN = "profile"
-_LINEAR = ("linear", "hf_conv1d", "lod_linear")
-_CONVOLUTIONS = ("conv2d", "lod_conv2d")
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ def shapes_of(target: Any) -> list[Shape]:
 
 
 def _of_module(module: nn.Module) -> list[Shape]:
-    modules = dict(module.named_modules())
+    modules = named_layers(module)
     found, others = [], []
     for name, c in find_candidates(_FN, module).items():
         can_be = c.reason is None or c.kind.startswith("lod_")
         if not can_be or min(c.N, c.K) < 2:
             continue
         layer = modules[name]
-        if c.kind in _LINEAR or (c.kind in _CONVOLUTIONS and is_pointwise(layer)):  # type: ignore[arg-type]
+        if c.kind in LINEAR or (c.kind in CONVOLUTIONS and is_pointwise(layer)):  # type: ignore[arg-type]
             found.append(Shape(c.N, c.K, getattr(layer, "bias", None) is not None, (name,)))
-        elif c.kind in _CONVOLUTIONS:
+        elif c.kind in CONVOLUTIONS:
             others.append(layer)
     if not found and others:
         kernel = " × ".join(map(str, others[0].kernel_size))  # type: ignore[arg-type]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from maestro_kernels.measure.timing import interleave
 from maestro_kernels.nn import LoDLayer, LoDLinear, lod_layers, to_dense, ungroup
-from maestro_kernels.nn.conversion import dense_form, in_place_of, swap_layers
+from maestro_kernels.nn.conversion import dense_form, in_place_of
 from maestro_kernels.nn.pivoted import PivotedLinear, error_ratio
+from maestro_kernels.nn.swapping import swap_layers
 from maestro_kernels.search.budget import Budget, Speedup
 from maestro_kernels.search.costs import Choices, Costs, below_steps, choices, current_bytes
 from maestro_kernels.search.knapsack import Choice

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from maestro_kernels.nn import LoDLayer, lod_layers, ungroup
-from maestro_kernels.nn.conversion import dense_form, swap_layers
+from maestro_kernels.nn.conversion import dense_form
+from maestro_kernels.nn.swapping import swap_layers
 from maestro_kernels.training.layers import require_layers, set_full_rank
 from maestro_kernels.training.optimizer_state import Optimizers, check_optimizers, replace_parameter
 from maestro_kernels.training.shrinking import hold_dense, refuse_wrapped

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from maestro_kernels.arguments import check_int
 from maestro_kernels.nn import LoDLayer, LoDLinear, ungroup
-from maestro_kernels.nn.conversion import dense_form, swap_layers
+from maestro_kernels.nn.conversion import dense_form
+from maestro_kernels.nn.swapping import swap_layers
 from maestro_kernels.training.layers import full_rank, require_layers, set_full_rank, unwrapped
 from maestro_kernels.training.optimizer_state import (
     Cut,

@@ -110,7 +110,7 @@ ERRORS = [
         lambda: nn.Sequential(nn.LayerNorm(4), nn.ReLU()),
         {},
         ValueError,
-        "model: expected at least one layer to factorise, got a model without a linear or 2-d "
+        "model: expected at least one layer to factorise, got a model without a linear or "
         "convolution layer",
     ),
     (

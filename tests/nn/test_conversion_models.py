@@ -33,6 +33,10 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.randn(4, 16, 16))
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """May do anything with its weights."""
+
+
 class Zoo(nn.Module):
     """One layer of each kind that must not be swapped, and two that may."""
 
@@ -47,7 +51,7 @@ class Zoo(nn.Module):
         self.viewed_b.weight.data = self.viewed_a.weight.data
         self.once = nn.Linear(16, 16)
         self.again = self.once
-        self.attention = nn.MultiheadAttention(16, 2)
+        self.attention = OwnAttention(16, 2)
         self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
         self.experts = Experts()
         self.normed = weight_norm(nn.Linear(16, 16))
@@ -56,7 +60,11 @@ class Zoo(nn.Module):
         self.patched.forward = lambda x: x
         self.scaled = WithScale(16, 16)
         self.lazy = nn.LazyLinear(16)
-        self.conv1d = nn.Conv1d(16, 16, 3)
+        self.conv3d = nn.Conv3d(16, 16, 3)
+        self.relative = nn.Module()
+        self.relative.relative_position_bias_table = nn.Parameter(torch.zeros(9, 16, 2))
+        self.positions = nn.Module()
+        self.positions.pos_embed = nn.Parameter(torch.zeros(1, 9, 16))
         self.integer = nn.Linear(16, 16)
         self.integer.weight = nn.Parameter(
             torch.zeros(16, 16, dtype=torch.int8), requires_grad=False
@@ -81,13 +89,19 @@ STAYS = {
     "experts": "gate_up (4, 16, 16) is a fused 3-d tensor (as experts have)",
     "normed": "its weight is computed by a parametrization or a hook",
     "normed.parametrizations.weight": (
-        "ParametrizationList is no linear layer or 2-d convolution; it owns original1 (16, 16)"
+        "ParametrizationList is no linear layer or 1-d or 2-d convolution; "
+        "it owns original1 (16, 16)"
     ),
     "own": "OwnForward has a forward of its own",
     "patched": "Linear has a forward of its own",
     "scaled": "WithScale holds more than a weight and a bias",
     "lazy": "it is lazy and has no weight yet",
-    "conv1d": "Conv1d is no linear layer or 2-d convolution; it owns weight (16, 16, 3)",
+    "conv3d": (
+        "Conv3d is no linear layer or 1-d or 2-d convolution; it owns weight (16, 16, 3, 3, 3)"
+    ),
+    "relative": "relative_position_bias_table (9, 16, 2) is a table of values, no matrix that "
+    "multiplies x",
+    "positions": "pos_embed (1, 9, 16) is a table of values, no matrix that multiplies x",
     "integer": "its weight is torch.int8",
     "empty": "the weight is empty",
 }
@@ -132,7 +146,7 @@ def test_transformer_encoder_runs_converted_in_both_modes(batch_first):
     expected = model.train()(x, src_key_padding_mask=mask)
     convert(model, allow_larger=True)
     assert isinstance(model.layers[0].linear1, LoDLinear)
-    assert type(model.layers[0].self_attn.out_proj) is not LoDLinear
+    assert isinstance(model.layers[0].self_attn.out_proj, LoDLinear)
     for module in model.modules():
         if isinstance(module, LoDLinear):
             module.truncate(16)
@@ -145,6 +159,9 @@ def test_transformer_encoder_runs_converted_in_both_modes(batch_first):
     keep = ~(mask if batch_first else mask.T)
     assert_close(fused[keep], lower[keep], rtol=1e-4, atol=1e-5)
     assert (lower - expected).abs().max() > 1e-3
+    model.layers[0].linear1.rank, model.layers[1].self_attn.v_proj.rank = 16, 2
+    with torch.no_grad():
+        assert (model(x, src_key_padding_mask=mask) - fused)[keep].abs().max() > 1e-3
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------

@@ -15,15 +15,16 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from maestro_kernels.nn.candidates import find_slots
 from maestro_kernels.nn.grouping import group
 from maestro_kernels.nn.hub import seals
 from maestro_kernels.nn.hub.record import METHOD, Record, parse_record
 from maestro_kernels.nn.hub.seals import CONFIG, Stored
+from maestro_kernels.nn.kinds import open_form
 from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.pivoted import PivotedLinear
 from maestro_kernels.nn.placing import Where, build_layer
 from maestro_kernels.nn.structure import LayerRecord, is_conv1d, linear_like, plain
+from maestro_kernels.nn.swapping import find_slots, swap_layers
 
 _FN = "from_pretrained"
 # transformers marks what it has read, so as not to draw it afresh.
@@ -133,6 +134,8 @@ class LoDQuantizer(HfQuantizer):
         """Hang layers on the meta device where the record has factorised ones."""
         at = Where(f"{_FN}: {CONFIG}", f"{_FN}: tensors")
         modules = {plain(path): m for path, m in model.named_modules(remove_duplicate=False)}
+        if self._open(model, modules):
+            modules = {plain(path): m for path, m in model.named_modules(remove_duplicate=False)}
         places = find_slots(model)
         layers: dict[int, nn.Module] = {}
         names: dict[str, str] = {}
@@ -158,6 +161,17 @@ class LoDQuantizer(HfQuantizer):
             for parent, child in places[key]:
                 setattr(parent, child, new)
         self._tie(model, names)
+
+    def _open(self, model: Any, modules: Mapping[str, nn.Module]) -> bool:
+        """Open the modules that were open when the model was saved, if there are any."""
+        forms: dict[nn.Module, nn.Module] = {}
+        for name in self.record.structure.opened:
+            here = _name_in(model, name, modules)
+            form = None if here is None else open_form(modules[here])
+            if here is not None and form is not None:
+                forms[modules[here]] = form
+        swap_layers(model, forms, inplace=True)
+        return bool(forms)
 
     def _layer(
         self,

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from maestro_kernels.nn.adapted import Adapted
 from maestro_kernels.nn.grouping import groups
-from maestro_kernels.nn.structure import HUB_VERSION, Structure, describe, linears, parse, slots
+from maestro_kernels.nn.structure import (
+    HUB_VERSION,
+    Structure,
+    describe,
+    linears,
+    opened_names,
+    parse,
+    slots,
+)
 
 # The name under which transformers finds our quantizer.
 METHOD = "maestro_kernels"
@@ -58,7 +66,8 @@ def record_of(fn: str, model: nn.Module, dtype: str, stored: dict[str, str]) -> 
             )
     layers = describe(fn, model)
     ties, grouped = _ties(model, layers), bool(groups(model))
-    structure = Structure(layers, ties, [], grouped, HUB_VERSION, linears(model))
+    open_ones = opened_names(model)
+    structure = Structure(layers, ties, [], grouped, HUB_VERSION, linears(model), open_ones)
     return Record(structure, secrets.token_hex(16), dtype, stored)
 
 

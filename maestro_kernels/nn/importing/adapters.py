@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from maestro_kernels.nn.adapted import Adapted
 from maestro_kernels.nn.candidates import Candidate, find_candidates
-from maestro_kernels.nn.conversion import swap_layers
 from maestro_kernels.nn.importing.sources import Source, read
 from maestro_kernels.nn.linear import LoDLinear, trainable
 from maestro_kernels.nn.structure import is_conv1d
+from maestro_kernels.nn.swapping import swap_layers
 
 CONFIG = "adapter_config.json"
 # What an adapter may be beside B A: each needs more than factors.

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from maestro_kernels.nn.candidates import Candidate, find_candidates
-from maestro_kernels.nn.conversion import swap_layers
 from maestro_kernels.nn.importing import adapters
 from maestro_kernels.nn.importing.architecture import built
 from maestro_kernels.nn.importing.naming import (
@@ -24,6 +23,7 @@ from maestro_kernels.nn.importing.naming import (
 from maestro_kernels.nn.importing.pairs import FN as _FN
 from maestro_kernels.nn.importing.pairs import Pair, address, checked, layers
 from maestro_kernels.nn.importing.sources import Source, read
+from maestro_kernels.nn.swapping import swap_layers
 
 # Buffers that transformers once saved, and SVD-LLM still does.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|attn\.(masked_)?bias)$")
