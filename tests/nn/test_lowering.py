@@ -13,7 +13,15 @@ from torch import nn
 from torch.testing import assert_close
 
 import maestro_kernels as mk
-from maestro_kernels.nn import AtenLinear, LoDConv2d, LoDLayer, LoDLinear, PivotedLinear, lower
+from maestro_kernels.nn import (
+    AtenLinear,
+    LoDConv1d,
+    LoDConv2d,
+    LoDLayer,
+    LoDLinear,
+    PivotedLinear,
+    lower,
+)
 
 FORMS = ("linear", "aten")
 
@@ -94,6 +102,38 @@ def test_a_convolution_becomes_two(rank, geometry):
     pair = lower(layer)
     assert [type(m) for m in pair] == [nn.Conv2d, nn.Conv2d]
     assert_close(pair(x), expected)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_convolution_over_one_dimension_becomes_two(rank):
+    layer = LoDConv1d(4, 6, 3, padding=1, groups=2, max_rank=2, dtype=torch.float64)
+    layer.rank, x = rank, torch.randn(2, 4, 9, dtype=torch.float64)
+    expected = layer(x)
+    pair = lower(layer)
+    assert [type(m) for m in pair] == [nn.Conv1d, nn.Conv1d]
+    assert_close(pair(x), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_and_experts_are_lowered_inside(form):
+    torch.manual_seed(0)
+    attention = mk.convert(nn.MultiheadAttention(16, 4), rank=3)
+    x = torch.randn(5, 2, 16)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    moe = mk.convert(transformers.MixtralForCausalLM(config).eval(), rank=0.5)
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        for model, run in ((attention, lambda m: m(x, x, x)), (moe, lambda m: m(ids).logits[0])):
+            assert factorised(model)
+            expected = run(model)
+            lowered = lower(model, form=form)
+            assert not factorised(lowered)
+            for got, want in zip(run(lowered), expected, strict=True):
+                assert_close(got, want)
 
 
 def test_rank_0_holds_no_empty_matrix():
