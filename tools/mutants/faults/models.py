@@ -62,6 +62,47 @@ FAULTS = (
         "tests/nn/test_linear.py::test_state_dict_keeps_the_active_rank",
         "a loaded layer runs at the rank it had before",
     ),
+    # --- modules that are opened ------------------------------------------------------------
+    Fault(
+        "experts-without-tokens-without-gradients",
+        f"{PACKAGE}/nn/experts.py",
+        "every = self.training and torch.is_grad_enabled()",
+        "every = False",
+        "tests/nn/test_experts.py::test_gradients_are_those_of_the_dense_experts",
+        "DDP waits for the gradient of an expert that no token came to",
+    ),
+    Fault(
+        "tokens-come-back-in-another-order",
+        f"{PACKAGE}/nn/experts.py",
+        ".index_copy(0, order, y)",
+        ".index_copy(0, order.sort().values, y)",
+        "tests/nn/test_experts.py::test_every_expert_has_a_rank_of_its_own",
+        "every token gets the experts of another",
+    ),
+    Fault(
+        "fused-experts-stay-in-memory",
+        f"{PACKAGE}/nn/swapping.py",
+        "                form.own()",
+        "                pass",
+        "tests/nn/test_experts.py::test_dense_experts_let_the_fused_tensor_go",
+        "one dense expert keeps the memory of all of them",
+    ),
+    Fault(
+        "fast-path-of-torch-reads-the-merged-weight",
+        f"{PACKAGE}/nn/attention.py",
+        "        if torch.compiler.is_compiling():",
+        "        if True:",
+        "tests/nn/test_attention.py::test_an_encoder_that_would_make_nested_tensors",
+        "torch's encoder hands a nested tensor to an attention that cannot take it",
+    ),
+    Fault(
+        "any-forward-that-passes-a-probe",
+        f"{PACKAGE}/nn/own_forward.py",
+        "if not all(_is_plain(node) for node in traced.graph.nodes):",
+        "if False:",
+        "tests/nn/test_own_forward.py::test_any_other_forward_stays_with_the_reason[Clipped]",
+        "a layer that clips its input loses that when it is factorised",
+    ),
     # --- packing, freshness, grouping -------------------------------------------------------
     Fault(
         "written-v-unnoticed",
