@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         begin = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
+        with process.stdout:
+            lines = process.stdout.read().splitlines()
         # Of this process alone; what made the model is not in it.
         _, status, used = os.wait4(process.pid, 0)
         if status:

@@ -189,18 +189,21 @@ def _budget(args: argparse.Namespace) -> tuple[Any, float | None]:
 
 def _say_plan(plan: Plan, args: argparse.Namespace) -> None:
     sizes = [(layer.N, layer.K) for layer in plan.layers.values()]
-    inputs = 0 if plan.data is None or args.init != "data" else plan.data.inputs
+    data, inputs = plan.data, 0
+    if data is not None:
+        inputs = data.judged + 32 * plan.passes + (data.inputs if args.init == "data" else 0)
+        # Of a language model one is as long as four texts.
+        inputs *= 4 if data.noun == "sequence" else 1
     text = (
         f"{plan.architecture.name} with {plan.weights / 1e6:.1f} million weights; factorising "
-        f"{count(len(sizes), 'layer')}, {about(_seconds(sizes, inputs))}"
+        f"{count(len(sizes), 'layer')}"
     )
-    if plan.data is not None:
-        data = plan.data
-        text += (
-            f"; {count(data.inputs, data.noun)} to calibrate, "
-            f"{count(data.judged, data.noun)} to judge with"
-        )
-    say("compress", text)
+    if data is not None:
+        text += f" with {count(data.inputs, data.noun)}, judging with {data.judged:,}"
+    if plan.passes:
+        text += f", choosing ranks by at most {plan.passes} measurements of the model"
+    more = ", without the distillation" if args.recover else ""
+    say("compress", f"{text}: {about(_seconds(sizes, inputs))}{more}")
 
 
 def _seconds(sizes: Iterable[tuple[int, int]], inputs: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +24,18 @@ from maestro_kernels.compression.architectures import Architecture, Copies, find
 from maestro_kernels.compression.calibration import Data
 from maestro_kernels.compression.evaluation import Evaluation
 from maestro_kernels.measure.progress import Advance
-from maestro_kernels.nn.candidates import matches
 from maestro_kernels.nn.grouping import group
 from maestro_kernels.nn.model_summary import ModelSummary, summary
 from maestro_kernels.nn.serialization import check_destination, save_pretrained
 from maestro_kernels.search.costs import multiples
-from maestro_kernels.search.layers import Layer, considered, count_rows
+from maestro_kernels.search.layers import Layer, considered, count_rows, storage_bytes
 from maestro_kernels.search.sensitivities import LayerSensitivity, Sensitivity
 from maestro_kernels.version import __version__
 
 _FN = "compress"
 FIGURES = "compression.json"
+# What factors can be put in the place of.
+_KINDS = ("linear", "hf_conv1d", "conv2d")
 _MULTIPLE = 8
 # Above so many weights ranks are compared with uniform ones and not improved further.
 _REFINED = 300e6
@@ -88,12 +90,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done, once it is known that it can be."""
+    """What will be done, once it is known that it can be.
+
+    Attributes:
+        architecture: of the model.
+        layers: that can be factorised.
+        weights: of the whole model.
+        data: to calibrate and judge with.
+        passes: most measurements of the whole model while ranks are chosen.
+    """
 
     architecture: Architecture
     layers: dict[str, Layer]
     weights: int
     data: Data | None
+    passes: int
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,6 @@ def compress(
             f"{_FN}: --out: expected another folder than the model's, got {str(options.out)!r}"
         )
     dense = architecture.load()
-    layers = _layers(dense)
     data = None
     if options.data is not None:
         data = calibration.read(
@@ -151,15 +161,20 @@ def compress(
             options.recover,
         )
     budget = _budget(options, dense)
-    choose = _Chooser(architecture, dense, layers, budget, options)
+    choose = _Chooser(architecture, dense, _layers(dense), budget)
+    layers = choose.layers
     size = sum(p.numel() for p in dense.parameters())
-    planned(Plan(architecture, layers, size, data))
+    passes = 0
+    if data is not None and not choose.uniform:
+        default = 0 if size > _REFINED else 16 + 4 * len(layers)
+        passes = default if options.passes is None else options.passes
+    planned(Plan(architecture, layers, size, data, passes))
     with work.opened(options.out) as place:
-        run = _Run(options, architecture, layers, data, place, advance)
+        run = _Run(options, architecture, layers, choose.tops, data, place, advance)
         before = run.judged(dense)
-        run.decompose(dense, choose.tops)
-        ranks = run.ranks(dense, choose)
-        bytes_before = search_bytes(dense)
+        run.decompose(dense)
+        ranks = run.ranks(dense, choose, passes)
+        bytes_before = storage_bytes(dense)
         del dense, choose
         model = run.assembled(ranks)
         found = run.recovered(model)
@@ -175,13 +190,6 @@ def compress(
         )
         place.clear()
     return done
-
-
-def search_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    from maestro_kernels.search.layers import storage_bytes
-
-    return storage_bytes(model)
 
 
 def check(options: Options) -> None:
@@ -208,14 +216,13 @@ def check(options: Options) -> None:
 def _layers(model: nn.Module) -> dict[str, Layer]:
     """The layers to factorise; heads stay as they are."""
     left_out = heads(model)
-    return considered(
-        model, exclude=lambda name, _: any(matches(head, name) for head in left_out), fn=_FN
-    )
+    found = considered(model, exclude=lambda name, _: name in left_out, fn=_FN)
+    return {name: layer for name, layer in found.items() if layer.kind in _KINDS}
 
 
 def _budget(options: Options, model: nn.Module) -> search.Budget | float:
     if options.memory is not None:
-        return search.Memory(math.floor(options.memory * search_bytes(model)))
+        return search.Memory(math.floor(options.memory * storage_bytes(model)))
     assert options.budget is not None
     return options.budget
 
@@ -233,19 +240,21 @@ class _Chooser:
         model: nn.Module,
         layers: Mapping[str, Layer],
         budget: search.Budget | float,
-        options: Options,
     ) -> None:
-        self.layers, self.budget, self._options = layers, budget, options
+        self.budget = budget
         self.rows: dict[str, tuple[int, ...]] = {}
         self._profile: Any = None
         self.uniform = isinstance(budget, int | float)
-        if isinstance(budget, int | float):
-            self.tops = {name: _of_fraction(layer, budget) for name, layer in layers.items()}
+        tops = {name: _top(layer, budget) for name, layer in layers.items()}
+        self.tops = {name: top for name, top in tops.items() if top > 0}
+        self.layers = layers = {name: layers[name] for name in self.tops}
+        if not layers:
+            raise ValueError(
+                f"{_FN}: MODEL: expected a layer that factors make smaller, got none in a "
+                f"{architecture.name}"
+            )
+        if self.uniform:
             return
-        self.tops = {}
-        for name, layer in layers.items():
-            ranks = [r for r in multiples(layer, _MULTIPLE, 1) if not isinstance(r, str)]
-            self.tops[name] = max(ranks, default=0)
         if isinstance(budget, search.MACs | search.Latency | search.Speedup):
             batch = calibration.example(architecture, model)
             self.rows = count_rows(model, layers, batch, fn=_FN)
@@ -283,16 +292,21 @@ class _Chooser:
             text = str(error)
             if not text.startswith("allocate: budget: "):
                 raise
+            # As a user of the command would say it: the number alone.
+            text = re.sub(r"\b[A-Z]\w+\(\w+=([^)]*)\)", r"\1", text)
+            text = re.sub(r"best that method='\w+' reaches is", "best within reach is", text)
             option = _OPTIONS[type(self.budget)]
-            raise ValueError(
-                f"{_FN}: {option}: {text.removeprefix('allocate: budget: ')}"
-            ) from None
+            raise ValueError(text.replace("allocate: budget", f"{_FN}: {option}", 1)) from None
 
 
-def _of_fraction(layer: Layer, fraction: float) -> int:
-    """The rank that keeps a fraction of one layer's weights, as `convert` does; 0 to leave it."""
-    rank = max(math.floor(fraction * layer.N * layer.K / (layer.N + layer.K) + 1e-9), 1)
-    return rank if layer.weights(rank) < layer.dense_weights else 0
+def _top(layer: Layer, budget: search.Budget | float) -> int:
+    """The largest rank that a layer may get; 0 to leave it as it is."""
+    if isinstance(budget, int | float):
+        # As `convert` does with a fraction.
+        rank = max(math.floor(budget * layer.N * layer.K / (layer.N + layer.K) + 1e-9), 1)
+        return rank if layer.weights(rank) < layer.dense_weights else 0
+    ranks = [r for r in multiples(layer, _MULTIPLE, 1) if not isinstance(r, str)]
+    return max(ranks, default=0)
 
 
 class _Run:
@@ -303,11 +317,13 @@ class _Run:
         options: Options,
         architecture: Architecture,
         layers: dict[str, Layer],
+        tops: dict[str, int],
         data: Data | None,
         place: work.Work,
         advance: Advance,
     ) -> None:
-        self.options, self.architecture, self.layers = options, architecture, layers
+        self.options, self.architecture = options, architecture
+        self.layers, self.tops = layers, tops
         self.data, self.place, self.advance = data, place, advance
         o = options
         model = work.contents(architecture.folder)
@@ -331,18 +347,16 @@ class _Run:
             return tensors
         return found[0]
 
-    def decompose(self, dense: nn.Module, tops: Mapping[str, int]) -> None:
+    def decompose(self, dense: nn.Module) -> None:
         """Factors of all layers, on disk."""
-        self.tops = {name: top for name, top in tops.items() if top > 0}
-        wanted = {name: layer for name, layer in self.layers.items() if name in self.tops}
-        self.factorised = wanted
-        weighted = self.options.init == "data" and self.data is not None
-        batches = self.data.batches if weighted and self.data is not None else None
+        batches = None
+        if self.options.init == "data" and self.data is not None:
+            batches = self.data.batches
         decomposition.decompose(
-            dense, wanted, self.tops, batches, self.place, self._key_factors, self.advance
+            dense, self.layers, self.tops, batches, self.place, self._key_factors, self.advance
         )
 
-    def ranks(self, dense: nn.Module, choose: _Chooser) -> dict[str, int | str]:
+    def ranks(self, dense: nn.Module, choose: _Chooser, passes: int) -> dict[str, int | str]:
         """The rank of every layer with factors."""
         if choose.uniform:
             return dict(self.tops)
@@ -351,29 +365,26 @@ class _Run:
             return dict(found[1])
         self.advance("choosing ranks", 0, 1)
         sens = decomposition.sensitivity_of(
-            self.factorised,
+            self.layers,
             self.place,
             self._key_factors,
             choose.rows,
             self.options.init == "data",
         )
-        ranks = choose.ranks(dense, sens, self._measured(dense))
+        ranks = choose.ranks(dense, sens, self._measured(passes))
         self.place.write("ranks", self._key_ranks, {}, ranks)
         return ranks
 
-    def _measured(self, dense: nn.Module) -> dict[str, Any]:
+    def _measured(self, passes: int) -> dict[str, Any]:
         """With data the loss of the whole model decides, not the sum of errors of layers alone."""
         if self.data is None:
-            return {"method": "exact"}
+            return {}
         batches, inputs = [], 0
         for batch in self.data.batches:
             if inputs >= _MEASURED:
                 break
             batches.append(batch)
             inputs += len(next(iter(batch.values())))
-        passes = self.options.passes
-        if passes is None and sum(p.numel() for p in dense.parameters()) > _REFINED:
-            passes = 0
         task = self.architecture.task
         loss = evaluation.loss if task in ("language", "seq2seq") else None
         return {
@@ -385,10 +396,10 @@ class _Run:
 
     def assembled(self, ranks: Mapping[str, int | str]) -> nn.Module:
         """The factorised model, from weights that are read anew."""
-        every: dict[str, int | str] = dict.fromkeys(self.factorised, "dense")
+        every: dict[str, int | str] = dict.fromkeys(self.layers, "dense")
         return decomposition.assemble(
             self.architecture.load(),
-            self.factorised,
+            self.layers,
             {**every, **ranks},
             self.place,
             self._key_factors,
@@ -452,7 +463,7 @@ def _done(
     judged: Evaluation | None,
     trained: dict[str, Any] | None,
 ) -> Compression:
-    report, after = summary(model), search_bytes(model)
+    report, after = summary(model), storage_bytes(model)
     o = run.options
     name = _OPTIONS.get(type(o.budget), "--budget") if o.memory is None else "--memory"
     value: Any = o.memory if o.memory is not None else o.budget

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from places import ROOT
 from triton_support import compiling_environment, needs_triton
 
-from bench import cpu_kernels, prepack_choice
+from bench import compress_memory, cpu_kernels, prepack_choice
 from maestro_kernels.backends import native
 
 needs_library = pytest.mark.skipif(native.load_error() is not None, reason="no compiled library")
@@ -68,3 +68,13 @@ def test_tiny_calls_prints_a_ratio_for_every_kind_of_call():
     lines = done.stdout.splitlines()
     assert len(lines) == 15
     assert all(float(line.split()[-1]) > 0 for line in lines)
+
+
+def test_compress_memory_tells_the_peak_beside_the_size(tmp_path, capsys):
+    assert compress_memory.main(["--model", "tiny", "--folder", str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("tiny: ")
+    assert "of the weights of its linear layers are left" in first
+    assert second.startswith("peak 0.")
+    assert " GB for a model of 0.00 GB (" in second
+    assert list(tmp_path.iterdir()) == []

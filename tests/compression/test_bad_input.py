@@ -33,12 +33,27 @@ def fails(capsys, tmp_path, *words, out="small"):
 @pytest.mark.parametrize(
     ("budget", "line"),
     [
-        (("--params", 0.001), "--params: expected one that ranks can meet, the best that"),
-        (("--macs", 0.001), "--macs: expected one that ranks can meet, the best that"),
-        (("--memory", "10KB"), "--memory: expected one that ranks can meet, the best that"),
-        (("--memory", "0.01"), "--memory: expected one that ranks can meet, the best that"),
-        (("--speedup", 1e6), "--speedup: expected one that ranks can meet, the best that"),
-        (("--latency", 1e-6), "--latency: expected one that ranks can meet, the best that"),
+        (
+            ("--params", 0.001),
+            "--params: expected one that ranks can meet, the best within reach is 0",
+        ),
+        (("--macs", 0.001), "--macs: expected one that ranks can meet, the best within reach is 0"),
+        (
+            ("--memory", "10KB"),
+            "--memory: expected one that ranks can meet, the best within reach is 1",
+        ),
+        (
+            ("--memory", "0.01"),
+            "--memory: expected one that ranks can meet, the best within reach is 1",
+        ),
+        (
+            ("--speedup", 1e6),
+            "--speedup: expected one that ranks can meet, the best within reach is ",
+        ),
+        (
+            ("--latency", 1e-6),
+            "--latency: expected one that ranks can meet, the best within reach is ",
+        ),
         (("--memory", "2"), "--memory: expected a size like 500MB or 1.2GB, or 0 < FRACTION <= 1"),
         (("--memory", "0MB"), "--memory: expected a size like 500MB or 1.2GB, or 0 < FRACTION"),
         (("--params", 1.5), "--params: expected 0 < FRACTION <= 1, got '1.5'"),
