@@ -15,6 +15,7 @@ from maestro_kernels.measure.wording import first_line
 from maestro_kernels.nn.hub.record import METHOD, method_of
 from maestro_kernels.nn.hub.registration import check_version
 from maestro_kernels.nn.hub.seals import CONFIG, read_json
+from maestro_kernels.nn.swapping import open_all
 
 _FN = "compress"
 # What a model is for, by the mappings of transformers that name its class; the first one counts.
@@ -97,6 +98,8 @@ class Architecture:
     def load(self) -> nn.Module:
         """The dense model in its own dtype, in eval mode; its weights are mapped, not yet read.
 
+        Modules that keep several matrices in one parameter (experts) are open: each is a layer.
+
         Raises:
             ValueError: the weights are damaged, or some are missing.
         """
@@ -117,8 +120,7 @@ class Architecture:
                     f"{str(self.folder)!r}, got {what.replace('_', ' ')} "
                     f"{sorted(map(str, found[what]))[:4]}"
                 )
-        loaded: nn.Module = model.eval()
-        return loaded
+        return open_all(model.eval())
 
     def processor(self) -> Any:
         """What turns texts, images or sound into batches.

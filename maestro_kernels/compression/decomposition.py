@@ -18,7 +18,7 @@ from maestro_kernels.measure.progress import Advance
 from maestro_kernels.nn.conversion import check_values, in_place_of, layer_from_pairs
 from maestro_kernels.nn.factorize import factorize
 from maestro_kernels.nn.moments import input_moments
-from maestro_kernels.nn.swapping import swap_layers
+from maestro_kernels.nn.swapping import settle, swap_layers
 from maestro_kernels.search.layers import Layer
 from maestro_kernels.search.sensitivities import LayerSensitivity, Sensitivity
 from maestro_kernels.search.trial import Factors, matrices
@@ -197,4 +197,4 @@ def assemble(
         layer = in_place_of(module, layer_from_pairs(module, kind, cut), share=True)
         model = swap_layers(model, {module: layer}, inplace=True)
         del module
-    return model
+    return settle(model)

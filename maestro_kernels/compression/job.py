@@ -35,7 +35,7 @@ from maestro_kernels.version import __version__
 _FN = "compress"
 FIGURES = "compression.json"
 # What factors can be put in the place of.
-_KINDS = ("linear", "hf_conv1d", "conv2d")
+_KINDS = ("linear", "hf_conv1d", "conv1d", "conv2d")
 _MULTIPLE = 8
 # Above so many weights ranks are compared with uniform ones and not improved further.
 _REFINED = 300e6

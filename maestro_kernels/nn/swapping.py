@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from maestro_kernels.nn.kinds import open_form
+from maestro_kernels.nn.layer import LoDLayer
 from maestro_kernels.nn.opened import Opened
 from maestro_kernels.nn.structure import plain
 
@@ -60,6 +61,28 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
         inside = f"{name}." if name else ""
         found |= {f"{inside}{part}" if part else name: m for part, m in made.named_modules()}
     return found
+
+
+def open_all(model: nn.Module) -> nn.Module:
+    """The model with all modules open that can be and hang in one place; changed in place.
+
+    Their layers look at the memory of the parameters that held them.
+    """
+    slots = find_slots(model)
+    forms = {m: open_form(m) for m in model.modules() if len(slots[id(m)]) < 2}
+    return swap_layers(model, {m: form for m, form in forms.items() if form}, inplace=True)
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """After `open_all`, close what has no factorised layer; the rest gets memory of its own."""
+    closed: dict[nn.Module, nn.Module] = {}
+    for form in model.modules():
+        if isinstance(form, Opened):
+            if any(isinstance(layer, LoDLayer) for layer in form.modules()):
+                form.own()
+            else:
+                closed[form] = form.close()
+    return swap_layers(model, closed, inplace=True)
 
 
 @dataclass

@@ -190,6 +190,35 @@ def test_other_kinds_keep_their_structure(untrained, name, tmp_path, capsys):
         assert torch.equal(small(**batch).logits, again(**batch).logits)
 
 
+@pytest.mark.parametrize("init", ["svd", "data"])
+def test_experts_are_layers_like_others(untrained, init, tmp_path, capsys):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    dense = transformers.MixtralForCausalLM(config).bfloat16().eval()
+    dense.save_pretrained(tmp_path / "moe")
+    trained.tokenizer(tmp_path / "moe")
+    words = [tmp_path / "moe", "--params", 0.6, "--init", init, "--out", tmp_path / "small"]
+    if init == "data":
+        words += ["--data", untrained / "text.txt", "--passes", 0, "--require", 0]
+    record = compress(capsys, *words)
+    assert record["bytes"] < 0.8 * record["bytes_before"]
+    small = load_pretrained(tmp_path / "small")
+    ranks = mk.ranks(small)
+    assert any(rank != "dense" for name, rank in ranks.items() if ".experts." in name)
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    for name, router in small.named_modules():
+        if name.endswith("mlp.gate"):
+            assert torch.equal(router.weight, dense.get_submodule(name).weight)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(small(ids).logits, load_pretrained(tmp_path / "small")(ids).logits)
+
+
 def test_an_encoder_without_a_tokenizer(tmp_path, capsys):
     import transformers
 
