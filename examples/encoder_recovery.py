@@ -111,7 +111,7 @@ def markdown(rows: Rows) -> str:
     lines += [
         "",
         f"{first['steps']} steps of 16 sentences, {seeds} seeds, on {origin(first)}; CPU time is "
-        "that of the training of one model.",
+        "that of the training of one model, on a machine that others used, too.",
     ]
     return "\n".join(lines)
 

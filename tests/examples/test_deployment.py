@@ -58,3 +58,17 @@ def test_the_page_shows_the_rows_of_the_distillation(tmp_path):
             found = rows.figures("weights", method=method, budget=budget)
             assert len(found) == 3
             assert max(found) <= budget * report.DENSE
+
+
+def test_the_page_shows_the_rows_of_the_recovery():
+    recovery = importlib.import_module("encoder_recovery")
+    report = importlib.import_module("distillation_report")
+    rows = report.Rows(ROOT / "examples" / "results" / "recovery.jsonl", {})
+    assert recovery.markdown(rows) in PAGE.read_text(encoding="utf-8")
+    other = report.Rows(ROOT / "examples" / "results" / "distillation.jsonl", {})
+    for budget in recovery.BUDGETS:
+        assert max(rows.figures("weights", budget=budget)) <= budget * report.DENSE
+        found = rows.figures("cosine", budget=budget)
+        assert len(found) == 3
+        # Every seed is above every model of this size on the page.
+        assert min(found) > max(other.figures("cosine", kind="fidelity", budget=budget))
