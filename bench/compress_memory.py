@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             lines = process.stdout.read().splitlines()
         # Of this process alone; what made the model is not in it.
         _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         if status:
             return 1
         size = sum(path.stat().st_size for path in dense.glob("*.safetensors"))

@@ -1,65 +1,36 @@
-"""From a user's file or folder to batches: texts, images, sound. Also batches of nothing, to time.
+"""From a user's file or folder to batches of texts; also batches of nothing, to time.
 
 A batch is a dict of tensors that a model is called with.
 """
 
 from __future__ import annotations
 
-import wave
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maestro_kernels.compression import media
 from maestro_kernels.compression.architectures import Architecture
+from maestro_kernels.compression.data import KEPT, Batch, Data, in_dtype, split, spread
 from maestro_kernels.measure.wording import first_line
 from maestro_kernels.nn.moments import calibrating
 
 _FN = "compress"
-Batch = dict[str, Tensor]
-Item = TypeVar("Item")
 
 # Tokens of a sequence: of a language model, of other texts, and of a batch that is timed.
 _LONG, _SHORT, _TIMED = 512, 128, 128
 # Inputs of one call.
-_SIZES = {"text": 32, "language": 4, "images": 32, "sound": 1}
+_SIZES = {"text": 32, "language": 4}
 # Most inputs that are used, where the user does not say.
 SAMPLES = {"text": 4096, "language": 128, "images": 1024, "sound": 64}
-# One of so many is kept for the evaluation, where the user gives nothing else for it.
-_KEPT = 5
-_SECONDS = 10
 # Tokens that a speech model is made to write.
 _WRITTEN = 32
-_PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Characters of a token, rather too many: of a long file no more is read.
 _CHARACTERS = 8
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a model is run on.
-
-    Attributes:
-        batches: to calibrate with.
-        held_out: to judge with; none of them is among `batches` where both are from one file.
-        noun: what one input is.
-        inputs: how many there are in `batches`.
-        judged: how many there are in `held_out`.
-        training: to distil with; may hold more than `batches`.
-        labels: the class of each input in `held_out`, where folders name them.
-    """
-
-    batches: list[Batch]
-    held_out: list[Batch]
-    noun: str
-    inputs: int
-    judged: int
-    training: list[Batch]
-    labels: Tensor | None = None
 
 
 def read(
@@ -95,7 +66,7 @@ def read(
     if kind == "language":
         data = _language(architecture, model, path, held_out, most, steps)
     else:
-        make = {"text": _texts, "images": _images, "sound": _sound}[kind]
+        make = {"text": _texts, "images": media.images, "sound": media.sound}[kind]
         data = make(architecture, model, path, held_out, most)
     _try(architecture, model, data.batches[0])
     if architecture.task == "speech":
@@ -137,7 +108,7 @@ def example(architecture: Architecture, model: nn.Module) -> Batch:
             f"{_FN}: MODEL: expected an encoder, language, sequence, vision or speech model to "
             f"time, got a {architecture.name}"
         )
-    batch = _in_dtype(model, batch)
+    batch = in_dtype(model, batch)
     _try(architecture, model, batch)
     return batch
 
@@ -176,7 +147,7 @@ def _language(
     """Sequences of one length, cut from the whole text."""
     text = "\n".join(lines(path, "--data"))
     if held_out is None:
-        end = len(text) - len(text) // _KEPT
+        end = len(text) - len(text) // KEPT
         text, other, option = text[:end], text[end:], "--data"
     else:
         other, option = "\n".join(lines(held_out, "--held-out")), "--held-out"
@@ -196,11 +167,11 @@ def _language(
                 f"with, got {len(one)}"
             )
         found.append(list(rows))
-    sequences, judged = (_spread(rows, most) for rows in found)
+    sequences, judged = (spread(rows, most) for rows in found)
     training, wanted = sequences, steps * _SIZES["language"]
     if wanted > most:
         one = _ids(tokenizer, text[: wanted * each])
-        training = _spread(list(one[: len(one) // length * length].reshape(-1, length)), wanted)
+        training = spread(list(one[: len(one) // length * length].reshape(-1, length)), wanted)
     batches, held_out_batches = _stacked(sequences), _stacked(judged)
     inputs = len(sequences), len(judged)
     return Data(batches, held_out_batches, "sequence", *inputs, _stacked(training))
@@ -223,7 +194,7 @@ def _texts(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     length = min(_SHORT, _positions(model.config))
-    train, judge = _split(texts, others, most)
+    train, judge = split(texts, others, most)
     make = _pairs if architecture.task == "seq2seq" else _singles
     size = _SIZES["text"]
     batches, judged = (
@@ -269,157 +240,6 @@ def _padded(tokenizer: Any, texts: Sequence[str], length: int) -> Batch:
     return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
 
-# --- images and sound ------------------------------------------------------------------------
-
-
-def _images(
-    architecture: Architecture, model: nn.Module, path: Path, held_out: Path | None, most: int
-) -> Data:
-    try:
-        import PIL.Image
-    except ImportError:
-        raise NotImplementedError(
-            f"{_FN}: --data: expected the package pillow to read images, got none; "
-            "pip install pillow"
-        ) from None
-    files = _files(path, "--data", _PICTURES, "images")
-    others = None if held_out is None else _files(held_out, "--held-out", _PICTURES, "images")
-    processor = architecture.processor()
-    channels = getattr(model.config, "num_channels", 3)
-    train, judge = _split(files, others, most)
-
-    def open_(file: Path) -> Any:
-        try:
-            with PIL.Image.open(file) as image:
-                return image.convert("L" if channels == 1 else "RGB")
-        except OSError as error:
-            raise ValueError(
-                f"{_FN}: --data: expected images, got {str(file)!r}: {first_line(error)}"
-            ) from None
-
-    size = _SIZES["images"]
-    batches, judged = (
-        [
-            _in_dtype(
-                model,
-                dict(processor([open_(f) for f in part[at : at + size]], return_tensors="pt")),
-            )
-            for at in range(0, len(part), size)
-        ]
-        for part in (train, judge)
-    )
-    return Data(batches, judged, "image", len(train), len(judge), batches, _labels(model, judge))
-
-
-def _labels(model: nn.Module, files: Sequence[Path]) -> Tensor | None:
-    """The class of each file, where the folder around it has the name or number of one."""
-    known = getattr(model.config, "label2id", None) or {}
-    found = [known.get(file.parent.name) for file in files]
-    if any(label is None for label in found):
-        return None
-    return torch.tensor([int(label) for label in found if label is not None])
-
-
-def _sound(
-    architecture: Architecture, model: nn.Module, path: Path, held_out: Path | None, most: int
-) -> Data:
-    files = _files(path, "--data", (".wav",), "sound (.wav)")
-    others = None if held_out is None else _files(held_out, "--held-out", (".wav",), "sound (.wav)")
-    extractor = architecture.processor()
-    train, judge = _split(files, others, most)
-    batches, judged = (
-        [
-            _in_dtype(
-                model,
-                {
-                    key: value
-                    for key, value in extractor(
-                        _wave(file, int(extractor.sampling_rate)),
-                        sampling_rate=extractor.sampling_rate,
-                        return_tensors="pt",
-                    ).items()
-                    # One recording needs no mask.
-                    if key == architecture.kind.main_input_name
-                },
-            )
-            for file in part
-        ]
-        for part in (train, judge)
-    )
-    return Data(batches, judged, "recording", len(train), len(judge), batches)
-
-
-def _wave(file: Path, rate: int) -> np.ndarray[Any, Any]:
-    """At most ten seconds of a file of 16 bits, in -1..1, channels averaged."""
-    try:
-        with wave.open(str(file), "rb") as sound:
-            width, found, channels = (
-                sound.getsampwidth(),
-                sound.getframerate(),
-                sound.getnchannels(),
-            )
-            content = sound.readframes(_SECONDS * found)
-    except (wave.Error, EOFError) as error:
-        raise ValueError(
-            f"{_FN}: --data: expected .wav files, got {str(file)!r}: {first_line(error)}"
-        ) from None
-    if width != 2 or found != rate:
-        raise ValueError(
-            f"{_FN}: --data: expected sound of 16 bits and {rate} Hz, got {str(file)!r} with "
-            f"{8 * width} bits and {found} Hz"
-        )
-    values = np.frombuffer(content, "<i2").reshape(-1, channels).mean(1) / 32768
-    return values.astype(np.float32)
-
-
-def _with_words(model: Any, batches: list[Batch]) -> list[Batch]:
-    """What the dense model writes for each recording, for its decoder to read again."""
-    found = []
-    with calibrating(model):
-        for batch in batches:
-            written = model.generate(**batch, max_new_tokens=_WRITTEN, do_sample=False)
-            found.append({**batch, "decoder_input_ids": written})
-    return found
-
-
-def _files(path: Path, option: str, endings: Sequence[str], what: str) -> list[Path]:
-    if not path.is_dir():
-        raise ValueError(f"{_FN}: {option}: expected a folder of {what}, got {str(path)!r}")
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
-    if not found:
-        raise ValueError(f"{_FN}: {option}: expected {what} in {str(path)!r}, got none")
-    return found
-
-
-# --- all -------------------------------------------------------------------------------------
-
-
-def _split(
-    items: Sequence[Item], others: Sequence[Item] | None, most: int
-) -> tuple[list[Item], list[Item]]:
-    """To calibrate and to judge with; every fifth is for the second where nothing else is."""
-    if others is None:
-        judge = [item for i, item in enumerate(items) if i % _KEPT == _KEPT - 1]
-        items = [item for i, item in enumerate(items) if i % _KEPT != _KEPT - 1]
-        # Fewer than five: the last one.
-        if not judge:
-            *items, last = items
-            judge = [last]
-        others = judge
-    if not items:
-        raise ValueError(
-            f"{_FN}: --data: expected at least 2 inputs, one of them to judge with, got 1"
-        )
-    return _spread(items, most), _spread(others, most)
-
-
-def _spread(items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many, evenly from all."""
-    if len(items) <= most:
-        return list(items)
-    return [items[i * len(items) // most] for i in range(most)]
-
-
 def _stacked(rows: Sequence[Tensor]) -> list[Batch]:
     size = _SIZES["language"]
     parts = [list(rows[at : at + size]) for at in range(0, len(rows), size)]
@@ -435,12 +255,14 @@ def _positions(config: Any) -> int:
     return max(min(known) - 2, 1) if known else _LONG
 
 
-def _in_dtype(model: Any, batch: Batch) -> Batch:
-    """Pictures and sound in the dtype of the model."""
-    return {
-        key: value.to(model.dtype) if value.is_floating_point() else value
-        for key, value in batch.items()
-    }
+def _with_words(model: Any, batches: list[Batch]) -> list[Batch]:
+    """What the dense model writes for each recording, for its decoder to read again."""
+    found = []
+    with calibrating(model):
+        for batch in batches:
+            written = model.generate(**batch, max_new_tokens=_WRITTEN, do_sample=False)
+            found.append({**batch, "decoder_input_ids": written})
+    return found
 
 
 def _try(architecture: Architecture, model: nn.Module, batch: Batch) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maestro_kernels.benchmark.encoder import pooled
-from maestro_kernels.compression.calibration import Batch
+from maestro_kernels.compression.data import Batch
 from maestro_kernels.measure.wording import count
 from maestro_kernels.nn.moments import calibrating
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maestro_kernels.compression import architectures, calibration
+from maestro_kernels.compression import architectures, calibration, data
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_pairs_are_divided_by_a_tab_or_in_the_middle():
 
 @pytest.mark.parametrize("most", [1, 3, 5, 9])
 def test_samples_are_spread_evenly(most):
-    found = calibration._spread(list(range(5)), most)
+    found = data.spread(list(range(5)), most)
     assert len(found) == min(most, 5)
     assert found == sorted(set(found))
 

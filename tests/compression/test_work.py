@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from maestro_kernels.cli import main
-from maestro_kernels.compression import decomposition, job, work
+from maestro_kernels.compression import choosing, decomposition, job, work
 
 WHOLE = ["--params", "0.6", "--passes", "20", "--recover", "4"]
 
@@ -67,7 +67,7 @@ def test_a_killed_process_leaves_nothing_but_work_to_go_on_with(
 def test_every_stage_is_gone_on_from(language, uninterrupted, at, tmp_path, monkeypatch):
     out = tmp_path / "small"
     holder, name = {
-        "choose": (job._Chooser, "ranks"),
+        "choose": (choosing.Chooser, "ranks"),
         "assemble": (decomposition, "assemble"),
         "compared": (job._Run, "compared"),
         "save_pretrained": (job, "save_pretrained"),
@@ -85,7 +85,7 @@ def test_every_stage_is_gone_on_from(language, uninterrupted, at, tmp_path, monk
         # What is finished is not made again.
         patch.setattr(decomposition, "_decomposed", killed)
         if at != "choose":
-            patch.setattr(job._Chooser, "ranks", killed)
+            patch.setattr(choosing.Chooser, "ranks", killed)
         if at in ("compared", "save_pretrained"):
             patch.setattr("maestro_kernels.training.distillation.distil", killed)
         assert main(words(language, out)) == 0
