@@ -65,7 +65,7 @@ def _with_ours(find: Callable[..., Any]) -> Callable[..., Any]:
             and module is not outputs
             and module.activation is None
             and name.partition(".")[0] not in heads
-            and not name.endswith("base_layer")
+            and name.rpartition(".")[2] != "base_layer"
         }
         found.target_modules = {*found.target_modules, *ours}
         return found
@@ -88,8 +88,8 @@ def merge_adapters(model: nn.Module, *, method: str = "columns") -> nn.Module:
 
     Raises:
         TypeError: model is no module.
-        ValueError: no model of PEFT that can be merged, an unknown method, or a rank that would
-            exceed min(N, K). Nothing has changed then.
+        ValueError: no model of PEFT that can be merged, an unknown method, a rank that would exceed
+            min(N, K), or "svd" where adapters are merged already. Nothing has changed then.
     """
     fn = "merge_adapters"
     check_model(fn, model)
@@ -102,6 +102,12 @@ def merge_adapters(model: nn.Module, *, method: str = "columns") -> nn.Module:
     from maestro_kernels.nn.lora import LoraLoDLinear
 
     layers = [module for module in model.modules() if isinstance(module, LoraLoDLinear)]
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if method == "svd" and merged:
+        raise ValueError(
+            f"{fn}: model: expected adapters that are not merged, got {', '.join(merged)}: "
+            "unmerge_adapter() first"
+        )
     try:
         for layer in layers:
             layer.merge_method = method
@@ -110,5 +116,5 @@ def merge_adapters(model: nn.Module, *, method: str = "columns") -> nn.Module:
         for layer in layers:
             layer.merge_method = "columns"
         raise
-    merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
-    return merged
+    plain: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+    return plain

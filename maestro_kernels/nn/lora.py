@@ -152,14 +152,10 @@ class LoraLoDLinear(LoraLinear):
         """The adapters that `merge` would merge; raises what it would."""
         found = check_adapters_to_merge(self, adapter_names) or ()
         names = [name for name in found if name in self.lora_A]
-        base, fn = self.get_base_layer(), "LoRA.merge"
+        fn = "LoRA.merge"
         if not names:
             return names
-        if not isinstance(base, LoDLinear):
-            raise NotImplementedError(
-                f"{fn}: base_layer: expected a LoDLinear, got {type(base).__name__}: merge before "
-                "the model is lowered"
-            )
+        base = self._factorised(fn)
         grown = base.max_rank + sum(len(self.lora_A[name].weight) for name in names)
         if self.merge_method == "columns" and grown > min(base.matrix_shape):
             raise ValueError(
@@ -171,14 +167,26 @@ class LoraLoDLinear(LoraLinear):
             raise ValueError(f"{fn}: bias: expected a base layer with one for lora_bias, got None")
         return names
 
+    def _factorised(self, fn: str) -> LoDLinear:
+        """The base layer; raises where it is none of ours any more."""
+        base = self.get_base_layer()
+        if not isinstance(base, LoDLinear):
+            raise NotImplementedError(
+                f"{fn}: base_layer: expected a LoDLinear, got {type(base).__name__}: merge and "
+                "unmerge before the model is lowered"
+            )
+        return base
+
     def unmerge(self) -> None:
         """Take merged adapters off the factors again.
 
         Raises:
-            NotImplementedError: they were merged by "svd".
+            NotImplementedError: they were merged by "svd", or the base layer was lowered.
         """
-        base = self.get_base_layer()
-        if self.merged_adapters and self.merge_method == "svd":
+        if not self.merged_adapters:
+            return
+        base = self._factorised("LoRA.unmerge")
+        if self.merge_method == "svd":
             raise NotImplementedError(
                 'LoRA.unmerge: merge_method: expected "columns", which can be undone, got "svd"'
             )
@@ -187,10 +195,12 @@ class LoraLoDLinear(LoraLinear):
             if name not in self.lora_A:
                 continue
             r = len(self.lora_A[name].weight)
-            base.u = trainable(base.u.detach()[:, r:].contiguous(), base.u)
-            base.v = trainable(base.v.detach()[r:].contiguous(), base.v)
+            u, v = base.u.detach()[:, r:], base.v.detach()[r:]
+            base.u = trainable(u.clone(memory_format=torch.contiguous_format), base.u)
+            base.v = trainable(v.clone(), base.v)
             base.rank = max(min(base.rank, base.max_rank + r) - r, 0)
             if name in self._bias_before:
                 before = self._bias_before.pop(name)
+                assert base.bias is not None
                 base.bias = trainable(before.detach().to(base.bias), base.bias)
         base.changed()

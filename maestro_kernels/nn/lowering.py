@@ -34,7 +34,7 @@ def lower(model: nn.Module, *, form: str = "linear", inplace: bool = True) -> nn
     """Write y = act(x @ v[:r].T @ u[:, :r].T + bias) in layers that any tool knows, at r = `rank`.
 
     For `torch.onnx.export`, `torch.jit.trace`, quantisers and runtimes that know nothing of this
-    package. The model computes what it did, with two matmuls per layer instead of one call, packed
+    package. The model computes what it did with two matmuls per layer, without fused calls, packed
     copies and groups; ranks are fixed from here on. Mode, call hooks, requires_grad and tied
     factors are kept. It is the last step: save the factorised model, and lower what was loaded; a
     lowered model of transformers refuses to save itself, since nothing could load it.

@@ -228,7 +228,10 @@ def test_merging_puts_the_adapter_in_front_and_unmerging_is_exact():
     layer.unmerge()
     assert same(state(base), before)
     assert_close(layer(x), expected)
-    assert layer.base_layer.u.requires_grad == base.u.requires_grad
+    # In memory of their own size.
+    for factor in (base.u, base.v):
+        assert factor.is_contiguous()
+        assert factor.untyped_storage().nbytes() == factor.nbytes
 
 
 def test_two_adapters_with_a_bias_come_off_in_any_case():
@@ -343,6 +346,19 @@ def test_wrong_arguments_of_merge_adapters():
         merge_adapters(Block())
 
 
+def test_svd_wants_adapters_that_are_not_merged():
+    model = adapted()
+    model.merge_adapter()
+    before = state(lora(model).base_layer)
+    with pytest.raises(
+        ValueError, match=r"merge_adapters: model: expected .* got default: unmerge"
+    ):
+        merge_adapters(model, method="svd")
+    assert same(state(lora(model).base_layer), before)
+    model.unmerge_adapter()
+    assert merge_adapters(model, method="svd").up.rank == 5
+
+
 def test_a_lowered_model_keeps_its_adapters_but_cannot_merge():
     model = adapted()
     x = x_like(model)
@@ -351,6 +367,17 @@ def test_a_lowered_model_keeps_its_adapters_but_cannot_merge():
     assert_close(model(x), expected)
     with pytest.raises(NotImplementedError, match=r"LoRA\.merge: base_layer: .*before the"):
         model.merge_and_unload()
+
+
+def test_what_was_merged_and_lowered_stays_merged():
+    model = adapted()
+    model.merge_adapter()
+    x = x_like(model)
+    expected = model(x)
+    mk.nn.lower(model)
+    assert_close(model(x), expected)
+    with pytest.raises(NotImplementedError, match=r"LoRA\.unmerge: base_layer: .* got Sequential"):
+        model.unmerge_adapter()
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,8 @@ def test_a_layer_under_an_adapter_can_be_converted():
         expected = model(input_ids=ids).logits
         mk.convert(model, None, include="*.q_proj.base_layer", allow_larger=True)
         assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match=r"weight: .*: expected a read, got a write"):
+        model.merge_adapter()
 
 
 def test_an_adapter_alone_raises_and_changes_nothing():
