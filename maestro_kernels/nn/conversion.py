@@ -156,9 +156,10 @@ def _swapped(opening: Opening, layers: dict[nn.Module, nn.Module], inplace: bool
     for form, closed in opening.closed.items():
         if not any(module in layers for module in form.modules()):
             same[form] = closed if inplace else copy.deepcopy(closed)
-        elif inplace:
-            opening.kept.add(form)
-    return swap_layers(opening.model, layers | same, inplace=inplace)
+    converted = swap_layers(opening.model, layers | same, inplace=inplace)
+    if inplace:
+        opening.kept |= opening.closed.keys() - same.keys()
+    return converted
 
 
 def to_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:

@@ -72,13 +72,13 @@ class LoDExperts(Opened):
         made = cls._around(model)
         for part in _parts_of(model):
             weight, bias = _stacked(model, part)
+            matrices = (weight.mT if model.is_transposed else weight).detach().unbind()
+            biases = [None] * len(matrices) if bias is None else bias.detach().unbind()
             made._modules[part] = nn.ModuleList(
                 linear_of(
-                    weight[e].mT if model.is_transposed else weight[e],
-                    None if bias is None else trainable(bias.detach()[e], bias),
-                    weight,
+                    matrix, own if own is None or bias is None else trainable(own, bias), weight
                 )
-                for e in range(weight.shape[0])
+                for matrix, own in zip(matrices, biases, strict=True)
             )
         return made
 

@@ -104,12 +104,13 @@ def take_hooks(old: nn.Module, new: nn.Module, *, share: bool) -> None:
 
 
 def linear_of(weight: Tensor, bias: Tensor | None, like: nn.Parameter) -> nn.Linear:
-    """An nn.Linear around weight (N, K) and bias (N,) themselves, trained where `like` is."""
-    N, K = weight.shape
-    layer = nn.Linear(K, N, bias is not None, "meta", weight.dtype)
-    layer.weight = trainable(weight.detach(), like)
-    if bias is not None:
-        layer.bias = trainable(bias.detach(), bias)
+    """An nn.Linear around the memory of weight (N, K) and bias (N,), trained where `like` is."""
+    # Without the constructor, which draws a weight: a model may have ten thousand experts.
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    layer.register_parameter("weight", trainable(weight, like))
+    layer.register_parameter("bias", bias if bias is None else trainable(bias, bias))
     return layer
 
 

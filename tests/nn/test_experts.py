@@ -16,7 +16,6 @@ from maestro_kernels.nn import LoDExperts, LoDLinear, classify, conversion_repor
 hf = pytest.importorskip("transformers")
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts  # noqa: E402
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts  # noqa: E402
 
 SIZES = {
     "vocab_size": 50,
@@ -97,24 +96,45 @@ def test_models_keep_their_outputs_and_become_what_they_were(make):
     assert_close(model(IDS).logits, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_experts_without_a_gate():
-    config = SimpleNamespace(
-        n_routed_experts=3,
-        hidden_size=16,
-        moe_latent_size=None,
-        moe_intermediate_size=24,
-        mlp_hidden_act="relu",
-        _experts_implementation="eager",
-    )
-    module = NemotronHExperts(config)
+SETTINGS = SimpleNamespace(
+    _experts_implementation="eager",
+    hidden_size=16,
+    intermediate_size=24,
+    moe_hidden_size=16,
+    moe_intermediate_size=24,
+    moe_latent_size=None,
+    moe_num_experts=3,
+    n_routed_experts=3,
+    num_local_experts=3,
+    mlp_hidden_act="relu",
+    hidden_act="silu",
+    post_norm_eps=1e-6,
+)
+OTHERS = {
+    # No gate; transposed without a bias; a norm behind every expert.
+    "nemotron_h.NemotronHExperts": ["up", "down"],
+    "aria.AriaExperts": ["gate_up", "down"],
+    "muse_spark.MuseSparkExperts": ["gate_up", "down"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_experts_of_other_contracts(name):
+    folder, _, kind = name.partition(".")
+    module = f"transformers.models.{folder}.modeling_{folder}"
+    kind = getattr(pytest.importorskip(module), kind)
+    module = kind(SETTINGS).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    call = torch.randn(3, 16), torch.tensor([[0, 1], [1, 2], [0, 2]]), torch.rand(3, 2)
+    index = torch.tensor([[0, 1], [1, 2], [0, 2]])
+    call = torch.randn(3, 16).double(), index, torch.rand(3, 2).double()
     expected = module(*call)
     made = mk.convert(module, allow_larger=True)
-    assert [name for name, _ in made.named_children() if name != "act_fn"] == ["up", "down"]
-    assert_close(made(*call), expected, rtol=1e-4, atol=1e-3)
-    assert type(mk.to_dense(made)) is NemotronHExperts
+    assert [n for n, m in made.named_children() if isinstance(m, nn.ModuleList)] == OTHERS[name]
+    assert_close(made(*call), expected)
+    again = mk.to_dense(made)
+    assert type(again) is kind
+    assert_close(again(*call), expected)
 
 
 def test_every_expert_has_a_rank_of_its_own():
