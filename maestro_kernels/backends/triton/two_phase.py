@@ -253,6 +253,7 @@ class _Launch(NamedTuple):
         partials: float32 slots for the sums of split tiles.
         counters: int32 counters.
         split_target: tiles that phase 1 may reach by splitting K.
+        squares: float32 sums of squares where there are norms.
     """
 
     launcher: Launcher
@@ -266,6 +267,7 @@ class _Launch(NamedTuple):
     partials: int
     counters: int
     split_target: int
+    squares: int
 
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
@@ -316,7 +318,7 @@ def _launch(
     if norms:
         weights = tuple([e if t is None else t for t, e in zip(norms, es, strict=True)])
     outs = [*ys] * len(xs) if sum_layers else ys
-    hs = _run(found, xs, ss, es, given, pointer, outs, added, factors, weights, norm_eps)
+    hs = _run(found, xs, ss, es, given, pointer, outs, added, factors, weights, norm_eps, save_h)
     return [h[:, :width] for h, width in zip(hs, found.widths, strict=True)] if save_h else []
 
 
@@ -346,17 +348,23 @@ def _run(
     scales: tuple[float, ...] | None = None,
     norms: tuple[Tensor, ...] | None = None,
     norm_eps: float = 0.0,
+    save_raw: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Launch with these tensors; returns every H with all its stride_h columns."""
+    """Launch with these tensors; returns every H with all its stride_h columns.
+
+    Where there are norms, H is what the kernel works with, or, if `save_raw`, from before them.
+    """
     (
         launcher, M, _, strides_h, sizes, encoded, strides, strides_res, partials, counters,
-        split_target,
+        split_target, squares,
     ) = launch  # fmt: skip
     x = xs[0]
     if is_elsewhere(x):
         with torch.cuda.device(x.device):
-            return _run(launch, xs, ss, es, biases, ranks, ys, residuals, scales, norms, norm_eps)
+            others = residuals, scales, norms, norm_eps, save_raw
+            return _run(launch, xs, ss, es, biases, ranks, ys, *others)
     hs = tuple(map(x.new_empty, repeat(M), strides_h))
+    raws = tuple(map(x.new_empty, repeat(M), strides_h)) if norms and save_raw else None
     launcher(
         x,
         tuple(xs),
@@ -372,13 +380,15 @@ def _run(
         strides_res,
         scales,
         norms,
+        raws,
+        None if norms is None else torch.empty(squares, dtype=torch.float32, device=x.device),
         None if norms is None else float(norm_eps),
         torch.empty(partials, dtype=torch.float32, device=x.device),
         workspace.counters(x.device, counters),
         M,
         split_target,
     )
-    return hs
+    return hs if raws is None else raws
 
 
 def _planned(
@@ -456,7 +466,7 @@ def _planned(
     return _Launch(
         launcher, M, widths, strides_h, (Ns, Ks, Rs), encoded, strides,
         tuple(t.stride(0) for t in added) if added else None,
-        plan.partials, plan.counters, plan.split_target,
+        plan.partials, plan.counters, plan.split_target, n * -(-max(Rs) // config.BLOCK_R) * M,
     )  # fmt: skip
 
 

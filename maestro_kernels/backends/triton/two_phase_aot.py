@@ -80,6 +80,8 @@ def _signature(
             "strides_resm": each(size) if form == "residual" else None,
             "scales": each("fp32") if form in ("residual", "norm") else None,
             "norms": each(f"*{dtype}:16") if form == "norm" else None,
+            "raws": each(f"*{dtype}:16") if form == "norm" else None,
+            "squares": "*fp32:16" if form == "norm" else None,
             "norm_eps": "fp32" if form == "norm" else None,
             "RESIDUAL_BITS": int(form == "residual"),
             "NORM_BITS": int(form == "norm"),

@@ -108,15 +108,9 @@ def _shrink_sum(
 def expand_sum(
     b_y, p_h, p_e, M, N, rank, stride_hm, stride_en, stride_er, i_m, i_n, EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TAIL_R: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, p_norm=None, norm_eps=0.0, norm_scale=1.0, is_normed=True,
+    INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """b_y + H · Eᵀ of one tile. EIGHTS: E is contiguous along r, and read 8 ranks at a time.
-
-    p_norm not None: b_y is zero, and H is normalised, then multiplied by norm_scale. The norm's
-    weight meets H on the way to the product; the sums of squares are complete when that ends, and
-    divide it.
-    """
-    b_squares = tl.zeros((BLOCK_M,), tl.float32)
+    """b_y + H · Eᵀ of one tile. EIGHTS: E is contiguous along r, and read 8 ranks at a time."""
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = tl.arange(0, BLOCK_R)
@@ -136,10 +130,6 @@ def expand_sum(
         m_e = (o_r0 + o_r < rank_as_read)[:, None]
         b_h = tl.load(p_hr, mask=(o_m < M)[:, None] & m_h, other=0.0)
         b_e = tl.load(p_er, mask=m_e & (o_n < N)[None, :], other=0.0)
-        if p_norm is not None:
-            b_f, b_part = weighted(b_h, p_norm, o_r0 + o_r, rank, is_normed)
-            b_h = b_f.to(b_h.dtype)
-            b_squares += b_part
         b_y = tl.dot(b_h, b_e, b_y, input_precision=INPUT_PRECISION)
         p_hr += BLOCK_R
         p_er += BLOCK_R * stride_er
@@ -151,14 +141,7 @@ def expand_sum(
             p_et = p_e + o_t[:, None].to(tl.int64) * stride_er
             b_e = tl.load(p_et, mask=m_t[:, None] & (o_n < N)[None, :], other=0.0)
             b_e = tl.where((o_t < rank)[:, None], b_e, 0.0)
-            if p_norm is not None:
-                b_f, b_part = weighted(b_h, p_norm, o_t, rank, is_normed)
-                b_h = b_f.to(b_h.dtype)
-                b_squares += b_part
             b_y = tl.dot(b_h, b_e, b_y, input_precision=INPUT_PRECISION)
-    if p_norm is not None:
-        b_factor = inverse_root(b_squares, rank, norm_eps) * norm_scale
-        b_y *= tl.where(is_normed, b_factor, 1.0)[:, None]
     return b_y
 
 
@@ -170,6 +153,18 @@ def _store_h(b_h, p_h, M, rank, width, stride_hm, i_m, i_r, BLOCK_M, BLOCK_R):
     b_h = tl.where((o_r < rank)[None, :], b_h, 0.0)
     p_h = p_h + o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
     tl.store(p_h, b_h.to(p_h.dtype.element_ty), mask=(o_m < M)[:, None] & (o_r < width)[None, :])
+
+
+@triton.jit
+def _squares_of(p_squares, rank, M, eps, scale, is_normed, i_m, BLOCK_M, BLOCK_R):
+    """What the rows of a tile of y are multiplied by: scale / rms of H before the norm's weight."""
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_squares = tl.zeros((BLOCK_M,), tl.float32)
+    p_squares += o_m
+    for _ in range(tl.cdiv(rank, BLOCK_R)):
+        b_squares += tl.load(p_squares, mask=o_m < M, other=0.0)
+        p_squares += M
+    return tl.where(is_normed, inverse_root(b_squares, rank, eps) * scale, 1.0)
 
 
 @triton.jit
@@ -234,7 +229,8 @@ def _leave(p_ticket, p_ready, num_ready):
 def two_phase_kernel(
     xs, ss, es, biases, ys, hs, Ns, Ks, Rs, ranks,
     strides_xm, strides_sr, strides_sk, strides_en, strides_er, strides_ym, strides_hm,
-    residuals, strides_resm, scales, norms, norm_eps, partials, counters, M, split_target,
+    residuals, strides_resm, scales, norms, raws, squares, norm_eps, partials, counters, M,
+    split_target,
     BIAS_BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, NORM_BITS: tl.constexpr,
     ACTIVATIONS: tl.constexpr,
     TENSOR_RANK: tl.constexpr, SUM_LAYERS: tl.constexpr, ZERO_TAIL: tl.constexpr,
@@ -245,10 +241,10 @@ def two_phase_kernel(
 ):  # fmt: skip
     """y_i = act_i(H_i · E_i[:, :r_i]ᵀ + bias_i + residual_i), or y = the sum of those (SUM_LAYERS).
 
-    H_i = scale_i · x_i · S_i[:r_i]ᵀ; where layer i has a norm, H_i stays unscaled and is normalised
-    and scaled on its way into the second product. Reads, per layer, x (M, K), S (R, K), E (N, R),
-    bias (N,) and residual (M, N); writes y (M, N) and H (M, r), whose row stride is a multiple of
-    16. Plural arguments are tuples with one entry per layer.
+    H_i = scale_i · x_i · S_i[:r_i]ᵀ. Where layer i has a norm, H_i = norm_i · x_i · S_i[:r_i]ᵀ and
+    rows of H_i · E_i[:, :r_i]ᵀ are multiplied by scale_i / rms(x_i · S_i[:r_i]ᵀ). Reads, per layer,
+    x (M, K), S (R, K), E (N, R), bias (N,) and residual (M, N); writes y (M, N) and H (M, r), whose
+    row stride is a multiple of 16. Plural arguments are tuples with one entry per layer.
     S, E = v, u is the forward; S, E = uᵀ, vᵀ turns dy into dx, and H is then dH.
 
     Arguments that need a word:
@@ -256,6 +252,9 @@ def two_phase_kernel(
         residuals, strides_resm: None where no layer has one.
         scales: None where all are 1.
         norms, norm_eps: weights (R,) of the norms; None where no layer has one.
+        raws: what is like hs, and gets x_i · S_i[:r_i]ᵀ where a layer has a norm, H_i elsewhere; or
+            None. The gradient wants it.
+        squares: float32 (layers, blocks of the largest R, M): sums over the ranks of a block.
         partials: float32 slots for split_target tiles of H.
         counters: zeros; ticket, leaving programs, arrivals (split_target), ready (layers, num_m).
         split_target: K is split as long as phase 1 has no more tiles than this.
@@ -336,10 +335,23 @@ def two_phase_kernel(
                 num_splits, BLOCK_M, BLOCK_R,
             )  # fmt: skip
         if is_last:
+            is_normed = ((NORM_BITS >> i_layer) & 1) != 0
             if scales is not None:
-                is_normed = (NORM_BITS >> i_layer) & 1 == 1
                 b_h *= tl.where(is_normed, 1.0, pick(scales, i_layer, NUM_LAYERS))
             width = tl.cdiv(R if ZERO_TAIL else rank, 8) * 8
+            if NORM_BITS:
+                if raws is not None:
+                    _store_h(
+                        b_h, pick(raws, i_layer, NUM_LAYERS), M, rank, width,
+                        pick(strides_hm, i_layer, NUM_LAYERS), i_m, i_r, BLOCK_M, BLOCK_R,
+                    )  # fmt: skip
+                o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+                b_h, b_squares = weighted(
+                    b_h, pick(norms, i_layer, NUM_LAYERS), i_r * BLOCK_R + tl.arange(0, BLOCK_R),
+                    rank, is_normed,
+                )  # fmt: skip
+                i_block = (i_layer * tl.cdiv(tl.max(b_R, 0), BLOCK_R) + i_r).to(tl.int64)
+                tl.store(squares + i_block * M + o_m, b_squares, mask=o_m < M)
             _store_h(
                 b_h, pick(hs, i_layer, NUM_LAYERS), M, rank, width,
                 pick(strides_hm, i_layer, NUM_LAYERS), i_m, i_r, BLOCK_M, BLOCK_R,
@@ -362,7 +374,7 @@ def two_phase_kernel(
             width = tl.cdiv(pick(Rs, i_layer, NUM_LAYERS), 8) * 8
             b_h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             _store_h(
-                b_h, pick(hs, i_layer, NUM_LAYERS), M, 0, width,
+                b_h, pick(hs if raws is None else raws, i_layer, NUM_LAYERS), M, 0, width,
                 pick(strides_hm, i_layer, NUM_LAYERS), i_in_layer % num_m,
                 element(b_blocks, o_l, i_layer) + i_in_layer // num_m, BLOCK_M, BLOCK_R,
             )  # fmt: skip
@@ -395,18 +407,21 @@ def two_phase_kernel(
                 rank, BLOCK_R
             ):
                 pass
-            p_norm, norm_scale = None, 1.0
-            if NORM_BITS:
-                p_norm = pick(norms, i, NUM_LAYERS)
-                if scales is not None:
-                    norm_scale = pick(scales, i, NUM_LAYERS)
             b_y = expand_sum(
                 b_y, pick(hs, i, NUM_LAYERS), pick(es, i, NUM_LAYERS), M, N, rank,
                 pick(strides_hm, i, NUM_LAYERS), _eights(pick(strides_en, i, NUM_LAYERS), ROWS),
                 _eights(pick(strides_er, i, NUM_LAYERS), COLUMNS), i_m, i_n, ROWS, BLOCK_M,
                 BLOCK_N, STEP_R, STEP_R if STEP_R < BLOCK_R else BLOCK_R, INPUT_PRECISION,
-                p_norm, norm_eps, norm_scale, (NORM_BITS >> i) & 1 == 1,
             )  # fmt: skip
+        if NORM_BITS:
+            scale = 1.0
+            if scales is not None:
+                scale = pick(scales, i_layer, NUM_LAYERS)
+            i_block = (i_layer * tl.cdiv(tl.max(b_R, 0), BLOCK_R)).to(tl.int64)
+            b_y *= _squares_of(
+                squares + i_block * M, element(b_rank, o_l, i_layer), M, norm_eps, scale,
+                ((NORM_BITS >> i_layer) & 1) != 0, i_m, BLOCK_M, BLOCK_R,
+            )[:, None]  # fmt: skip
         p_residual, stride_resm = None, 0
         if RESIDUAL_BITS:
             p_residual = pick(residuals, i_layer, NUM_LAYERS)
