@@ -55,6 +55,7 @@ def two_phase(
     input_precision: str = "ieee",
     *,
     aligned: bool = True,
+    normed: bool = False,
 ) -> TwoPhaseConfig:
     """Configuration for one launch, predicted at full rank so that no rank makes a variant.
 
@@ -67,9 +68,11 @@ def two_phase(
         dtype: of x.
         input_precision: "ieee" or "tf32", for float32.
         aligned: see two_phase_config.candidates.
+        normed: whether a layer has a norm.
     """
     kind = input_precision if dtype == torch.float32 else "16-bit"
     offered = candidates(table_arch(device.arch), kind, M, aligned=aligned)
+    offered = [c for c in offered if c.takes_norm] if normed else offered
     if len(offered) == 1:
         return offered[0]
     device = known(device)

@@ -415,8 +415,9 @@ def _planned(
     added = [e if t is None else t for t, e in zip(residuals, es, strict=True)] if residuals else []
     layout = _layout(xs, ss, es, [*ys, *(t for t in residuals if t is not None)])
     config = config or choose.two_phase(
-        device, M, Ns, Ks, Rs, x.dtype, input_precision, aligned=layout != "any"
-    )
+        device, M, Ns, Ks, Rs, x.dtype, input_precision, aligned=layout != "any",
+        normed=bool(norms),
+    )  # fmt: skip
     plan = plan_two_phase(device, config, M, Ns[: len(ys)], widths)
     strides_h = tuple(map(h_stride, widths))
     names = [activation_name(a) for a in activations]

@@ -32,6 +32,8 @@ def aot_spec(config: TwoPhaseConfig, dtype: str, arch: str) -> Iterator[dict[str
         offered = CANDIDATES[table_arch(arch), precision]
         tables = ((offered, _FORMS), (UNALIGNED[precision], _UNALIGNED_FORMS))
         for form in (f for configs, forms in tables if config in configs for f in forms):
+            if form == "norm" and not config.takes_norm:
+                continue
             yield {
                 "kernel": two_phase_kernel,
                 "label": f"{config} {form}{suffix}",

@@ -65,6 +65,11 @@ class TwoPhaseConfig:
         """Programs that share a multiprocessor: its registers hold two of 4 warps or one of 8."""
         return 2 if self.num_warps == 4 else 1
 
+    @property
+    def takes_norm(self) -> bool:
+        """Whether a norm's weight and sums find registers beside a tile of H; by the compiler."""
+        return self.BLOCK_M * self.BLOCK_R < 128 * 128
+
     def __str__(self) -> str:
         tiles = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} r{self.BLOCK_R}"
         step = f"/{self.STEP_R}" if self.STEP_R else ""

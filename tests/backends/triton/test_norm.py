@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from triton_support import DEVICE, needs_kernels
 from two_phase_cases import allocations  # noqa: F401  # poisons what launchers allocate
 
+from maestro_kernels import hardware
 from maestro_kernels.backends import triton as backend
 from maestro_kernels.backends.reference import ACTIVATIONS, lod_linear_ref
+from maestro_kernels.backends.triton import choose, two_phase_config
 from maestro_kernels.call import Call
 from maestro_kernels.testing import assert_accurate, make_inputs
 
@@ -94,3 +96,12 @@ def test_a_group_of_which_some_have_a_norm(kind):
         for got, want in zip(found, wanted, strict=True):
             torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
         assert dnorms[1] is None
+
+
+@pytest.mark.parametrize("M", [1, 64, 256, 8192])
+def test_a_norm_gets_tiles_that_have_registers_for_it(M):
+    sizes = (M, (4096,), (4096,), (1024,), torch.bfloat16)
+    chosen = choose.two_phase(hardware.H100, *sizes, normed=True)
+    assert chosen.takes_norm
+    offered = two_phase_config.CANDIDATES["sm_90", "16-bit"]
+    assert not all(config.takes_norm for config in offered)
