@@ -92,7 +92,7 @@ def register(commands: Any) -> None:
     )
     quality.add_argument(
         "--passes",
-        type=_passes,
+        type=_natural,
         metavar="N",
         help="measure the whole model at most N times to choose ranks; default with --data: 16 and "
         "4 a layer, none above 300 million weights",
@@ -103,6 +103,9 @@ def register(commands: Any) -> None:
         default=0,
         metavar="STEPS",
         help="then train the result to answer as the dense model does on --data",
+    )
+    quality.add_argument(
+        "--seed", type=_natural, default=0, metavar="N", help="of the order in which it is trained"
     )
     quality.add_argument(
         "--require",
@@ -152,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
         args.samples,
         args.passes,
         args.recover,
+        args.seed,
         args.group,
         args.require,
         args.max_shard_size,
@@ -287,7 +291,7 @@ def _size(text: str) -> str:
     return text
 
 
-def _passes(text: str) -> int:
+def _natural(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"expected an integer >= 0, got {text!r}")
     return int(text)

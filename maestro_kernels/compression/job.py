@@ -54,6 +54,7 @@ class Options:
         samples: most inputs of `data`.
         passes: most measurements of the loss while ranks are chosen; None is the default.
         recover: steps of distillation.
+        seed: of the order of its batches.
         group: whether q/k/v and gate/up run together.
         require: the least quality; None is the default of the measure.
         max_shard_size: of the files written, as `save_pretrained` takes it.
@@ -69,6 +70,7 @@ class Options:
     samples: int | None = None
     passes: int | None = None
     recover: int = 0
+    seed: int = 0
     group: bool = False
     require: float | None = None
     max_shard_size: str | None = None
@@ -230,7 +232,7 @@ class _Run:
         asked = o.budget if isinstance(o.budget, int | float) else None
         self._key_factors = work.key_of(__version__, model, o.init, of_data, asked)
         self._key_ranks = work.key_of(self._key_factors, texts, o.budget, o.memory, o.passes)
-        self._key_trained = work.key_of(self._key_ranks, o.recover)
+        self._key_trained = work.key_of(self._key_ranks, o.recover, o.seed)
 
     def judged(self, dense: nn.Module) -> dict[str, Any] | None:
         """What the dense model answers to the held-out batches."""
@@ -324,6 +326,7 @@ class _Run:
             steps=self.options.recover,
             held_out=judge or None,
             loss="hidden" if self.architecture.task == "embedding" else "logits",
+            seed=self.options.seed,
             progress=self.advance,
         )
         values = {"steps": result.steps, "best_step": result.best_step}

@@ -74,6 +74,8 @@ def test_distillation_wins_back_some_of_what_was_lost(language, tmp_path, capsys
     won = lost["evaluation"]["after"] - found["evaluation"]["after"]
     assert won > 0.2 * (lost["evaluation"]["after"] - lost["evaluation"]["before"])
     assert load_pretrained(tmp_path / "b").dtype == torch.bfloat16
+    other = compress(capsys, *words, "--recover", 60, "--seed", 1, "--out", tmp_path / "c")
+    assert other["evaluation"]["after"] != found["evaluation"]["after"]
 
 
 @pytest.mark.parametrize("kind", ["language", "vision"])
