@@ -1,11 +1,11 @@
 """The main job's pieces: text, embeddings, measures, the verdict. The job is `make bench`."""
 
-import copy
 import importlib
 import re
 
 import pytest
 import torch
+import trained
 from places import ROOT
 from torch import nn
 
@@ -18,6 +18,7 @@ from examples import encoder_texts as judging
 from examples.encoder_texts import Fidelity, fidelity
 from maestro_kernels.benchmark import encoder as library
 from maestro_kernels.benchmark.encoder import Encoder
+from maestro_kernels.compression import architectures
 
 
 def test_sentences_are_english_prose():
@@ -315,13 +316,29 @@ def _interrupt():
     raise KeyboardInterrupt
 
 
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    """A folder like that of the real encoder, with a tiny one in it."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bundled")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=64, num_attention_heads=2, num_hidden_layers=2, intermediate_size=128,
+        vocab_size=400, max_position_embeddings=160,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    trained.tokenizer(folder)
+    return folder
+
+
 @pytest.fixture
-def job(monkeypatch, encoder):
+def job(monkeypatch, bundled):
     """The job on a tiny encoder: everything but the model is as in `make bench --quick`."""
     pytest.importorskip("rich")
     monkeypatch.syspath_prepend(str(ROOT))
     module = importlib.import_module("bench.sentence_encoder")
-    monkeypatch.setattr(library, "load_encoder", lambda source: copy.deepcopy(encoder))
+    for user in (library, architectures):
+        monkeypatch.setattr(user, "bundled_folder", lambda fn: bundled)
     monkeypatch.setattr(module, "SECONDS_QUICK", 0.02)
     return module
 

@@ -13,11 +13,10 @@ def weighted(b_h, p_norm, o_r, rank, is_normed):
     What h holds beyond the rank is left out.
     """
     b_h = tl.where((o_r < rank)[None, :], b_h.to(tl.float32), 0.0)
-    b_squares = tl.sum(b_h * b_h, 1)
     num_read = tl.where(is_normed, rank, 0)
     b_norm = tl.load(p_norm + o_r, mask=o_r < num_read, other=0.0).to(tl.float32)
-    b_h *= tl.where(is_normed, b_norm, 1.0)[None, :]
-    return b_h, b_squares
+    b_norm = tl.where(is_normed, b_norm, 1.0)
+    return b_h * b_norm[None, :], tl.sum(b_h * b_h, 1)
 
 
 @triton.jit

@@ -93,16 +93,18 @@ def test_tensors_keep_their_dtypes_unless_another_is_asked_for(dtype, tmp_path):
 
 def test_layers_that_transformers_keeps_in_float32(tmp_path):
     model, batch = small("seq2seq")
-    model.half().save_pretrained(tmp_path / "dense")
-    dense = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "dense")
-    mixed(model)
+    mixed(model.half())
     assert "wo" in model._keep_in_fp32_modules
     mk.save_pretrained(model, tmp_path / "half")
+    again = mk.load_pretrained(tmp_path / "half")
+    block = again.encoder.block[0].layer[1].DenseReluDense
     # Up to transformers 5.17 a layer that was saved in half precision comes back in float32.
-    for name, module in model.named_modules():
-        if name.endswith(".wo"):
-            module.to(dense.get_submodule(name).weight.dtype)
-    assert_same(model, mk.load_pretrained(tmp_path / "half"), batch)
+    if block.wo.u.dtype is torch.float32:
+        assert tuple(map(int, transformers.__version__.split(".")[:2])) <= (5, 17)
+        for name, module in model.named_modules():
+            if name.endswith(".wo"):
+                module.float()
+    assert_same(model, again, batch)
     for block in model.encoder.block:
         block.layer[1].DenseReluDense.wo.float()
     mk.save_pretrained(model, tmp_path / "mixed")

@@ -82,8 +82,8 @@ FAULTS = (
     Fault(
         "fused-experts-stay-in-memory",
         f"{PACKAGE}/nn/swapping.py",
-        "                form.own()",
-        "                pass",
+        "            if form in opening.kept:\n                form.own()",
+        "            if form in opening.kept:\n                pass",
         "tests/nn/test_experts.py::test_dense_experts_let_the_fused_tensor_go",
         "one dense expert keeps the memory of all of them",
     ),
