@@ -10,9 +10,9 @@ __all__ = ["inverse_root", "weighted"]
 def weighted(b_h, p_norm, o_r, rank, is_normed):
     """(norm · h, the sum of h² of each row), float32, of the ranks o_r; H itself if not normed.
 
-    What h holds beyond the rank is left out.
+    H is zero beyond the rank.
     """
-    b_h = tl.where((o_r < rank)[None, :], b_h.to(tl.float32), 0.0)
+    b_h = b_h.to(tl.float32)
     num_read = tl.where(is_normed, rank, 0)
     b_norm = tl.load(p_norm + o_r, mask=o_r < num_read, other=0.0).to(tl.float32)
     b_norm = tl.where(is_normed, b_norm, 1.0)

@@ -346,9 +346,10 @@ def two_phase_kernel(
                         pick(strides_hm, i_layer, NUM_LAYERS), i_m, i_r, BLOCK_M, BLOCK_R,
                     )  # fmt: skip
                 o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+                o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
                 b_h, b_squares = weighted(
-                    b_h, pick(norms, i_layer, NUM_LAYERS), i_r * BLOCK_R + tl.arange(0, BLOCK_R),
-                    rank, is_normed,
+                    tl.where((o_r < rank)[None, :], b_h, 0.0), pick(norms, i_layer, NUM_LAYERS),
+                    o_r, rank, is_normed,
                 )  # fmt: skip
                 i_block = (i_layer * tl.cdiv(tl.max(b_R, 0), BLOCK_R) + i_r).to(tl.int64)
                 tl.store(squares + i_block * M + o_m, b_squares, mask=o_m < M)
