@@ -124,6 +124,10 @@ def test_experts_of_other_contracts(name):
     module = f"transformers.models.{folder}.modeling_{folder}"
     kind = getattr(pytest.importorskip(module), kind)
     module = kind(SETTINGS).double()
+    if not LoDExperts.recognises(module):
+        # Aria had experts of another kind in transformers 5.17.
+        assert tuple(map(int, hf.__version__.split(".")[:2])) <= (5, 17)
+        pytest.skip("experts without the contract that their decorator makes")
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     index = torch.tensor([[0, 1], [1, 2], [0, 2]])
