@@ -349,7 +349,8 @@ void normalise(const Rows& h, void* out, const void* weight, float eps, float sc
              h.N * element_bytes(dtype), static_cast<const char*>(weight), eps, scale},
             0,
             dtype};
-  const int64_t parts = least(pool.threads, ceil_div(h.M * h.N, kElementsPerThread));
+  if (h.M == 0) return;
+  const int64_t parts = least(pool.threads, ceil_div(most<int64_t>(h.M * h.N, 1), kElementsPerThread));
   context.rows = ceil_div(h.M, parts);
   const auto one = [](void* opaque, int64_t part) {
     const Context& c = *static_cast<const Context*>(opaque);

@@ -104,7 +104,7 @@ def _native_for(dtype: torch.dtype) -> Any:
 
 def _normed(h: Tensor, norm: Tensor, eps: float, rank: int | Tensor, scale: float) -> Tensor:
     """`reference.normed`, by torch's own RMSNorm where the host knows the rank."""
-    if isinstance(rank, Tensor) or not h.shape[-1]:
+    if isinstance(rank, Tensor) or not h.numel():
         return reference.normed(h, norm, eps, rank, scale)
     if h.is_cpu and not (torch.is_grad_enabled() and (h.requires_grad or norm.requires_grad)):
         native = _native_for(h.dtype)

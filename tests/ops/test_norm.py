@@ -107,6 +107,30 @@ def test_a_tensor_rank_of_zero_leaves_bias_and_residual(backend):
     assert not any(g.any() for g in (*grads[:3], grads[4]))
 
 
+@pytest.mark.parametrize("backend", [None, "reference", "matmul"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lead", [0, (0,), (2, 0, 3), (3,)], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_nothing_to_normalise(lead, dtype, grad, backend):
+    """No rows, no inputs, no outputs."""
+    leaves = made(lead, dtype, grad)
+    x, u, v, b, norm, residual = leaves
+    y = call(leaves, backend=backend)
+    assert y.shape == residual.shape
+    torch.testing.assert_close(y, by_hand(*leaves))
+    if grad:
+        for got, leaf in zip(torch.autograd.grad(y.sum(), leaves), leaves, strict=True):
+            assert got.shape == leaf.shape
+    for others in ((x[..., :0], u, v[:, :0], b), (x, u[:0], v, b[:0])):
+        y = mk.lod_linear(*others, norm=norm, backend=backend)
+        torch.testing.assert_close(y, others[3].expand_as(y))
+
+
+@pytest.mark.skipif(not LIBRARY, reason="no compiled library")
+def test_the_librarys_norm_of_no_rows():
+    assert native.rms_norm(torch.empty(0, R), torch.ones(R), EPS, 1.0).shape == (0, R)
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("save_h", [False, True])
 @pytest.mark.parametrize("rank", [None, 7, torch.tensor(7, dtype=torch.int32)], ids=str)
